@@ -1,0 +1,41 @@
+"""Set before any test module is imported: where kernels run, where Inductor writes, and how hypothesis searches."""
+
+import atexit
+import os
+import shutil
+import sys
+import tempfile
+
+import hypothesis
+import pytest
+import torch
+
+# Triton reads this when a kernel is decorated, so it must be set before flashdp_compile.kernels is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# An empty compile cache: a test that counts compilations must not see those of an earlier run. Set the variable to
+# a folder of your own to keep the cache between runs.
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="flashdp_inductor_")
+    atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
+
+# The same examples on every run and machine, and no deadline: the first example of a test often pays for a compilation.
+hypothesis.settings.register_profile("flashdp", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("flashdp")
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _same_start_for_every_test():
+    """A fixed seed, and no compiled code left over from the test before."""
+    torch.manual_seed(0)
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
