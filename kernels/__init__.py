@@ -1,0 +1,31 @@
+"""Kernel families: tensors in, tensors out. One file each: formula, twin in plain torch, Triton template, op.
+
+| op, in torch.ops.flashdp                              | gives                                                     |
+|-------------------------------------------------------|-----------------------------------------------------------|
+| gram_sqnorm(x, gs, bias)                 [B]          | sum_l of |x_b^T g_lb|^2 + bias_l |sum_t g_lbt|^2, by pairs |
+| outer_sqnorm(x, g)                       [B]          | |x_b^T g_b|^2, by tiles of the d x p product              |
+| outer_store(x, g)               [B, d, p], [B]        | the product in x's dtype, and the norm of what was stored |
+| product_sum(product, weights)            [d, p]       | sum_b w_b product_b                                       |
+| weighted_matmul(x, g, weights)           [d, p]       | sum_b w_b x_b^T g_b                                       |
+| embedding_sqnorm(ids, g)                 [B]          | |gradient of the table|^2 of each sample                  |
+| embedding_sum(ids, g, weights, num_embeddings) [V, d] | sum_b w_b (gradient of the table of sample b)             |
+| tied_cross(ids, ge, x, gl)               [B]          | <gradient by the embedding, gradient by the tied head>    |
+| add_noise(grad, key, stream, std)        like grad    | grad + std * counter-based standard normal                |
+
+Common rules. x is [B, T, d], g is [B, T, p]: any strides, any size may be 0 or 1. Results are float32, or float64
+where an operand is float64 (outer_store's product and add_noise keep the dtype of x and grad); they are fresh and
+contiguous, and a kernel gives the same bits on every run. Samples do not mix: a NaN of one sample stays in that
+sample's row, and a sample of weight 0 is not read at all. CUDA tensors of 16 or 32 bits take the Triton kernel,
+everything else the twin (`reference`), which is also the oracle of the tests.
+
+`clip.clip_weights` and `gaussian.gaussian` are plain functions: the runtime makes the op `clip_factors` of the first.
+`catalogue.FAMILIES` lists the records, `codegen.rendered()` the Triton sources that this process has built.
+
+Importing this package registers the ops. It does not import Triton; the first launch does.
+"""
+
+from flashdp_compile.kernels.catalogue import FAMILIES
+from flashdp_compile.kernels.family import Family
+from flashdp_compile.kernels.guard import SLACK
+
+__all__ = ["FAMILIES", "SLACK", "Family"]

@@ -1,0 +1,28 @@
+"""The explicit list of families. Adding one is a file beside this one, and a line here."""
+
+from flashdp_compile.kernels import (
+    embedding_sqnorm,
+    embedding_sum,
+    gaussian,
+    gram_sqnorm,
+    outer_sqnorm,
+    outer_store,
+    product_sum,
+    tied_cross,
+    weighted_matmul,
+)
+
+FAMILIES = {
+    module.FAMILY.name: module.FAMILY
+    for module in (
+        gram_sqnorm,
+        outer_sqnorm,
+        outer_store,
+        product_sum,
+        weighted_matmul,
+        embedding_sqnorm,
+        embedding_sum,
+        tied_cross,
+        gaussian,
+    )
+}

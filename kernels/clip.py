@@ -1,0 +1,138 @@
+"""Weights of the samples in the clipped sum.
+
+What is released is sum_b weight_b g_b plus noise, where g_b is the gradient as the graph computes it and loss_scale g_b
+is the gradient of the sample's own loss. With n = loss_scale sqrt(sqnorm):
+
+    hard        factor = min(1, C / n)
+    automatic   factor = C / (n + gamma)      AUTO-S, Bu, Wang, Zha and Karypis, 2022, "Automatic clipping"
+    normalize   factor = C / n, and 0 for n = 0
+    weight = factor loss_scale / divisor, in float32
+
+Guarantees. factor n <= C for the float32 numbers themselves: C is lowered by 2^-21, which is 8 units of rounding, as
+many as lie between C and the weight (7, and 8 where a division is a product with the reciprocal). For `hard` the factor
+is exactly 1 where n <= C (1 - 2^-20). A sample whose n is not finite (NaN, infinity, or the root of a negative
+estimate) has a weight of exactly 0 and is counted.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flashdp_compile.kernels.codegen import kernel
+from flashdp_compile.kernels.common import cdiv, start
+from flashdp_compile.kernels.family import Template
+
+FUNCTIONS = ("hard", "automatic", "normalize")
+LOWERED = 1 - 2.0**-21
+
+
+def clip_weights(
+    sqnorm: Tensor, bound: float, fn: str, loss_scale: float | Tensor, divisor: float | Tensor, gamma: float = 0.01
+) -> tuple[Tensor, Tensor]:
+    """Weights [B] float32 and the number of samples dropped [] int64, from squared norms [B]. Plain torch, any device.
+
+    loss_scale and divisor are positive: floats, or tensors of one element. Raises ValueError for a bound that is not
+    positive (or infinite, unless fn is "hard"), for a gamma that is negative, and for an unknown fn.
+    """
+    _check(bound, fn, gamma)
+    norm = sqnorm.sqrt() * loss_scale
+    bound *= LOWERED
+    if fn == "hard":
+        factor = (bound / norm).clamp_max(1.0)
+    elif fn == "automatic":
+        factor = bound / (norm + gamma)
+    else:
+        factor = torch.where(norm > 0, bound / norm, 0.0)
+    finite = norm.isfinite()
+    weights = torch.where(finite, factor * loss_scale / divisor, 0.0).to(torch.float32)
+    return weights, (~finite).sum()
+
+
+def clip_weights_into(
+    counter: Tensor,
+    sqnorm: Tensor,
+    bound: float,
+    fn: str,
+    loss_scale: float | Tensor,
+    divisor: float | Tensor,
+    gamma: float = 0.01,
+) -> Tensor:
+    """clip_weights that adds the count to `counter`, one int64 on the same device. One kernel on CUDA, no waiting."""
+    if sqnorm.is_cuda and sqnorm.dtype == torch.float32:
+        return launch(counter, sqnorm, bound, fn, loss_scale, divisor, gamma)
+    weights, dropped = clip_weights(sqnorm, bound, fn, loss_scale, divisor, gamma)
+    counter += dropped
+    return weights
+
+
+@dataclass(frozen=True)
+class Spec:
+    fn: str
+    scale_tensor: bool
+    divisor_tensor: bool
+    block: int = 256
+
+
+# sqrt_rn and div_rn round to nearest: the plain ones are approximations, which the guarantee does not allow for
+TEMPLATE = Template(
+    "clip_weights",
+    """
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def kernel(sqnorm_ptr, sqnorm_s0, bound, gamma, scale_arg, divisor_arg, weight_ptr, counter_ptr, B):
+    b = tl.program_id(0) * {{ block }} + tl.arange(0, {{ block }})
+    scale = tl.full([{{ block }}], {{ "tl.load(scale_arg)" if scale_tensor else "scale_arg" }}, tl.float32)
+    divisor = tl.full([{{ block }}], {{ "tl.load(divisor_arg)" if divisor_tensor else "divisor_arg" }}, tl.float32)
+    limit = tl.full([{{ block }}], bound, tl.float32)
+    sqnorm = tl.load(sqnorm_ptr + b.to(tl.int64) * sqnorm_s0, mask=b < B, other=0.0)
+    norm = tl.sqrt_rn(sqnorm) * scale
+    finite = tl.abs(norm) < float("inf")
+{% if fn == "hard" %}
+    factor = tl.where(norm > limit, tl.div_rn(limit, norm), 1.0)
+{% elif fn == "automatic" %}
+    factor = tl.div_rn(limit, norm + gamma)
+{% else %}
+    factor = tl.where(norm > 0.0, tl.div_rn(limit, norm), 0.0)
+{% endif %}
+    tl.store(weight_ptr + b, tl.where(finite, tl.div_rn(factor * scale, divisor), 0.0), mask=b < B)
+    dropped = tl.sum(((b < B) & (finite == 0)).to(tl.int64))
+    if dropped > 0:
+        tl.atomic_add(counter_ptr, dropped)
+""",
+)
+
+
+def launch(
+    counter: Tensor,
+    sqnorm: Tensor,
+    bound: float,
+    fn: str,
+    loss_scale: float | Tensor,
+    divisor: float | Tensor,
+    gamma: float = 0.01,
+) -> Tensor:
+    """The Triton version of clip_weights_into, for float32 norms."""
+    _check(bound, fn, gamma)
+    scalars = [s if isinstance(s, Tensor) else float(s) for s in (loss_scale, divisor)]
+    spec = Spec(fn, *(isinstance(s, Tensor) for s in scalars))
+    (B,) = sqnorm.shape
+    weights = sqnorm.new_empty(B)
+    arguments = (sqnorm, sqnorm.stride(0), bound * LOWERED, gamma, *scalars, weights, counter, B)
+    start(kernel(TEMPLATE, spec), cdiv(B, spec.block), sqnorm, *arguments)
+    return weights
+
+
+def _check(bound: float, fn: str, gamma: float) -> None:
+    if fn not in FUNCTIONS:
+        raise ValueError(f"unknown clip function {fn!r}: use one of {', '.join(FUNCTIONS)}")
+    if not bound > 0 or (math.isinf(bound) and fn != "hard"):
+        raise ValueError(
+            f"the clipping bound must be positive, and finite unless fn is 'hard': bound={bound}, fn={fn!r}"
+        )
+    if not gamma >= 0:
+        raise ValueError(f"gamma must not be negative: gamma={gamma}")

@@ -1,0 +1,70 @@
+"""Small helpers that all families share: dtypes, layouts, launching."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TRITON_NAMES = {torch.float16: "tl.float16", torch.bfloat16: "tl.bfloat16", torch.float32: "tl.float32"}
+
+
+def accumulator(*operands: Tensor) -> torch.dtype:
+    """float32, or float64 as soon as one operand is float64."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in operands) else torch.float32
+
+
+def widen(*operands: Tensor) -> tuple[Tensor, ...]:
+    """The operands in their common accumulator dtype."""
+    dtype = accumulator(*operands)
+    return tuple(t.to(dtype) for t in operands)
+
+
+def sample_products(x: Tensor, g: Tensor, samples: Iterable[int] | None = None) -> Iterator[tuple[int, Tensor]]:
+    """(b, x_b^T g_b) one sample at a time, so that whoever asks gets the same bits and B x d x p is never held."""
+    for b in range(x.shape[0]) if samples is None else samples:
+        wide_x, wide_g = widen(x[b], g[b])
+        yield b, wide_x.mT @ wide_g
+
+
+def dot_type(*operands: Tensor) -> str:
+    """Triton's name of the dtype in which tiles of these operands meet in tl.dot."""
+    dtype = operands[0].dtype
+    for t in operands[1:]:
+        dtype = torch.promote_types(dtype, t.dtype)
+    return TRITON_NAMES[dtype]
+
+
+def inner(t: Tensor) -> bool:
+    """True if the last dimension is contiguous: its stride then need not be passed."""
+    return t.stride(-1) == 1
+
+
+def pointer(t: Tensor) -> tuple:
+    """A strided operand as kernel arguments, in the order of the template macro `args`."""
+    return (t, *t.stride()[:-1]) if inner(t) else (t, *t.stride())
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def start(kernel: Any, programs: int, anchor: Tensor, *args: Any, num_warps: int = 4, num_stages: int = 2) -> None:
+    """Launch `programs` copies of a kernel on the device of `anchor`; nothing to do is no launch."""
+    if programs == 0:
+        return
+    if anchor.is_cuda:
+        with torch.cuda.device(anchor.device):
+            kernel[(programs,)](*args, num_warps=num_warps, num_stages=num_stages)
+    else:
+        kernel[(programs,)](*args, num_warps=num_warps, num_stages=num_stages)
+
+
+def randn(shape: tuple[int, ...], dtype: torch.dtype, device: Any, generator: torch.Generator) -> Tensor:
+    """Example data: drawn on the CPU, so that it is the same on every device."""
+    return torch.randn(shape, generator=generator).to(device=device, dtype=dtype)
+
+
+def random_ids(shape: tuple[int, ...], high: int, device: Any, generator: torch.Generator) -> Tensor:
+    """Example ids in [-1, high): repeats and excluded entries included."""
+    return torch.randint(-1, high, shape, generator=generator).to(device)

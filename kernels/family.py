@@ -1,0 +1,71 @@
+"""The record of a kernel family, and its registration as a custom op of torch."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def tensors(args: tuple) -> Iterator[Tensor]:
+    """The tensors among op arguments, those inside lists included."""
+    for arg in args:
+        if isinstance(arg, Tensor):
+            yield arg
+        elif isinstance(arg, (list, tuple)):
+            yield from tensors(tuple(arg))
+
+
+def supported(*args: Any) -> bool:
+    """True if every floating operand has a dtype that the Triton templates read (16 or 32 bits)."""
+    return all(t.dtype in KERNEL_DTYPES for t in tensors(args) if t.is_floating_point())
+
+
+class Template(NamedTuple):
+    """A Triton template alone, for a kernel that is no op of its own."""
+
+    name: str
+    template: str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Family:
+    """One kernel family. All callables take the op's arguments, in the op's order.
+
+    schema      the op's signature in torch's schema language, without the name
+    reference   the twin in plain torch: any device, any dtype; float64 in, float64 out
+    launch      the Triton version: CUDA tensors, or CPU tensors under TRITON_INTERPRET=1
+    fake        shapes and dtypes of the result, with symbolic sizes and no look at data
+    supports    whether launch can take these arguments (their device aside)
+    specialise  the frozen dataclass of settings that the template is rendered with
+    template    jinja2 text of the Triton source
+    cases       shapes for tests and benchmarks; what the numbers mean is the family's own affair
+    example     (case, dtype, device, generator) -> arguments
+    """
+
+    name: str
+    schema: str
+    reference: Callable[..., Any]
+    launch: Callable[..., Any]
+    fake: Callable[..., Any]
+    specialise: Callable[..., Any]
+    template: str
+    cases: tuple[tuple[int, ...], ...]
+    example: Callable[..., tuple]
+    supports: Callable[..., bool] = supported
+
+    def __post_init__(self) -> None:
+        op = torch.library.custom_op(f"flashdp::{self.name}", self.run, mutates_args=(), schema=self.schema)
+        op.register_fake(self.fake)
+
+    def run(self, *args: Any) -> Any:
+        """The op's body: Triton where it applies, else the twin."""
+        on_gpu = all(t.is_cuda for t in tensors(args))
+        return self.launch(*args) if on_gpu and self.supports(*args) else self.reference(*args)
+
+    @property
+    def op(self) -> Any:
+        return getattr(torch.ops.flashdp, self.name)

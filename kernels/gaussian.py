@@ -1,0 +1,152 @@
+"""Counter-based Gaussian noise: Philox-4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
+
+Elements 4 i .. 4 i + 3 of a tensor, in row-major order, come from one Philox block:
+
+    counter words   c0 = i,  c1 = stream,  c2 = low word of step,  c3 = high word of step
+    key words       low and high word of k          key = tensor [k, step] int64, read as unsigned
+    output words    (w0, w1) and (w2, w3), each pair by Box-Muller, in float32:
+                    u1 = w 2^-32 + 2^-33 in (0, 1],  u2 = w 2^-32 in [0, 1],  radius = sqrt(-2 ln u1) <= 6.77
+                    (radius cos 2 pi u2, radius sin 2 pi u2)
+
+Equal (k, step, stream) give equal noise on every device (the words bit for bit, the values to a few units in the last
+place) and for every memory layout; different ones give independent noise. A tensor holds at most 2^34 elements.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flashdp_compile.kernels.codegen import kernel
+from flashdp_compile.kernels.common import accumulator, cdiv, randn, start
+from flashdp_compile.kernels.family import Family
+
+ROUND_A, ROUND_B = 0xD2511F53, 0xCD9E8D57  # multipliers
+KEY_A, KEY_B = 0x9E3779B9, 0xBB67AE85  # increments of the key words
+WORD = 0xFFFFFFFF
+CHUNK = 1 << 15  # Philox blocks at a time and thread: the four words and their products stay in the cache
+
+
+def round_keys(k: Tensor) -> tuple[Tensor, Tensor]:
+    """Key words of the ten rounds, each [10], from a key [] int64. Stays on the key's device: no synchronisation."""
+    rounds = torch.arange(10, device=k.device)
+    return ((k & WORD) + rounds * KEY_A) & WORD, ((k >> 32) + rounds * KEY_B) & WORD
+
+
+def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, keys: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Ten rounds on 32-bit words held in int64, of one shape. Products wrap modulo 2^64: a masked shift is a high word.
+
+    In place where it can be: half of the time goes into fresh memory otherwise.
+    """
+    for k0, k1 in zip(*keys, strict=True):
+        first, second = c0 * ROUND_A, c2 * ROUND_B
+        c0 = (second >> 32).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(WORD)
+        c2 = (first >> 32).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(WORD)
+        c1, c3 = second.bitwise_and_(WORD), first.bitwise_and_(WORD)
+    return c0, c1, c2, c3
+
+
+def gaussian(shape: int | tuple[int, ...], key: Tensor, stream: int) -> Tensor:
+    """Standard normal float32 tensor of this shape on the key's device. key [2] int64, 0 <= stream < 2^32."""
+    _check(stream)
+    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    numel = math.prod(shape)
+    blocks = cdiv(numel, 4)
+    out = torch.empty((blocks, 4), dtype=torch.float32, device=key.device)
+    keys = round_keys(key[0])
+    stream_word, low, high = key.new_full((1,), stream), key[1:] & WORD, (key[1:] >> 32) & WORD
+    step = CHUNK * torch.get_num_threads() if key.device.type == "cpu" else blocks
+    for first in range(0, blocks, max(step, 1)):
+        rows = out[first : first + step]
+        indices = torch.arange(first, first + len(rows), device=key.device)
+        words = philox(indices, *(word.expand(len(rows)) for word in (stream_word, low, high)), keys)
+        for half in (0, 2):
+            radius = words[half].to(torch.float32).mul_(2.0**-32).add_(2.0**-33).log_().mul_(-2.0).sqrt_()
+            angle = words[half + 1].to(torch.float32).mul_(2.0**-32).mul_(2 * math.pi)
+            torch.mul(radius, angle.cos(), out=rows[:, half])
+            torch.mul(radius, angle.sin_(), out=rows[:, half + 1])
+    return out.view(-1)[:numel].view(shape)
+
+
+def reference(grad: Tensor, key: Tensor, stream: int, std: float) -> Tensor:
+    noise = gaussian(grad.shape, key, stream).to(accumulator(grad))
+    return noise.mul_(std).add_(grad).to(grad.dtype)
+
+
+def fake(grad: Tensor, key: Tensor, stream: int, std: float) -> Tensor:
+    return grad.new_empty(grad.shape)
+
+
+@dataclass(frozen=True)
+class Spec:
+    block: int = 256
+
+
+def specialise(grad: Tensor, key: Tensor, stream: int, std: float) -> Spec:
+    return Spec()
+
+
+TEMPLATE = f"""
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def kernel(grad_ptr, key_ptr, stream, std, out_ptr, N):
+    i = tl.program_id(0).to(tl.int64) * {{{{ block }}}} + tl.arange(0, {{{{ block }}}})
+    zero = tl.zeros([{{{{ block }}}}], tl.int64)
+    k, step = zero + tl.load(key_ptr), zero + tl.load(key_ptr + 1)
+    k0, k1 = (k & {WORD}).to(tl.uint32), ((k >> 32) & {WORD}).to(tl.uint32)
+    c0, c1 = i.to(tl.uint32), (zero + stream).to(tl.uint32)
+    c2, c3 = (step & {WORD}).to(tl.uint32), ((step >> 32) & {WORD}).to(tl.uint32)
+    for _ in tl.static_range(10):
+        high_a, high_b = tl.umulhi(c0, {ROUND_A}), tl.umulhi(c2, {ROUND_B})
+        c1, c3, low_a = high_b ^ c1 ^ k0, high_a ^ c3 ^ k1, c0 * {ROUND_A}
+        c0, c1, c2, c3 = c1, c2 * {ROUND_B}, c3, low_a
+        k0, k1 = k0 + {KEY_A}, k1 + {KEY_B}
+    radius_a = tl.sqrt(-2.0 * tl.log(c0.to(tl.float32) * {2.0**-32!r} + {2.0**-33!r}))
+    radius_b = tl.sqrt(-2.0 * tl.log(c2.to(tl.float32) * {2.0**-32!r} + {2.0**-33!r}))
+    angle_a = c1.to(tl.float32) * {2.0**-32!r} * {2 * math.pi!r}
+    angle_b = c3.to(tl.float32) * {2.0**-32!r} * {2 * math.pi!r}
+    pair_a = radius_a * tl.cos(angle_a), radius_a * tl.sin(angle_a)
+    pair_b = radius_b * tl.cos(angle_b), radius_b * tl.sin(angle_b)
+    values = (pair_a[0], pair_a[1], pair_b[0], pair_b[1])
+    for lane in tl.static_range(4):
+        n = 4 * i + lane
+        b_grad = tl.load(grad_ptr + n, mask=n < N, other=0.0)
+        tl.store(out_ptr + n, (b_grad.to(tl.float32) + std * values[lane]).to(out_ptr.dtype.element_ty), mask=n < N)
+"""
+
+
+def launch(grad: Tensor, key: Tensor, stream: int, std: float) -> Tensor:
+    _check(stream)
+    spec = specialise(grad, key, stream, std)
+    grad = grad.contiguous()  # elements are numbered in row-major order, whatever the layout
+    out = torch.empty_like(grad)
+    programs = cdiv(grad.numel(), 4 * spec.block)
+    start(kernel(FAMILY, spec), programs, grad, grad, key, stream, float(std), out, grad.numel())
+    return out
+
+
+def _check(stream: int) -> None:
+    if not 0 <= stream <= WORD:
+        raise ValueError(f"a noise stream is an unsigned word of 32 bits: stream={stream}")
+
+
+def example(case, dtype, device, generator):
+    key = torch.tensor([-0x123456789ABCDEF0, 0x1F2345678], device=device)
+    return randn(case, dtype, device, generator), key, 7, 0.5
+
+
+FAMILY = Family(
+    name="add_noise",
+    schema="(Tensor grad, Tensor key, int stream, float std) -> Tensor",
+    reference=reference,
+    launch=launch,
+    fake=fake,
+    specialise=specialise,
+    template=TEMPLATE,
+    cases=((1, 1), (3, 5), (1,), (1025,), (63, 65), (0, 3), (2, 3, 4)),  # the shape of grad
+    example=example,
+)

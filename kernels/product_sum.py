@@ -1,0 +1,91 @@
+"""Weighted sum of stored per-sample gradients.
+
+    out = sum_b w_b product_b          product [B, d, p], weights [B] -> [d, p]
+
+A sample of weight 0 is not read: its product may hold NaN or infinity. Sums are in float32, in the order of b.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flashdp_compile.kernels.codegen import kernel
+from flashdp_compile.kernels.common import accumulator, cdiv, randn, start
+from flashdp_compile.kernels.family import Family
+
+
+def reference(product: Tensor, weights: Tensor) -> Tensor:
+    keep = weights != 0
+    if not keep.all():
+        product, weights = product[keep], weights[keep]
+    dtype = accumulator(product)
+    return torch.tensordot(weights.to(dtype), product.to(dtype), dims=1).contiguous()
+
+
+def fake(product: Tensor, weights: Tensor) -> Tensor:
+    return product.new_empty(product.shape[1:], dtype=accumulator(product))
+
+
+@dataclass(frozen=True)
+class Spec:
+    flat: bool  # rows of one sample's product lie end to end
+    block: int = 1024
+
+
+def specialise(product: Tensor, weights: Tensor) -> Spec:
+    return Spec(product.stride(2) == 1 and product.stride(1) == product.shape[2])
+
+
+TEMPLATE = """
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def kernel(
+    product_ptr, product_s0, {% if not flat %}product_s1, product_s2, {% endif %}weight_ptr, weight_s0, out_ptr, B, P, N
+):
+    n = tl.program_id(0).to(tl.int64) * {{ block }} + tl.arange(0, {{ block }})
+{% if flat %}
+    p_row = product_ptr + n
+{% else %}
+    p_row = product_ptr + n // P * product_s1 + n % P * product_s2
+{% endif %}
+    acc = tl.zeros([{{ block }}], tl.float32)
+    for b in range(0, B):
+        w = tl.load(weight_ptr + b * weight_s0)
+        if w != 0.0:
+            acc += w * tl.load(p_row + tl.full([], b, tl.int64) * product_s0, mask=n < N, other=0.0).to(tl.float32)
+    tl.store(out_ptr + n, acc, mask=n < N)
+"""
+
+
+def launch(product: Tensor, weights: Tensor) -> Tensor:
+    B, D, P = product.shape
+    spec = specialise(product, weights)
+    out = product.new_empty((D, P), dtype=torch.float32)
+    strides = product.stride()[:1] if spec.flat else product.stride()
+    programs = cdiv(D * P, spec.block)
+    start(kernel(FAMILY, spec), programs, out, product, *strides, weights, weights.stride(0), out, B, P, D * P)
+    return out
+
+
+def example(case, dtype, device, generator):
+    B, d, p = case
+    weights = torch.rand(B, generator=generator).to(device)
+    weights[1::3] = 0
+    return randn((B, d, p), dtype, device, generator), weights
+
+
+FAMILY = Family(
+    name="product_sum",
+    schema="(Tensor product, Tensor weights) -> Tensor",
+    reference=reference,
+    launch=launch,
+    fake=fake,
+    specialise=specialise,
+    template=TEMPLATE,
+    cases=((3, 5, 7), (5, 63, 65), (1, 1, 1), (0, 3, 2), (2, 0, 3)),  # B, d, p
+    example=example,
+)
