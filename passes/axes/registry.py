@@ -1,0 +1,85 @@
+"""The table of rules: one function per op, asked only about values that carry samples.
+
+The engine settles every other case by itself (see engine.py), so a rule sees, in place of each tensor argument of the
+op, a `Batched` or `Constant` state, at least one of them `Batched`. It answers with the state of the result (a tuple
+for an op with several results) or raises `Reject`. An op without a rule is refused.
+
+`NO_DATA` holds the ops that use nothing but the shape and place of their arguments.
+
+`linear` says separately which ops keep a sum over samples a sum: whether the op is linear in the arguments that are
+`Reduced`, the others being constants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from flashdp_compile.passes.axes.domain import Reduced
+
+Op = torch._ops.OpOverload
+Rule = Callable[..., Any]
+RULES: dict[Any, Rule] = {}
+LINEAR: dict[Any, Callable[..., bool]] = {}
+NO_DATA: set[Any] = set()
+
+_NAMESPACES = {"aten": torch.ops.aten, "prims": torch.ops.prims, "flashdp": torch.ops.flashdp}
+
+
+def overloads(name: str) -> list[Any]:
+    """`aten.sum.dim_IntList`, or every overload of `aten.sum`; nothing for an op that this torch does not have."""
+    namespace, packet, *overload = name.split(".")
+    found = getattr(_NAMESPACES[namespace], packet, None)
+    if found is None:
+        return []
+    names = overload or found.overloads()
+    return [getattr(found, o) for o in names if hasattr(found, o)]
+
+
+def _enter(table: dict[Any, Any], names: tuple[str, ...], entry: Any) -> None:
+    for name in names:
+        for op in overloads(name):
+            if op in table:
+                raise RuntimeError(f"{op} already has an entry in the table of axis rules")
+            table[op] = entry
+
+
+def rule(*names: str, linear: bool | Callable[..., bool] = False) -> Callable[[Rule], Rule]:
+    """Register the rule of the named ops; `linear` as True for ops that are linear whatever is reduced."""
+
+    def register(function: Rule) -> Rule:
+        _enter(RULES, names, function)
+        if linear:
+            _enter(LINEAR, names, linear if callable(linear) else always)
+        return function
+
+    return register
+
+
+def no_data(*names: str) -> None:
+    """Enter ops whose result carries no data of their arguments."""
+    NO_DATA.update(op for name in names for op in overloads(name))
+
+
+def always(*states: Any, **options: Any) -> bool:
+    return True
+
+
+def one_reduced(*states: Any, **options: Any) -> bool:
+    """A product is linear when exactly one factor is a batch sum."""
+    return sum(isinstance(s, Reduced) for s in states) == 1
+
+
+def first_reduced(first: Any, *rest: Any, **options: Any) -> bool:
+    """A quotient, or anything with parameters, is linear in its first argument only."""
+    return isinstance(first, Reduced) and not any(isinstance(s, Reduced) for s in rest)
+
+
+def lookup(op: Any) -> Rule | None:
+    """The rule of an op. Every op that torch itself tags as pointwise shares one rule unless it has its own."""
+    found = RULES.get(op)
+    if found is None and isinstance(op, Op) and torch.Tag.pointwise in op.tags:
+        found = RULES[torch.ops.aten.add.Tensor]
+    return found

@@ -1,0 +1,112 @@
+"""Convolution, pooling and the like: the samples are the first dimension, and stay there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flashdp_compile.compat import size_expression
+from flashdp_compile.passes.axes.domain import Batched, Reject, Site, State, quotient
+from flashdp_compile.passes.axes.registry import rule
+
+_FIX = "give the layer a tensor whose first dimension is the batch"
+
+
+def _first(*states: State) -> str | None:
+    """Checks that every operand that carries samples has exactly them in dimension 0."""
+    if any(isinstance(s, Batched) and not s.aligned(Batched(0)) for s in states):
+        raise Reject("its input does not hold exactly the samples in its first dimension", _FIX)
+    return None
+
+
+@rule("aten.convolution.default")
+def convolution(site: Site, x: State, weight: State, bias: State, *rest: Any) -> State:
+    """Filters are constant, so every sample is filtered alone."""
+    if isinstance(weight, Batched) or isinstance(bias, Batched):
+        raise Reject("its filters depend on samples", "per-sample filters are not supported")
+    _first(x)
+    return Batched(0)
+
+
+@rule("aten.convolution_backward.default")
+def convolution_backward(site: Site, grad: State, x: State, weight: State, *rest: Any) -> tuple[State, ...]:
+    """The gradient of the input keeps the axis; those of filters and bias are reduction points."""
+    if isinstance(weight, Batched) or not isinstance(grad, Batched):
+        raise Reject("its filters depend on samples, or its gradient does not", "per-sample filters are not supported")
+    if grad.dim == 1 and isinstance(x, Batched) and x.dim == 1:
+        return _samples_as_groups(site, grad, x, transposed=rest[4], groups=rest[6])
+    _first(grad, x)
+    return Batched(0), site.point(1, grad.weight), site.point(2, grad.weight)
+
+
+def _samples_as_groups(site: Site, grad: Batched, x: Batched, transposed: bool, groups: Any) -> tuple[State, ...]:
+    """Samples side by side in the channels, each with groups of its own: how vmap writes per-sample filter gradients.
+
+    Groups take equal, consecutive runs of channels. If their number is a multiple of B and samples are outermost in
+    the channels, no group reaches into two samples, and every sample has its own run of filters.
+    """
+    whole = grad.outer == 1 and x.outer == 1 and quotient(size_expression(groups), site.batch) is not None
+    if not whole:
+        raise Reject("its groups of channels do not keep the samples apart", _FIX)
+    filters = x if transposed else grad  # whose channels count the filters
+    return Batched(1, 1, x.inner), Batched(0, 1, filters.inner), Batched(0, 1, grad.inner)
+
+
+@rule(
+    "aten.max_pool2d_with_indices",
+    "aten.max_pool3d_with_indices",
+    "aten.avg_pool1d",
+    "aten.avg_pool2d",
+    "aten.avg_pool3d",
+    "aten._adaptive_avg_pool2d",
+    "aten._adaptive_avg_pool3d",
+    "aten.adaptive_max_pool2d",
+    "aten.adaptive_max_pool3d",
+    "aten._low_memory_max_pool_with_offsets",
+    "prims._low_memory_max_pool_with_offsets",
+    "prims._low_memory_max_pool_offsets_to_indices",
+    "aten.reflection_pad1d",
+    "aten.reflection_pad2d",
+    "aten.replication_pad2d",
+    "aten.upsample_nearest2d",
+    "aten.upsample_bilinear2d",
+    "aten.upsample_bicubic2d",
+    "aten.grid_sampler_2d",
+    "aten.col2im",
+    "aten.im2col",
+)
+def spatial(site: Site, *operands: Any, **options: Any) -> Any:
+    """Acts on the last dimensions of each sample; unbatched input has the batch among them and is rejected."""
+    states = [s for s in operands if isinstance(s, (Batched,))]
+    _first(*states)
+    _needs_batch(site)
+    return _each_result(site)
+
+
+@rule(
+    "aten.max_pool2d_with_indices_backward",
+    "aten.max_pool3d_with_indices_backward",
+    "aten.avg_pool2d_backward",
+    "aten.avg_pool3d_backward",
+    "aten._adaptive_avg_pool2d_backward",
+    "aten._adaptive_avg_pool3d_backward",
+    "aten.adaptive_max_pool2d_backward",
+    "aten.upsample_nearest2d_backward",
+    "aten.upsample_bilinear2d_backward",
+    "aten.reflection_pad2d_backward",
+)
+def spatial_backward(site: Site, *operands: Any, **options: Any) -> Any:
+    """As the forward op: every sample's own gradient."""
+    _first(*[s for s in operands if isinstance(s, Batched)])
+    return _each_result(site)
+
+
+def _needs_batch(site: Site) -> None:
+    """Without a batch dimension these ops read dimension 0 as channels; channels would be samples."""
+    spatial_rank = {"1": 1, "3": 3}.get(next((c for c in str(site.node.target) if c in "123"), "2"), 2)
+    if site.arg_rank() < spatial_rank + 2:
+        raise Reject("its input has no batch dimension, so the samples are read as channels", _FIX)
+
+
+def _each_result(site: Site) -> Any:
+    value = site.node.meta["val"]
+    return tuple(Batched(0) for _ in value) if isinstance(value, (tuple, list)) else Batched(0)

@@ -1,0 +1,64 @@
+"""The ops that the rewrite adds. They let the finished graph be proved by the same sweep as the original one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from flashdp_compile.kernels import catalogue  # noqa: F401  registers the kernels' ops
+from flashdp_compile.passes.axes.domain import Batched, Reject, Site, State
+from flashdp_compile.passes.axes.registry import LINEAR, NO_DATA, RULES, first_reduced, rule
+
+_SAMPLES = Batched(0)
+
+
+def _leading(*states: Any) -> None:
+    """These ops take tensors whose first dimension is exactly the batch; weights and keys are checked by their rule."""
+    for state in states:
+        for s in state if isinstance(state, (list, tuple)) else [state]:
+            if isinstance(s, Batched) and not s.aligned(_SAMPLES):
+                raise Reject(f"{s} where the samples must come first")
+
+
+@rule("flashdp.gram_sqnorm", "flashdp.outer_sqnorm", "flashdp.embedding_sqnorm", "flashdp.tied_cross")
+def sqnorm(site: Site, *operands: Any) -> State:
+    """One number per sample."""
+    _leading(*operands)
+    return _SAMPLES
+
+
+@rule("flashdp.outer_store")
+def outer_store(site: Site, x: State, g: State) -> tuple[State, State]:
+    """Every sample's product and its squared norm."""
+    _leading(x, g)
+    return _SAMPLES, _SAMPLES
+
+
+def clip_factors(site: Site, norms: Batched, *policy: Any) -> State:
+    """Weights that depend on each sample's own norm. From here on values are weighted by this node's weights."""
+    _leading(norms)
+    return Batched(0, weight=site.node.name)
+
+
+def register_runtime_ops() -> None:
+    """Enters the ops that the runtime defines; called once they are registered with torch."""
+    RULES[torch.ops.flashdp.clip_factors.default] = clip_factors
+    NO_DATA.add(torch.ops.flashdp.draw_key.default)
+
+
+@rule("flashdp.weighted_matmul", "flashdp.embedding_sum")
+def weighted_sum(site: Site, x: State, g: State, weights: State, *rest: Any) -> State:
+    """A reduction point whose samples are weighted."""
+    _leading(x, g, weights)
+    return site.point(weight=weights.weight if isinstance(weights, Batched) else None)
+
+
+@rule("flashdp.product_sum")
+def product_sum(site: Site, product: State, weights: State) -> State:
+    """A reduction point whose samples are weighted."""
+    _leading(product, weights)
+    return site.point(weight=weights.weight if isinstance(weights, Batched) else None)
+
+
+LINEAR[torch.ops.flashdp.add_noise.default] = first_reduced

@@ -1,0 +1,153 @@
+"""Elementwise ops: every operand must hold the samples in the same place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from flashdp_compile.passes.axes.domain import ZERO, Batched, Constant, Reduced, Reject, Site, State
+from flashdp_compile.passes.axes.registry import LINEAR, first_reduced, no_data, one_reduced, rule
+
+_COPIES = (
+    "aten.clone",
+    "aten.alias",
+    "aten.detach",
+    "aten.lift_fresh",
+    "aten.lift_fresh_copy",
+    "aten._to_copy",
+    "prims.convert_element_type",
+    "prims.view_of",
+    "prims.device_put",
+    "aten.contiguous",
+)
+
+
+def broadcast(site: Site, *operands: Any) -> State:
+    """The common batch axis of operands that are broadcast from the right; no weight."""
+    rank = len(site.shape())
+    result: Batched | None = None
+    nodes = _operand_nodes(site.node)
+    for node, state in zip(nodes, _states(operands), strict=True):
+        if not isinstance(state, Batched):
+            continue
+        moved = Batched(state.dim + rank - len(site.shape(node)), state.outer, state.inner)
+        if result is not None and moved != result:
+            raise Reject(
+                f"it combines values that hold their samples in different places ({result} and {moved})",
+                "keep the batch in one dimension; a product or sum of two samples cannot be trained privately",
+            )
+        result = moved
+    assert result is not None, "rules are asked only when an operand carries samples"
+    return result
+
+
+def _operand_nodes(node: fx.Node) -> list[fx.Node]:
+    """The tensor operands in the order of the arguments, repeated ones too."""
+    found: list[fx.Node] = []
+    fx.map_arg((node.args, node.kwargs), lambda n: found.append(n) or n)
+    return [n for n in found if isinstance(n.meta.get("val"), torch.Tensor)]
+
+
+def _states(values: Any) -> list[State]:
+    if isinstance(values, (list, tuple)):
+        return [s for v in values for s in _states(v)]
+    if isinstance(values, dict):
+        return [s for v in values.values() for s in _states(v)]
+    return [values] if isinstance(values, (Constant, Batched, Reduced)) else []
+
+
+@rule(
+    "aten.add.Tensor",
+    "aten.dropout",
+    "aten.bucketize.Tensor",
+    "aten.polar",
+    "aten.complex",
+    "aten.copy",
+    "aten.rsub",
+    "aten.pow",
+    "aten.masked_fill",
+)
+def pointwise(site: Site, *operands: Any, **options: Any) -> State:
+    """An elementwise op keeps the batch axis. Every op that torch tags as pointwise has this rule."""
+    return broadcast(site, operands, options)
+
+
+@rule(*_COPIES, linear=True)
+def copy(site: Site, x: Batched, *rest: Any, **options: Any) -> State:
+    """A copy holds what its source holds."""
+    return x
+
+
+@rule("aten.mul.Tensor", "aten.mul.Scalar", "prims.mul")
+def multiply(site: Site, x: Any, y: Any) -> State:
+    """A product with clip weights is weighted by them; two factors of weights are no sanctioned weighting."""
+    weights = [s.weight for s in (x, y) if isinstance(s, Batched) and s.weight]
+    result = broadcast(site, x, y)
+    return Batched(result.dim, result.outer, result.inner, weights[0] if len(weights) == 1 else None)
+
+
+@rule("aten.where.self")
+def where(site: Site, condition: State, x: State, y: State) -> State:
+    """Replacing elements by zero keeps a weighted value weighted: samples that are left out contribute nothing."""
+    result = broadcast(site, condition, x, y)
+    weights = {s.weight for s in (x, y) if s != ZERO and isinstance(s, Batched)}
+    only_weighted = all(s == ZERO or isinstance(s, Batched) for s in (x, y)) and len(weights) == 1
+    return Batched(result.dim, result.outer, result.inner, weights.pop() if only_weighted else None)
+
+
+no_data(
+    "aten.zeros_like",
+    "aten.ones_like",
+    "aten.full_like",
+    "aten.empty_like",
+    "aten.rand_like",
+    "aten.randn_like",
+    "aten.new_zeros",
+    "aten.new_ones",
+    "aten.new_full",
+    "aten.new_empty",
+    "aten.new_empty_strided",
+)
+
+
+@rule("aten.native_dropout")
+def native_dropout(site: Site, x: Batched, *rest: Any) -> tuple[State, State]:
+    """The mask is drawn elementwise and belongs to the sample it is drawn for."""
+    return x, x
+
+
+def _sum_is_linear(*states: Any, alpha: Any = 1) -> bool:
+    """A sum is linear when every term is a batch sum or zero; a term without samples would make it affine."""
+    return all(isinstance(s, Reduced) or s == ZERO for s in states)
+
+
+def _fma_is_linear(a: Any, b: Any, c: Any) -> bool:
+    product_reduced = sum(isinstance(s, Reduced) for s in (a, b))
+    return product_reduced <= 1 and _sum_is_linear(c) and (product_reduced == 1 or ZERO in (a, b))
+
+
+@rule("prims.fma", linear=_fma_is_linear)
+def fused_multiply_add(site: Site, a: Any, b: Any, c: Any) -> State:
+    """a * b + c in one op."""
+    return broadcast(site, a, b, c)
+
+
+def _where_is_linear(condition: Any, x: Any, y: Any) -> bool:
+    return not isinstance(condition, Reduced) and _sum_is_linear(x, y)
+
+
+for _op, _linear in {
+    torch.ops.aten.add.Tensor: _sum_is_linear,
+    torch.ops.aten.sub.Tensor: _sum_is_linear,
+    torch.ops.aten.mul.Tensor: one_reduced,
+    torch.ops.aten.mul.Scalar: one_reduced,
+    torch.ops.aten.div.Tensor: first_reduced,
+    torch.ops.aten.div.Scalar: first_reduced,
+    torch.ops.aten.neg.default: first_reduced,
+    torch.ops.aten.where.self: _where_is_linear,
+}.items():
+    LINEAR[_op] = _linear
+if hasattr(torch.ops.aten, "_weight_norm_interface_backward"):
+    LINEAR[torch.ops.aten._weight_norm_interface_backward.default] = first_reduced

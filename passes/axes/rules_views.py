@@ -1,0 +1,298 @@
+"""Ops that move elements without changing them: the batch axis is renumbered, split or merged, never cut."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from flashdp_compile.compat import size_expression
+from flashdp_compile.passes.axes.domain import (
+    ZERO,
+    Batched,
+    Reject,
+    Site,
+    Size,
+    State,
+    product,
+    quotient,
+    same,
+)
+from flashdp_compile.passes.axes.registry import rule
+
+
+def reshaped(site: Site, x: Batched, old: list[Size], new: list[Size]) -> Batched:
+    """The axis of `x` after a reshape: the new dimension that still has whole samples in its strides.
+
+    In the flattened tensor sample b owns the elements whose index, divided by the stride S of one step along the
+    batch, is b modulo B. A new dimension holds the axis if S is a whole multiple of that dimension's stride and the
+    product of everything outside of the batch is unchanged.
+    """
+    stride = x.inner * product(old[x.dim + 1 :])
+    outside = product(old[: x.dim]) * x.outer
+    for dim, size in enumerate(new):
+        inner = quotient(stride, product(new[dim + 1 :]))
+        outer = None if inner is None else quotient(size, site.batch * inner)
+        if inner is None or outer is None:
+            continue
+        if same(product(new[:dim]) * outer, outside):
+            return replace(x, dim=dim, outer=outer, inner=inner)
+    raise Reject(
+        f"reshaping {_sizes(old)} to {_sizes(new)} cuts the batch axis ({x})",
+        "reshape within a sample only, and keep the batch a whole dimension or factor of one",
+    )
+
+
+def _sizes(shape: list[Size]) -> str:
+    return "[" + ", ".join(map(str, shape)) + "]"
+
+
+@rule("aten.view.default", "aten._unsafe_view", "aten.reshape", "aten.flatten.using_ints", "prims.reshape", linear=True)
+def view(site: Site, x: Batched, *sizes: Any) -> State:
+    """Row-major order is kept, so the axis is found again by its stride."""
+    return reshaped(site, x, site.arg_shape(), site.shape())
+
+
+@rule("aten.as_strided", linear=True)
+def as_strided(site: Site, x: Batched, *layout: Any) -> State:
+    """Reading a contiguous tensor as another contiguous one of the same size is a view."""
+    source, result = site.node.args[0].meta["val"], site.node.meta["val"]
+    offset = site.node.args[3] if len(site.node.args) > 3 else None
+    if (
+        source.is_contiguous()
+        and result.is_contiguous()
+        and offset in (None, 0)
+        and same(product(site.arg_shape()), product(site.shape()))
+    ):
+        return reshaped(site, x, site.arg_shape(), site.shape())
+    raise Reject("as_strided reads memory out of the order of the samples", "use view, permute or slicing instead")
+
+
+@rule("aten.permute", linear=True)
+def permute(site: Site, x: Batched, dims: list[int]) -> State:
+    """Permuting renumbers the batch dimension."""
+    rank = site.arg_rank()
+    return x.at([d % rank for d in dims].index(x.dim))
+
+
+@rule("aten.t", linear=True)
+def t(site: Site, x: Batched) -> State:
+    """Transposing a matrix swaps its two dimensions."""
+    return x.at(1 - x.dim) if site.arg_rank() == 2 else x
+
+
+@rule("aten.transpose.int", linear=True)
+def transpose(site: Site, x: Batched, a: int, b: int) -> State:
+    """Transposing renumbers the batch dimension."""
+    a, b = a % site.arg_rank(), b % site.arg_rank()
+    return x.at({a: b, b: a}.get(x.dim, x.dim))
+
+
+@rule("aten.expand", linear=True)
+def expand(site: Site, x: Batched, *sizes: Any, **options: Any) -> State:
+    """New dimensions appear on the left; the batch dimension itself keeps its size (checked by the engine)."""
+    return x.at(x.dim + len(site.shape()) - site.arg_rank())
+
+
+@rule("aten.unsqueeze", linear=True)
+def unsqueeze(site: Site, x: Batched, dim: int) -> State:
+    """A new dimension shifts those behind it."""
+    return x.at(x.dim + (dim % (site.arg_rank() + 1) <= x.dim))
+
+
+@rule("aten.squeeze", linear=True)
+def squeeze(site: Site, x: Batched, dims: Any = None) -> State:
+    """Dimensions of size one vanish; a batch of one sample keeps its dimension's meaning through a reshape."""
+    return reshaped(site, x, site.arg_shape(), site.shape()) if site.shape() else _vanished()
+
+
+def _vanished() -> State:
+    raise Reject(
+        "squeeze removes the batch dimension of a batch of one sample",
+        "name the dimensions to squeeze, not the batch",
+    )
+
+
+@rule("aten.slice.Tensor", linear=True)
+def slice_(site: Site, x: Batched, dim: int = 0, start: Any = None, end: Any = None, step: Any = 1) -> State:
+    """Slicing features keeps the axis. Along the batch only whole runs of B may be taken (as of q, k, v from qkv)."""
+    if dim % site.arg_rank() != x.dim:
+        return x
+    before, after = site.arg_shape()[x.dim], site.shape()[x.dim]
+    if step == 1 and same(before, after):
+        return x
+    run = site.batch * x.inner
+    first = quotient(size_expression(start or 0), run) if isinstance(start or 0, (int, torch.SymInt)) else None
+    outer = quotient(after, run)
+    if step == 1 and x.outer != 1 and first is not None and outer is not None:
+        return replace(x, outer=outer)
+    raise Reject("it slices along the batch", "select data before it enters the model")
+
+
+@rule("aten.select.int", linear=True)
+def select(site: Site, x: Batched, dim: int, index: Any) -> State:
+    """Selecting one element of a feature dimension drops that dimension."""
+    dim %= site.arg_rank()
+    if dim == x.dim:
+        raise Reject("it selects along the batch", "samples cannot be told apart by their position in the batch")
+    return x.at(x.dim - (dim < x.dim))
+
+
+@rule("aten.unbind.int", linear=True)
+def unbind(site: Site, x: Batched, dim: int = 0) -> State:
+    """As select, for every index."""
+    return (select(site, x, dim, 0),) * len(site.node.meta["val"])
+
+
+@rule("aten.split.Tensor", "aten.split_with_sizes", "aten.chunk", linear=True)
+def split(site: Site, x: Batched, sizes: Any, dim: int = 0) -> State:
+    """Splitting along features keeps the axis in every piece."""
+    pieces = site.node.meta["val"]
+    if dim % site.arg_rank() != x.dim:
+        return (x,) * len(pieces)
+    run = site.batch * x.inner
+    outers = [quotient(size_expression(p.shape[x.dim]), run) for p in pieces]
+    if x.outer == 1 or any(o is None for o in outers):
+        raise Reject("it splits the batch", "split along a feature dimension")
+    return tuple(replace(x, outer=o) for o in outers)
+
+
+@rule("aten.cat", linear=True)
+def cat(site: Site, tensors: list[State], dim: int = 0) -> State:
+    """Along another dimension all parts must agree. k equal parts along the batch dimension make k the outer factor."""
+    dim %= len(site.shape())
+    # torch.cat skips the empty 1-D tensor, an old way to start a list
+    operands = [(n, s) for n, s in zip(site.node.args[0], tensors, strict=True) if not _legacy_empty(site, n)]
+    batched = [s for _, s in operands if isinstance(s, Batched)]
+    first = batched[0]
+    if any(not s.aligned(first) or s.weight != first.weight for s in batched):
+        raise Reject("it joins values that hold their samples in different places", "align the batch dimensions first")
+    if dim != first.dim:
+        constant_is_zero = all(s == ZERO for _, s in operands if not isinstance(s, Batched))
+        return first if constant_is_zero else replace(first, weight=None)
+    sizes = [site.shape(n)[dim] for n, _ in operands]
+    if len(batched) < len(operands) or not all(same(s, sizes[0]) for s in sizes):
+        raise Reject("it appends to the batch", "build the whole batch before it enters the model")
+    return replace(first, outer=first.outer * len(operands))
+
+
+def _legacy_empty(site: Site, node: Any) -> bool:
+    return site.shape(node) == [0] and len(site.shape()) > 1
+
+
+@rule("aten.stack", linear=True)
+def stack(site: Site, tensors: list[State], dim: int = 0) -> State:
+    """A new dimension among equal ones."""
+    batched = [s for s in tensors if isinstance(s, Batched)]
+    if any(s != batched[0] for s in batched):
+        raise Reject("it stacks values that hold their samples in different places", "align the batch dimensions first")
+    return batched[0].at(batched[0].dim + (dim % len(site.shape()) <= batched[0].dim))
+
+
+@rule("aten.slice_scatter", linear=True)
+def slice_scatter(site: Site, x: State, source: State, dim: int = 0, *bounds: Any, **named: Any) -> State:
+    """Writing a slice of features keeps the axis that both sides share."""
+    return _scatter(site, x, source, dim % len(site.shape()), lambda s: s)
+
+
+@rule("aten.select_scatter", linear=True)
+def select_scatter(site: Site, x: State, source: State, dim: int, index: Any) -> State:
+    """Writing one element of a feature dimension keeps the axis that both sides share."""
+    dim %= len(site.shape())
+    return _scatter(site, x, source, dim, lambda s: s.at(s.dim + (dim <= s.dim)))
+
+
+def _scatter(site: Site, x: State, source: State, dim: int, lift: Any) -> State:
+    parts = [s for s in (x, lift(source) if isinstance(source, Batched) else source) if isinstance(s, Batched)]
+    if any(not p.aligned(parts[0]) for p in parts):
+        raise Reject("it writes samples over other samples", "write along a feature dimension")
+    if parts[0].dim == dim and not same(site.shape()[dim], site.arg_shape(1)[dim if lift(parts[0]) is parts[0] else 0]):
+        raise Reject("it writes along the batch", "write along a feature dimension")
+    weights = {p.weight for p in parts}
+    kept = (
+        weights.pop() if len(weights) == 1 and all(s == ZERO or isinstance(s, Batched) for s in (x, source)) else None
+    )
+    return replace(parts[0], weight=kept)
+
+
+@rule("aten.constant_pad_nd")
+def pad(site: Site, x: Batched, padding: list[Any], value: Any = 0) -> State:
+    """Padding a feature dimension keeps the axis; padding the batch would add samples."""
+    position = 2 * (site.arg_rank() - 1 - x.dim)
+    if any(p != 0 for p in padding[position : position + 2]):
+        raise Reject("it pads the batch", "pad features, or build the whole batch before it enters the model")
+    return x if value == 0 else replace(x, weight=None)
+
+
+@rule("aten.flip", "prims.rev", linear=True)
+def flip(site: Site, x: Batched, dims: list[int]) -> State:
+    """Reversing features keeps the axis; reversing the batch pairs different samples."""
+    if x.dim in [d % site.arg_rank() for d in dims]:
+        raise Reject("it reverses the batch", "flip along a feature dimension")
+    return x
+
+
+@rule("aten.roll", linear=True)
+def roll(site: Site, x: Batched, shifts: list[int], dims: tuple[int, ...] | list[int] = ()) -> State:
+    """Rolling features keeps the axis; rolling the batch, or the flattened tensor, pairs different samples."""
+    if not dims or x.dim in [d % site.arg_rank() for d in dims]:
+        raise Reject("it rolls the batch", "roll along a feature dimension")
+    return x
+
+
+@rule("aten.repeat", linear=True)
+def repeat(site: Site, x: Batched, repeats: list[Any]) -> State:
+    """Repeating features keeps the axis; repeating the batch k times makes k its outer factor."""
+    new = len(repeats) - site.arg_rank()
+    return replace(x, dim=x.dim + new, outer=x.outer * repeats[x.dim + new])
+
+
+@rule("aten.unfold", linear=True)
+def unfold(site: Site, x: Batched, dim: int, size: Any, step: Any) -> State:
+    """Windows over a feature dimension; the window becomes the last dimension."""
+    if dim % site.arg_rank() == x.dim:
+        raise Reject("it slides windows over the batch", "unfold a feature dimension")
+    return x
+
+
+@rule("aten.view_as_real", linear=True)
+def view_as_real(site: Site, x: Batched) -> State:
+    """A last dimension of real and imaginary part is added."""
+    return x
+
+
+@rule("aten.view_as_complex", linear=True)
+def view_as_complex(site: Site, x: Batched) -> State:
+    """The last dimension, of real and imaginary part, vanishes."""
+    if x.dim == site.arg_rank() - 1:
+        raise Reject("it reads the batch as real and imaginary parts", "keep one batch dimension")
+    return x
+
+
+@rule("aten.diagonal", linear=True)
+def diagonal(site: Site, x: Batched, offset: int = 0, dim1: int = 0, dim2: int = 1) -> State:
+    """The diagonal of two feature dimensions becomes the last dimension."""
+    pair = {dim1 % site.arg_rank(), dim2 % site.arg_rank()}
+    if x.dim in pair:
+        raise Reject("it takes a diagonal through the batch", "use two feature dimensions")
+    return x.at(x.dim - sum(d < x.dim for d in pair))
+
+
+@rule("aten.triu", "aten.tril", linear=True)
+def triangle(site: Site, x: Batched, diagonal: int = 0) -> State:
+    """Zeroing a triangle of the last two dimensions; over the batch it depends on the position in it."""
+    if x.dim >= site.arg_rank() - 2:
+        raise Reject("it takes a triangle through the batch", "use two feature dimensions")
+    return x
+
+
+def is_structural(op: Any) -> bool:
+    """Whether an op only moves elements, so that a zero constant stays zero."""
+    return isinstance(op, torch._ops.OpOverload) and op.namespace in ("aten", "prims") and op._opname in _STRUCTURAL
+
+
+_STRUCTURAL = frozenset(
+    "view _unsafe_view reshape permute t transpose expand unsqueeze squeeze slice select split clone alias "
+    "convert_element_type _to_copy detach neg flip rev repeat".split()
+)

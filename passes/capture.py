@@ -1,0 +1,206 @@
+"""Joint graph in, its meaning out: which input is data, which output is the gradient of which parameter.
+
+`describe_inputs` reads the graph that dynamo made, where names and parameters are known. `capture` reads the joint
+graph that AOTAutograd made of it, and ties both together by the positions of the inputs.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from flashdp_compile.compat import (
+    GradAOTOutput,
+    InputMutationAOTOutput,
+    PlainAOTInput,
+    TangentAOTInput,
+    size_expression,
+    source_name,
+)
+from flashdp_compile.errors import InputError, Refusal
+from flashdp_compile.passes.axes.domain import Size, same
+
+Role = Literal["parameter", "buffer", "public", "sample", "size"]
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input of the compiled region, by the name that its user knows it by."""
+
+    name: str
+    role: Role
+    shape: tuple[str, ...] = ()
+    dtype: str = ""
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """Output number `position` of the joint graph: the gradient `node` of input number `index`."""
+
+    position: int
+    node: fx.Node
+    index: int
+    name: str
+
+
+@dataclass(frozen=True)
+class JointGraph:
+    """A joint graph and the roles of its inputs and outputs.
+
+    `samples` maps the inputs that hold samples to their batch dimension, `tangents` every tangent to the forward
+    output it belongs to, `batch` is the size B that all samples share.
+    """
+
+    graph: fx.Graph
+    inputs: tuple[Input, ...]
+    batch: Size
+    samples: dict[fx.Node, int]
+    parameters: dict[fx.Node, Input]
+    tangents: dict[fx.Node, fx.Node]
+    gradients: tuple[Gradient, ...]
+    outputs: tuple[fx.Node, ...]
+    mutated: dict[fx.Node, str]
+
+    @property
+    def output(self) -> fx.Node:
+        return self.graph.output_node()
+
+
+_PART = re.compile(r"_(?:modules|parameters|buffers)\['([^']+)'\]|\['([^']+)'\]|\[(\d+)\]|\.?([A-Za-z_]\w*)")
+
+
+def friendly_name(source: str) -> str:
+    """`L['self']._modules['fc']._parameters['weight']` -> `fc.weight`, `L['x']` -> `x`, `L['batch']['ids']` -> `batch.ids`."""
+    parts = [next(g for g in m.groups() if g is not None) for m in _PART.finditer(source)]
+    if len(parts) > 2 and parts[1] == "kwargs":
+        parts = parts[1:]  # dynamo's frame packs keyword arguments; their user calls them by name
+    rooted_in_module = "._modules[" in source or "._parameters[" in source or "._buffers[" in source
+    parts = parts[1:] if parts and parts[0] in ("L", "G") else parts
+    parts = parts[1:] if rooted_in_module and len(parts) > 1 else parts
+    return ".".join(p for p in parts if p not in ("_modules", "_parameters", "_buffers")) or source
+
+
+def describe_inputs(graph: fx.Graph, public_inputs: Sequence[str]) -> tuple[Input, ...]:
+    """The inputs of dynamo's graph in order. A tensor is a parameter, a buffer, declared public, or samples."""
+    return tuple(_describe(n, public_inputs) for n in graph.nodes if n.op == "placeholder")
+
+
+def _describe(node: fx.Node, public_inputs: Sequence[str]) -> Input:
+    value = node.meta.get("example_value")
+    source = source_name(node)
+    name = friendly_name(source) if source else node.name
+    if not isinstance(value, torch.Tensor):
+        return Input(name, "size")
+    role: Role = "sample"
+    if isinstance(value, torch.nn.Parameter):
+        role = "parameter"
+    elif source and re.search(r"\._buffers\['[^']+'\]$", source):
+        role = "buffer"
+    elif any(fnmatch.fnmatchcase(name, p) for p in public_inputs):
+        role = "public"
+    shape = tuple(str(size_expression(s)) for s in value.shape)
+    return Input(name, role, shape, str(value.dtype).removeprefix("torch."))
+
+
+def capture(graph: fx.Graph, inputs: tuple[Input, ...], batch_dim: int) -> JointGraph | None:
+    """The meaning of a joint graph; None for a graph without backward, which releases no gradient.
+
+    Raises `Refusal` for a graph whose inputs or outputs cannot be told apart, and `InputError` when the batch size
+    cannot.
+    """
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    output = graph.output_node()
+    if not any(isinstance(n.meta.get("desc"), TangentAOTInput) for n in placeholders):
+        return None
+    descriptions = output.meta.get("desc")
+    results = list(output.args[0])
+    if descriptions is None or len(descriptions) != len(results):
+        raise Refusal("flashdp cannot tell the gradients of this graph apart: torch gave its outputs no descriptions.")
+
+    samples: dict[fx.Node, int] = {}
+    parameters: dict[fx.Node, Input] = {}
+    described: dict[fx.Node, Input] = {}
+    for node in placeholders:
+        description = node.meta.get("desc")
+        if isinstance(description, TangentAOTInput) or not isinstance(node.meta.get("val"), torch.Tensor):
+            continue
+        if "Token" in type(description).__name__:
+            raise Refusal(
+                "flashdp cannot compile a region with ops that have side effects (torch orders them by tokens; checks "
+                "in torch.linalg are such ops). Keep them out of the model's training step."
+            )
+        if not isinstance(description, PlainAOTInput):
+            raise Refusal(
+                f"flashdp cannot trace input {node.name} of the compiled region ({type(description).__name__}). "
+                "Tensor subclasses and inputs that are views of one another are not supported: pass plain tensors."
+            )
+        described[node] = inputs[description.idx]
+        if described[node].role == "sample":
+            samples[node] = batch_dim
+        elif described[node].role == "parameter":
+            parameters[node] = described[node]
+    batch = _batch_size({n: described[n] for n in samples}, batch_dim)
+
+    by_description = {d: n for n, d in zip(results, descriptions, strict=True) if n is not None}
+    tangents = {n: by_description[n.meta["desc"].output] for n in placeholders if _is_tangent(n)}
+    gradients, outputs, mutated = [], [], {}
+    for position, (node, description) in enumerate(zip(results, descriptions, strict=True)):
+        if not isinstance(node, fx.Node):
+            continue
+        if isinstance(description, GradAOTOutput):
+            of = description.grad_of
+            if not isinstance(of, PlainAOTInput):
+                raise Refusal(f"flashdp cannot tell whose gradient output {position} is ({type(of).__name__}).")
+            gradients.append(Gradient(position, node, of.idx, inputs[of.idx].name))
+        elif isinstance(description, InputMutationAOTOutput):
+            of = description.mutated_input
+            mutated[node] = inputs[of.idx].name if isinstance(of, PlainAOTInput) else str(of)
+        else:
+            outputs.append(node)
+    return JointGraph(graph, inputs, batch, samples, parameters, tangents, tuple(gradients), tuple(outputs), mutated)
+
+
+def _is_tangent(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("desc"), TangentAOTInput)
+
+
+def _batch_size(samples: dict[fx.Node, Input], batch_dim: int) -> Size:
+    sizes: dict[fx.Node, Any] = {}
+    for node, described in samples.items():
+        value = node.meta["val"]
+        if not -value.dim() <= batch_dim < value.dim():
+            raise InputError(_undecided(described, f"has no dimension {batch_dim}", batch_dim))
+        sizes[node] = size_expression(value.shape[batch_dim])
+    if not sizes:
+        raise InputError(
+            "flashdp found no input that holds samples: the compiled region takes no tensor besides parameters and "
+            "buffers. Pass the batch as an argument of the compiled module."
+        )
+    (first, batch), *rest = sizes.items()
+    for node, size in rest:
+        if not same(size, batch):
+            fewest = samples[node] if node.meta["val"].dim() <= first.meta["val"].dim() else samples[first]
+            raise InputError(
+                _undecided(
+                    fewest,
+                    f"and another input disagree on the batch size: {samples[first].name} has {batch} samples, "
+                    f"{samples[node].name} has {size},",
+                    batch_dim,
+                )
+            )
+    return batch
+
+
+def _undecided(described: Input, problem: str, batch_dim: int) -> str:
+    return (
+        f"flashdp cannot tell the batch axis of input '{described.name}' [{', '.join(described.shape)}]: it {problem} "
+        f"where batch_dim={batch_dim}. If it is the same for all samples and holds no private data (a table, a mask "
+        f"over positions), declare it: options={{'public_inputs': ['{described.name}']}}. If the batch is another "
+        "dimension, set options={'batch_dim': ...}."
+    )

@@ -1,0 +1,94 @@
+"""Writes ordinary torch code into a joint graph: a function is traced to decomposed aten ops and inlined.
+
+Every node that the rewrite adds comes from here, so it has fake values, is made of ops that Inductor lowers, and
+stands as early in the graph as its operands allow, so that per-layer clipping finishes each layer at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from flashdp_compile.compat import detect_fake_mode, trace
+
+_Key = tuple[Any, ...]
+
+
+class Emitter:
+    """Inlines traced functions before the output of one graph."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self._output = graph.output_node()
+        self._original = list(graph.nodes)
+        self._traces: dict[_Key, fx.GraphModule] = {}
+        values = [n.meta["val"] for n in graph.nodes if n.op == "placeholder"]
+        self._fake_mode = detect_fake_mode(values)
+
+    def __call__(self, function: Callable[..., Any], *operands: fx.Node, key: _Key | None = None) -> Any:
+        """The nodes of `function(*operands)`. Calls with equal `key` and equal operand metadata share one trace."""
+        values = tuple(n.meta["val"] for n in operands)
+        full_key = None if key is None else (*key, *map(_signature, values))
+        traced = self._traces.get(full_key) if full_key is not None else None
+        if traced is None:
+            with self._fake_mode or torch.no_grad():
+                traced = trace(function, _distinct(values))
+            if full_key is not None:
+                self._traces[full_key] = traced
+        return self._inline(traced, operands)
+
+    def _inline(self, traced: fx.GraphModule, operands: tuple[fx.Node, ...]) -> Any:
+        mapping: dict[fx.Node, Any] = {}
+        remaining = iter(operands)
+        with self.graph.inserting_before(self._output):
+            for node in traced.graph.nodes:
+                if node.op == "placeholder":
+                    mapping[node] = next(remaining)
+                elif node.op == "output":
+                    return fx.map_arg(node.args[0], lambda n: mapping[n])
+                elif node.op == "get_attr":
+                    raise AssertionError(
+                        "a rewrite may not capture tensors: nothing of one process may enter the graph"
+                    )
+                else:
+                    mapping[node] = self.graph.node_copy(node, lambda n: mapping[n])
+        raise AssertionError("a traced graph ends in an output")
+
+    def settle(self) -> None:
+        """Moves every added node to just behind the last value that it needs."""
+        rank = {n: (i, 0) for i, n in enumerate(self._original)}
+        for count, node in enumerate(self.graph.nodes):
+            if node not in rank:
+                latest = max((rank[n][0] for n in node.all_input_nodes), default=0)
+                rank[node] = (max(latest, self._last_placeholder()), count + 1)
+        rank[self._output] = (len(self._original), 0)
+        for node in sorted((n for n in self.graph.nodes if n is not self._output), key=rank.__getitem__):
+            self._output.prepend(node)
+
+    def _last_placeholder(self) -> int:
+        return max(i for i, n in enumerate(self._original) if n.op == "placeholder")
+
+
+def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Tracing knows a tensor by its identity, and nodes may share a fake value: every operand needs one of its own."""
+    seen: set[int] = set()
+    result = []
+    for value in values:
+        repeated = isinstance(value, torch.Tensor) and id(value) in seen
+        same_layout = (
+            torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+            if repeated
+            else value
+        )
+        result.append(same_layout)
+        seen.add(id(value))
+    return tuple(result)
+
+
+def _signature(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return (str(tuple(value.shape)), str(value.stride()), value.dtype, value.device)
+    return str(value)

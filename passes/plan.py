@@ -1,0 +1,94 @@
+"""One strategy for every gradient: the fastest by the cost model that fits, or the one asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import sympy
+
+from flashdp_compile.compat import size_hint
+from flashdp_compile.passes.axes.engine import Axes
+from flashdp_compile.passes.cost import Cost, device_of
+from flashdp_compile.passes.groups import Group, form_groups
+from flashdp_compile.passes.points import ParameterGradient
+from flashdp_compile.passes.strategies.base import Strategy
+from flashdp_compile.passes.strategies.catalogue import candidates
+
+# stands for a symbolic size that has no value yet (an unbacked batch) when choices are compared
+TYPICAL_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The strategy of one gradient. `seconds` holds the predicted time of every candidate."""
+
+    gradient: ParameterGradient
+    strategy: Strategy
+    cost: Cost
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Groups in order, and the choices of each group's members."""
+
+    groups: tuple[Group, ...]
+    choices: dict[str, tuple[Choice, ...]]
+
+    @property
+    def slack(self) -> float:
+        """How far rounding may carry a released norm beyond its bound, over all strategies in use."""
+        return max((c.strategy.slack for chosen in self.choices.values() for c in chosen), default=0.0)
+
+
+def make_plan(
+    gradients: Sequence[ParameterGradient],
+    axes: Axes,
+    clipping: str | Mapping[str, str],
+    max_grad_norm: float | Mapping[str, float],
+    norm_strategy: str = "auto",
+) -> Plan:
+    """A choice for every gradient. A strategy that is asked for is taken wherever it applies."""
+    groups = form_groups([g.name for g in gradients], clipping, max_grad_norm)
+    by_name: dict[str, list[ParameterGradient]] = {}
+    for gradient in gradients:
+        by_name.setdefault(gradient.name, []).append(gradient)
+    hints = _hints(axes)
+    return Plan(
+        groups,
+        {
+            group.name: tuple(
+                _choose(g, axes, norm_strategy, hints) for name in group.members for g in by_name.pop(name, [])
+            )
+            for group in groups
+        },
+    )
+
+
+def _hints(axes: Axes) -> dict[sympy.Symbol, int]:
+    """The traced value of every size symbol."""
+    hints: dict[sympy.Symbol, int] = {}
+    for node in axes.joint.graph.nodes:
+        if node.op != "placeholder" or not hasattr(node.meta.get("val"), "shape"):
+            continue
+        for size in node.meta["val"].shape:
+            expression = getattr(getattr(size, "node", None), "expr", None)
+            if isinstance(expression, sympy.Symbol):
+                hints[expression] = size_hint(size, TYPICAL_SIZE)
+    return hints
+
+
+def evaluate(expression: sympy.Expr, hints: Mapping[sympy.Symbol, int]) -> float:
+    """A cost in numbers; a symbol without a hint counts as a typical size."""
+    values = {s: hints.get(s, TYPICAL_SIZE) for s in expression.free_symbols}
+    return float(expression.subs(values))
+
+
+def _choose(gradient: ParameterGradient, axes: Axes, norm_strategy: str, hints: Mapping[sympy.Symbol, int]) -> Choice:
+    device = device_of(gradient)
+    options = [(s, s.cost(gradient, axes)) for s in candidates(gradient, axes)]
+    seconds = {s.name: device.seconds(evaluate(c.flops, hints), evaluate(c.moved, hints)) for s, c in options}
+    asked = [o for o in options if o[0].name == norm_strategy]
+    strategy, cost = asked[0] if asked else min(options, key=lambda o: seconds[o[0].name])
+    return Choice(gradient, strategy, cost, seconds)

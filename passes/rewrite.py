@@ -1,0 +1,143 @@
+"""The one pass that changes the graph: norms, clip weights, weighted sums and noise take the place of plain gradients.
+
+For every clipping group: squared norms of its members are added up, `flashdp::clip_factors` turns them into one weight
+per sample, and each member's gradient becomes the weighted sum. `flashdp::add_noise` then makes it a release. The plain
+gradient is no longer an output, so dead-code elimination removes whatever computed only it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from flashdp_compile.passes.axes.engine import Axes
+from flashdp_compile.passes.capture import Gradient, JointGraph
+from flashdp_compile.passes.emit import Emitter
+from flashdp_compile.passes.groups import Group, sensitivity
+from flashdp_compile.passes.plan import Plan
+
+ops = torch.ops.flashdp
+Released = list[tuple[int, fx.Node]]
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """How clipped sums become releases; what `Options` says about it, in plain values."""
+
+    noise_multiplier: float
+    clip_fn: str
+    mean: bool
+    expected_batch_size: int | None
+    seed: int | None
+
+    @property
+    def divides_by_batch(self) -> bool:
+        """Whether the divisor L is the size of the batch at hand."""
+        return self.mean and self.expected_batch_size is None
+
+    def std(self, groups: tuple[Group, ...], slack: float) -> float:
+        """sigma * C (1 + slack), over L where L is known in advance."""
+        std = self.noise_multiplier * sensitivity(groups) * (1 + slack)
+        return std / self.expected_batch_size if self.mean and self.expected_batch_size else std
+
+
+def rewrite(axes: Axes, plan: Plan, mechanism: Mechanism) -> None:
+    """Replaces every parameter gradient of the joint graph, in place."""
+    emit = Emitter(axes.joint.graph)
+    released: Released = []
+    for group in plan.groups:
+        prepared = [(c.gradient, c.strategy.prepare(emit, axes, c.gradient)) for c in plan.choices[group.name]]
+        weights = emit(_clip(group.bound, mechanism), *[p.sqnorm for _, p in prepared])
+        released += [(g.gradient.position, p.finish(weights)) for g, p in prepared]
+    _release(emit, axes.joint, released, mechanism, mechanism.std(plan.groups, plan.slack))
+
+
+def rewrite_empty(joint: JointGraph, groups: tuple[Group, ...], mechanism: Mechanism) -> None:
+    """The release of a batch without samples: zero, and the noise that every release carries."""
+    emit = Emitter(joint.graph)
+    zeros = [(g.position, emit(torch.zeros_like, g.node)) for g in private_gradients(joint)]
+    _release(emit, joint, zeros, mechanism, mechanism.std(groups, 0.0))
+
+
+def rewrite_single(joint: JointGraph, groups: tuple[Group, ...], mechanism: Mechanism) -> None:
+    """The release of a batch of one sample: its whole gradient is the per-sample gradient, so it is clipped as it is.
+
+    No sample can mix with another, and dimensions of size one leave nothing to prove.
+    """
+    emit = Emitter(joint.graph)
+    private = {g.name: g for g in private_gradients(joint)}
+    released: Released = []
+    for group in groups:
+        nodes = [private[name].node for name in group.members]
+        weights = emit(_clip(group.bound, mechanism), *[emit(_sqnorm_of_one, n) for n in nodes])
+        released += [(private[n].position, emit(_weigh_one, private[n].node, weights)) for n in group.members]
+    _release(emit, joint, released, mechanism, mechanism.std(groups, 2.0**-20))
+
+
+def _sqnorm_of_one(gradient: Tensor) -> Tensor:
+    wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    return wide.square().sum().reshape(1)
+
+
+def _weigh_one(gradient: Tensor, weights: Tensor) -> Tensor:
+    wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    return torch.where(weights != 0, wide * weights, 0.0).reshape(gradient.shape).to(gradient.dtype)
+
+
+def private_gradients(joint: JointGraph) -> list[Gradient]:
+    """The gradients that leave the graph for a parameter, not for an input that holds samples."""
+    return [g for g in joint.gradients if joint.inputs[g.index].role != "sample"]
+
+
+def _clip(bound: float, mechanism: Mechanism) -> Callable[..., Tensor]:
+    def weights(*norms: Tensor) -> Tensor:
+        total = norms[0]
+        for norm in norms[1:]:
+            total = total + norm
+        return ops.clip_factors(total, bound, mechanism.clip_fn, mechanism.mean, mechanism.expected_batch_size)
+
+    return weights
+
+
+def _release(emit: Emitter, joint: JointGraph, released: Released, mechanism: Mechanism, std: float) -> None:
+    if mechanism.noise_multiplier > 0 and released:
+        released = _noised(emit, joint, released, mechanism, std)
+    results = list(joint.output.args[0])
+    for position, node in released:
+        results[position] = node
+    joint.output.args = (tuple(results),)
+    emit.settle()
+    joint.graph.eliminate_dead_code()
+    joint.graph.lint()
+
+
+def _noised(emit: Emitter, joint: JointGraph, released: Released, mechanism: Mechanism, std: float) -> Released:
+    """Noise from one key for the whole release; `stream` numbers its parameters."""
+    key = emit(lambda anchor: ops.draw_key(anchor, mechanism.seed), released[0][1])
+    if not mechanism.divides_by_batch:
+        return [(at, emit(_noise(stream, std), node, key)) for stream, (at, node) in enumerate(released)]
+    if isinstance(joint.batch, int):
+        std = std / max(joint.batch, 1)
+        return [(at, emit(_noise(stream, std), node, key)) for stream, (at, node) in enumerate(released)]
+    samples, dim = next(iter(joint.samples.items()))
+    return [
+        (at, emit(_noise_over_batch(stream, std, dim), node, key, samples))
+        for stream, (at, node) in enumerate(released)
+    ]
+
+
+def _noise(stream: int, std: float) -> Callable[..., Tensor]:
+    return lambda grad, key: ops.add_noise(grad, key, stream, std)
+
+
+def _noise_over_batch(stream: int, std: float, dim: int) -> Callable[..., Tensor]:
+    """Noise of deviation std / B for a batch size B that is known only at run time."""
+
+    def noised(grad: Tensor, key: Tensor, samples: Tensor) -> Tensor:
+        batch = torch.sym_max(samples.shape[dim], 1)
+        return ops.add_noise(grad * batch, key, stream, std) / batch
+
+    return noised

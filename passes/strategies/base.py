@@ -1,0 +1,91 @@
+"""What a strategy is: operands in, squared norms out; then weights in, clipped sum out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from flashdp_compile.passes.axes.domain import Batched
+from flashdp_compile.passes.axes.engine import Axes
+from flashdp_compile.passes.cost import Cost
+from flashdp_compile.passes.emit import Emitter
+from flashdp_compile.passes.points import ParameterGradient
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Nodes of one gradient after the first half of a strategy.
+
+    `sqnorm` holds the squared norms [B], float32 or wider. `finish(weights)` writes the second half: the node of
+    sum_b weights[b] * (gradient of sample b), shaped and typed as the gradient, a sample of weight 0 left out.
+    """
+
+    sqnorm: fx.Node
+    finish: Callable[[fx.Node], fx.Node]
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """`applies` says which gradients it can treat, `prepare` writes it into the graph.
+
+    `slack`: the norm of what is released may exceed the bound by this factor, at most, from rounding; the noise is
+    raised by as much.
+    """
+
+    name: str
+    applies: Callable[[ParameterGradient, Axes], bool]
+    prepare: Callable[[Emitter, Axes, ParameterGradient], Prepared]
+    cost: Callable[[ParameterGradient, Axes], Cost]
+    slack: float
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Norms and sums are at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def widened(x: Tensor) -> Tensor:
+    """Floating tensors in the dtype of accumulation, others as they are."""
+    return x.to(accumulation_dtype(x.dtype)) if x.is_floating_point() else x
+
+
+def split(x: Tensor, axis: Batched, batch: int | torch.SymInt) -> Tensor:
+    """[..., outer*B*inner, ...] -> [B, ..., outer*inner, ...]: every sample's own slice, a view where possible."""
+    outer, inner = (int(f) if not hasattr(f, "free_symbols") or f.is_number else f for f in (axis.outer, axis.inner))
+    shape = list(x.shape)
+    if outer == 1:
+        rest = shape[axis.dim] // batch if not isinstance(inner, int) else inner
+        return x.view(*shape[: axis.dim], batch, rest, *shape[axis.dim + 1 :]).movedim(axis.dim, 0)
+    if inner == 1:
+        rest = shape[axis.dim] // batch if not isinstance(outer, int) else outer
+        return x.view(*shape[: axis.dim], rest, batch, *shape[axis.dim + 1 :]).movedim(axis.dim + 1, 0)
+    first = outer if isinstance(outer, int) else shape[axis.dim] // (batch * inner)
+    last = inner if isinstance(inner, int) else shape[axis.dim] // (batch * first)
+    parts = x.view(*shape[: axis.dim], first, batch, last, *shape[axis.dim + 1 :]).movedim(axis.dim + 1, 0)
+    return parts.flatten(axis.dim + 1, axis.dim + 2)
+
+
+def weigh(values: Tensor, weights: Tensor) -> Tensor:
+    """sum_b weights[b] * values[b] for values [B, ...]; a sample of weight 0 counts as zero even if it is not finite."""
+    w = weights.view(-1, *[1] * (values.dim() - 1))
+    return torch.where(w != 0, values * w, torch.zeros((), dtype=values.dtype, device=values.device)).sum(0)
+
+
+def batch_of(values: Any, states: list[Any], axes: Axes) -> Any:
+    """B as it stands in the operands: an int, or a SymInt of the graph being traced."""
+    if isinstance(axes.joint.batch, int):
+        return axes.joint.batch
+    for value, state in zip(values, states, strict=True):
+        if isinstance(state, Batched):
+            size = value.shape[state.dim]
+            factor = state.outer * state.inner
+            if factor == 1:
+                return size
+            if isinstance(factor, (int, sympy.Integer)):
+                return size // int(factor)
+    raise AssertionError("a symbolic batch needs one operand whose other factors are known")

@@ -1,0 +1,15 @@
+"""All strategies. To add one: write it beside the others and enter it here; plan and tests find it from this list."""
+
+from flashdp_compile.passes.axes.engine import Axes
+from flashdp_compile.passes.points import ParameterGradient
+from flashdp_compile.passes.strategies.base import Strategy
+from flashdp_compile.passes.strategies.embedding import EMBEDDING, TIED
+from flashdp_compile.passes.strategies.linear import GRAM, OUTER, STORE
+from flashdp_compile.passes.strategies.materialize import MATERIALIZE
+
+STRATEGIES: tuple[Strategy, ...] = (GRAM, OUTER, STORE, EMBEDDING, TIED, MATERIALIZE)
+
+
+def candidates(gradient: ParameterGradient, axes: Axes) -> tuple[Strategy, ...]:
+    """The strategies that can treat a gradient; never empty, since materialising treats all."""
+    return tuple(s for s in STRATEGIES if s.applies(gradient, axes))

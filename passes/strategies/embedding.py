@@ -1,0 +1,98 @@
+"""Embeddings, alone and tied to the head of a language model.
+
+Alone: sum over pairs of equal ids of g_t . g_u. Tied, the table also receives the gradient of a linear layer, so
+|e + l|^2 = |e|^2 + |l|^2 + 2 <e, l>, and the cross term only needs the head's gradient at the input's ids (Ding et
+al. 2024, phantom clipping).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flashdp_compile.kernels.guard import SLACK, gamma, guarded
+from flashdp_compile.passes.axes.engine import Axes
+from flashdp_compile.passes.cost import embedding_cost, tied_cost
+from flashdp_compile.passes.emit import Emitter
+from flashdp_compile.passes.points import ParameterGradient
+from flashdp_compile.passes.strategies.base import Prepared, Strategy, widened
+from flashdp_compile.passes.strategies.operands import (
+    embedding_operands,
+    embedding_terms,
+    is_embedding,
+    linear_operands,
+    linear_terms,
+    relabelled,
+    same_relabelling,
+)
+
+ops = torch.ops.flashdp
+
+
+def _all_embeddings(gradient: ParameterGradient, axes: Axes) -> bool:
+    terms = embedding_terms(gradient)
+    return bool(terms) and all(not t.relabelling and is_embedding(t.point.node, axes) for t in terms)
+
+
+def _only_embedding(gradient: ParameterGradient, axes: Axes) -> bool:
+    return _all_embeddings(gradient, axes) and len(embedding_terms(gradient)) == len(gradient.terms or ())
+
+
+def _tied(gradient: ParameterGradient, axes: Axes) -> bool:
+    lookups, products = embedding_terms(gradient), linear_terms(gradient)
+    whole = len(lookups) + len(products) == len(gradient.terms or ())
+    return (
+        whole
+        and bool(products)
+        and _all_embeddings(gradient, axes)
+        and same_relabelling(products)
+        and products[0].relabelling in ((), (("permute", (1, 0)),))
+    )
+
+
+def _prepare_embedding(emit: Emitter, axes: Axes, gradient: ParameterGradient) -> Prepared:
+    operands = embedding_operands(gradient, axes)
+    target = gradient.gradient.node.meta["val"].dtype
+    rows = gradient.shape[0]
+
+    def weighted(weights: Tensor, *values: Tensor) -> Tensor:
+        return ops.embedding_sum(*operands.view(*values), weights, rows).to(target)
+
+    return Prepared(
+        emit(lambda *values: ops.embedding_sqnorm(*operands.view(*values)), *operands.leaves),
+        lambda weights: emit(weighted, weights, *operands.leaves),
+    )
+
+
+def _lengths(x: Tensor) -> Tensor:
+    """[B, T, d] -> [B, T], the norm of every row."""
+    return widened(x).square().sum(-1).sqrt()
+
+
+def _prepare_tied(emit: Emitter, axes: Axes, gradient: ParameterGradient) -> Prepared:
+    lookups, products = embedding_operands(gradient, axes), linear_operands(gradient, axes)
+    target = gradient.gradient.node.meta["val"].dtype
+    shape, count = gradient.shape, len(lookups.leaves)
+
+    def sqnorm(*values: Tensor) -> Tensor:
+        ids, ge = lookups.view(*values[:count])
+        left, right = products.view(*values[count:])
+        gl, x = (left, right) if not products.relabelling else (right, left)
+        own = ops.embedding_sqnorm(ids, ge) + ops.gram_sqnorm(x, [gl], [False])
+        # e and l may cancel, so the sum of the three parts carries the guard of kernels/guard.py as a whole
+        lengths = _lengths(ge).sum(1) + (_lengths(x) * _lengths(gl)).sum(1)
+        est = own + 2 * ops.tied_cross(ids, ge, x, gl)
+        return guarded(est, gamma(est.dtype, sum(shape)) * lengths.square())
+
+    def weighted(weights: Tensor, *values: Tensor) -> Tensor:
+        embedded = ops.embedding_sum(*lookups.view(*values[:count]), weights, shape[0])
+        product = ops.weighted_matmul(*products.view(*values[count:]), weights)
+        dtype = torch.promote_types(embedded.dtype, product.dtype)
+        return (embedded + relabelled(product, products.relabelling, shape, dtype)).to(target)
+
+    leaves = (*lookups.leaves, *products.leaves)
+    return Prepared(emit(sqnorm, *leaves), lambda weights: emit(weighted, weights, *leaves))
+
+
+EMBEDDING = Strategy("gram", _only_embedding, _prepare_embedding, embedding_cost, slack=SLACK)
+TIED = Strategy("gram", _tied, _prepare_tied, tied_cost, slack=SLACK)

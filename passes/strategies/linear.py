@@ -1,0 +1,64 @@
+"""Linear layers: the norm from two Gram matrices, or from the product tile by tile, or with the product kept.
+
+Sample i has x [T, d] and g [T, p]; its gradient is x^T g. Formulas and costs: docs/how-it-works.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, fx
+
+from flashdp_compile.kernels.guard import SLACK
+from flashdp_compile.passes.axes.engine import Axes
+from flashdp_compile.passes.cost import gram_cost, outer_cost, store_cost
+from flashdp_compile.passes.emit import Emitter
+from flashdp_compile.passes.points import ParameterGradient
+from flashdp_compile.passes.strategies.base import Prepared, Strategy
+from flashdp_compile.passes.strategies.operands import linear_operands, linear_terms, relabelled, same_relabelling
+
+ops = torch.ops.flashdp
+
+
+def is_linear(gradient: ParameterGradient, axes: Axes) -> bool:
+    """Whether a gradient is one matrix product, or several of one layout (a weight that is used several times)."""
+    terms = linear_terms(gradient)
+    return bool(terms) and len(terms) == len(gradient.terms or ()) and same_relabelling(terms)
+
+
+def _prepare(norm: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Emitter, Axes, ParameterGradient], Prepared]:
+    def prepare(emit: Emitter, axes: Axes, gradient: ParameterGradient) -> Prepared:
+        operands = linear_operands(gradient, axes)
+        target = gradient.gradient.node.meta["val"].dtype
+        shape = gradient.shape
+
+        def sqnorm(*values: Tensor) -> Tensor:
+            return norm(*operands.view(*values))
+
+        def weighted(weights: Tensor, *values: Tensor) -> Tensor:
+            x, g = operands.view(*values)
+            return relabelled(ops.weighted_matmul(x, g, weights), operands.relabelling, shape, target)
+
+        return Prepared(emit(sqnorm, *operands.leaves), lambda weights: emit(weighted, weights, *operands.leaves))
+
+    return prepare
+
+
+def _prepare_store(emit: Emitter, axes: Axes, gradient: ParameterGradient) -> Prepared:
+    operands = linear_operands(gradient, axes)
+    target = gradient.gradient.node.meta["val"].dtype
+    product, sqnorm = emit(lambda *values: ops.outer_store(*operands.view(*values)), *operands.leaves)
+
+    def weighted(product: Tensor, weights: Tensor) -> Tensor:
+        return relabelled(ops.product_sum(product, weights), operands.relabelling, gradient.shape, target)
+
+    def finish(weights: fx.Node) -> fx.Node:
+        return emit(weighted, product, weights)
+
+    return Prepared(sqnorm, finish)
+
+
+GRAM = Strategy("gram", is_linear, _prepare(lambda x, g: ops.gram_sqnorm(x, [g], [False])), gram_cost, slack=SLACK)
+OUTER = Strategy("outer", is_linear, _prepare(lambda x, g: ops.outer_sqnorm(x, g)), outer_cost, slack=2.0**-16)
+STORE = Strategy("store", is_linear, _prepare_store, store_cost, slack=2.0**-16)

@@ -1,0 +1,196 @@
+"""The per-sample gradient itself, [B, *shape]: exact for every accepted graph, and the reference of all others.
+
+One sample's gradient is the gradient's own subgraph with every operand cut down to that sample's slice. The subgraph
+is interpreted under vmap over those slices, so that no op needs a second, per-sample definition.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from flashdp_compile.passes.axes.domain import Batched, Reduced
+from flashdp_compile.passes.axes.engine import Axes
+from flashdp_compile.passes.cost import Cost, contracted_axes, materialize_work
+from flashdp_compile.passes.emit import Emitter
+from flashdp_compile.passes.points import ParameterGradient
+from flashdp_compile.passes.strategies.base import Prepared, Strategy, batch_of, split, weigh, widened
+
+aten, prims = torch.ops.aten, torch.ops.prims
+
+
+def prepare(emit: Emitter, axes: Axes, gradient: ParameterGradient) -> Prepared:
+    """Materialises the per-sample gradient once; the weighted sum reads it again."""
+    body, leaves, states = _subgraph(axes, gradient.gradient.node)
+    target = gradient.gradient.node.meta["val"].dtype
+    batched = [isinstance(s, Batched) for s in states]
+    known = list(zip(leaves, states, batched, strict=True))
+
+    def per_sample(*values: Any) -> Tensor:
+        batch = batch_of(values, states, axes)
+        slices = [
+            widened(split(v, s, batch)) if isinstance(s, Batched) else widened(v) if isinstance(v, Tensor) else v
+            for v, s in zip(values, states, strict=True)
+        ]
+        constants = {i: v for i, v in enumerate(slices) if not batched[i]}
+
+        def one(*own: Tensor) -> Tensor:
+            moving = iter(own)
+            environment = {(n, s): next(moving) if b else constants[i] for i, (n, s, b) in enumerate(known)}
+            return _interpret(axes, body, environment)
+
+        return torch.vmap(one)(*[v for v, b in zip(slices, batched, strict=True) if b])
+
+    def norms(values: Tensor) -> Tensor:
+        return values.square().flatten(1).sum(1) if values.dim() > 1 else values.square()
+
+    def clipped(values: Tensor, weights: Tensor) -> Tensor:
+        return weigh(values, weights.to(values.dtype)).to(target)
+
+    samples = emit(per_sample, *leaves)
+    return Prepared(
+        emit(norms, samples, key=("norms",)), lambda weights: emit(clipped, samples, weights, key=("weigh", target))
+    )
+
+
+def _subgraph(axes: Axes, root: fx.Node) -> tuple[list[fx.Node], list[fx.Node], list[Any]]:
+    """The nodes between the points and a gradient, in order; what they read; and the axis along which each is read."""
+    inside: set[fx.Node] = set()
+    queue = [root]
+    while queue:
+        node = queue.pop()
+        if node in inside or not _is_reduced(axes, node):
+            continue
+        inside.add(node)
+        queue.extend(node.all_input_nodes)
+    body = [n for n in axes.joint.graph.nodes if n in inside]
+    reads = dict.fromkeys(
+        (n, _read_axis(axes, b, n, i)) for b in body for i, n in enumerate(_operands(b)) if n not in inside
+    )
+    return body, [n for n, _ in reads], [axis for _, axis in reads]
+
+
+def _operands(node: fx.Node) -> list[fx.Node]:
+    """The values that a node reads, once for every place where it reads them."""
+    found: list[fx.Node] = []
+    fx.map_arg((node.args, node.kwargs), lambda n: found.append(n) or n)
+    return found
+
+
+def _read_axis(axes: Axes, reader: fx.Node, node: fx.Node, position: int) -> Any:
+    """The state of a value as its reader sees it: a product over the batch reads both sides along the batch."""
+    if reader.target in _PRODUCTS and any(isinstance(axes[n], Batched) for n in reader.args[:2]):
+        return contracted_axes(reader, axes)[position]
+    return axes.states.get(node)
+
+
+_PRODUCTS = (aten.mm.default, aten.bmm.default)
+
+
+def _is_reduced(axes: Axes, node: fx.Node) -> bool:
+    state = axes.states.get(node)
+    return any(isinstance(s, Reduced) for s in (state if isinstance(state, tuple) else (state,)))
+
+
+def _interpret(axes: Axes, body: list[fx.Node], values: dict[tuple[fx.Node, Any], Any]) -> Tensor:
+    """Runs the subgraph on one sample, without rounding in between."""
+    inner: dict[fx.Node, Any] = {}
+    for node in body:
+        count = iter(range(len(_operands(node))))
+
+        def value(n: fx.Node, node: fx.Node = node, count: Any = count) -> Any:
+            position = next(count)
+            return inner[n] if n in inner else values[n, _read_axis(axes, node, n, position)]
+
+        args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+        inner[node] = _SPECIAL.get(node.target, _call)(node, *args, **kwargs)
+    return inner[body[-1]]
+
+
+def _call(node: fx.Node, *args: Any, **kwargs: Any) -> Any:
+    kwargs.pop("dtype", None)  # sums and products stay in the dtype of accumulation
+    return node.target(*args, **kwargs)
+
+
+def _keep(node: fx.Node, x: Tensor, *rest: Any, **options: Any) -> Tensor:
+    return x
+
+
+def _convolution_backward(node: fx.Node, grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Any, ...]:
+    *settings, mask = rest
+    return node.target(grad, x, weight, *settings, [False, *mask[1:]])
+
+
+def _masked_index_put(node: fx.Node, table: Tensor, mask: Tensor, indices: list[Any], values: Tensor) -> Tensor:
+    """As an ordinary index_put, which vmap knows: what is masked out adds zero to row zero."""
+    rank = max(i.dim() for i in indices if i is not None)
+    inside = mask.reshape(mask.shape[:rank]) if mask.dim() > rank else mask
+    safe = [None if i is None else torch.where(inside, i, torch.zeros_like(i)) for i in indices]
+    return aten.index_put(table, safe, torch.where(mask, values, torch.zeros_like(values)), True)
+
+
+def _embedding_backward(node: fx.Node, grad: Tensor, ids: Tensor, rows: Any, padding: int, scale: bool) -> Tensor:
+    table = torch.zeros(rows, grad.shape[-1], dtype=grad.dtype, device=grad.device)
+    kept = torch.where((ids != padding).unsqueeze(-1), grad, torch.zeros_like(grad))
+    return aten.index_put(table, [ids], kept, True)
+
+
+def _index_put(node: fx.Node, table: Tensor, indices: list[Any], values: Tensor, accumulate: bool = False) -> Tensor:
+    return aten.index_put(table, indices, values, accumulate)
+
+
+def _trilinear(
+    node: fx.Node,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    new_a: list[int],
+    new_b: list[int],
+    new_c: list[int],
+    dims: list[int],
+    *_: Any,
+) -> Tensor:
+    factors = []
+    for tensor, new in ((a, new_a), (b, new_b), (c, new_c)):
+        for dim in sorted(new):
+            tensor = tensor.unsqueeze(dim)
+        factors.append(tensor)
+    return (factors[0] * factors[1] * factors[2]).sum(dims)
+
+
+def _weight_norm_backward(
+    node: fx.Node, grad: Tensor, v: Tensor, g: Tensor, norms: Tensor, dim: int
+) -> tuple[Tensor, Tensor]:
+    """w = g v / |v|, the norm over all dimensions but `dim` (Salimans and Kingma 2016, equation 3)."""
+    others = [d for d in range(v.dim()) if d != dim]
+    along = (grad * v).sum(others, keepdim=True) / norms
+    return g / norms * (grad - v * along / norms), along
+
+
+_SPECIAL: dict[Any, Any] = {
+    aten._trilinear.default: _trilinear,
+    aten._weight_norm_interface_backward.default: _weight_norm_backward,
+    operator.getitem: lambda node, x, i: x[i],
+    prims.convert_element_type.default: _keep,
+    aten._to_copy.default: _keep,
+    aten.convolution_backward.default: _convolution_backward,
+    aten.index_put.default: _index_put,
+    aten._unsafe_index_put.default: _index_put,
+    aten.embedding_dense_backward.default: _embedding_backward,
+}
+if hasattr(prims, "fma"):
+    _SPECIAL[prims.fma.default] = lambda node, a, b, c: a * b + c
+if hasattr(aten, "_unsafe_masked_index_put_accumulate"):
+    _SPECIAL[aten._unsafe_masked_index_put_accumulate.default] = _masked_index_put
+
+
+def cost(gradient: ParameterGradient, axes: Axes) -> Cost:
+    """Reads every operand once, multiplies if the points do, writes [B, *shape] and reads it twice."""
+    work = materialize_work(gradient, axes)
+    return Cost(work.flops + 3 * work.result, work.bytes + 12 * work.result, 4 * work.result)
+
+
+MATERIALIZE = Strategy("materialize", lambda gradient, axes: True, prepare, cost, slack=2.0**-20)
