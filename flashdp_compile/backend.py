@@ -1,0 +1,101 @@
+"""The dynamo backend: what `torch.compile(model, backend="flashdp")` calls with every graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import fx
+
+from flashdp_compile import compat
+from flashdp_compile.debug import writer
+from flashdp_compile.errors import FlashDPError, InternalError, Refusal
+from flashdp_compile.options import Options
+from flashdp_compile.passes.capture import describe_inputs
+from flashdp_compile.pipeline import FlashDPPass
+from flashdp_compile.runtime import clipping, guard, noise
+
+
+@guard.mark_backend
+def backend(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Compiles one graph so that every parameter gradient that leaves it is clipped per sample and noised.
+
+    `options` and `mode` are those of `torch.compile`; see `flashdp_compile.options.Options`.
+
+    Raises:
+        OptionError: an option is unknown or not allowed.
+        Refusal, InputError: the graph cannot be proved to keep samples apart.
+    """
+    guard.install()
+    try:
+        return _compile(gm, example_inputs, Options.parse(options, mode))
+    except FlashDPError:
+        raise
+    except compat.RestartAnalysis:
+        raise
+    except Exception as error:
+        inner = _flashdp_cause(error)
+        if inner is not None:
+            raise inner from None
+        raise InternalError(
+            f"compiling with flashdp failed ({type(error).__name__}: {error}). Nothing was released. If plain "
+            "torch.compile accepts this model, this is a bug in flashdp_compile."
+        ) from error
+
+
+def _flashdp_cause(error: BaseException | None) -> FlashDPError | None:
+    while error is not None:
+        if isinstance(error, FlashDPError):
+            return error
+        error = getattr(error, "inner_exception", None) or error.__cause__
+    return None
+
+
+def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+    inputs = describe_inputs(gm.graph, options.public_inputs)
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    parameters = {
+        i.name: p
+        for n, i in zip(placeholders, inputs, strict=True)
+        if i.role == "parameter" and (p := compat.live_tensor(n)) is not None
+    }
+    guard.protect(parameters)
+    devices = {p.device for p in parameters.values()}
+    for device in devices:
+        clipping.prepare(device)
+        if options.noise_multiplier > 0:
+            noise.prepare(device, options.seed)
+    _refuse_foreign_hooks()
+    label = compat.graph_label(gm)
+    report = writer(options.debug_folder, label) if options.debug_folder is not None else None
+    rewriting = FlashDPPass(inputs, options, report)
+    compiled = (
+        compat.compile_with_interpreter(gm, example_inputs, rewriting)
+        if options.compiler == "eager"
+        else compat.compile_with_inductor(gm, example_inputs, rewriting, options.mode, options.inductor)
+    )
+    return guard.wrap(compiled, guard.ReleaseInfo(label=label))
+
+
+def _refuse_foreign_hooks() -> None:
+    found = compat.configured_graph_hooks()
+    if found:
+        raise Refusal(
+            f"torch._inductor.config.{found[0]} is set: such a pass sees the graph at or after the point where flashdp "
+            "has proved it and could undo the proof. Unset it, or compile the private model without it."
+        )
+
+
+def reset() -> None:
+    """Called by torch._dynamo.reset(): compiled code is gone, so receipts and seeded noise start again."""
+    guard.reset()
+    noise.reset()
+
+
+backend.reset = reset  # type: ignore[attr-defined]

@@ -1,0 +1,136 @@
+"""The passes in order: capture, axes, points, plan, rewrite, verify."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from torch import fx
+
+import flashdp_compile.kernels
+import flashdp_compile.passes
+from flashdp_compile.compat import CustomGraphPass, versions
+from flashdp_compile.errors import FlashDPError, InternalError
+from flashdp_compile.options import Options
+from flashdp_compile.passes.axes.engine import Axes, propagate
+from flashdp_compile.passes.axes.rules_flashdp import register_runtime_ops
+from flashdp_compile.passes.capture import Input, JointGraph, capture
+from flashdp_compile.passes.dump import graph_text
+from flashdp_compile.passes.groups import form_groups
+from flashdp_compile.passes.plan import Plan, make_plan
+from flashdp_compile.passes.points import ParameterGradient, find_points
+from flashdp_compile.passes.rewrite import Mechanism, private_gradients, rewrite, rewrite_empty, rewrite_single
+from flashdp_compile.passes.verify import Before, verify
+from flashdp_compile.runtime import clipping, noise  # noqa: F401  registers the ops that the rewrite inserts
+
+register_runtime_ops()
+
+
+@dataclass
+class Record:
+    """What each pass found in one joint graph, as far as it came. `before` is the text of the joint graph."""
+
+    options: Options
+    inputs: tuple[Input, ...]
+    joint: JointGraph | None = None
+    axes: Axes | None = None
+    gradients: tuple[ParameterGradient, ...] = ()
+    plan: Plan | None = None
+    verified: Axes | None = None
+    before: str = ""
+    error: Exception | None = None
+
+
+def mechanism_of(options: Options) -> Mechanism:
+    """The fields of `Options` that say how clipped sums become releases."""
+    return Mechanism(
+        options.noise_multiplier,
+        options.clip_fn,
+        options.loss_reduction == "mean",
+        options.expected_batch_size,
+        options.seed,
+    )
+
+
+def analyse(graph: fx.Graph, record: Record) -> None:
+    """Everything up to the plan, entered into `record`; the graph is not changed."""
+    options = record.options
+    record.joint = capture(graph, record.inputs, options.batch_dim)
+    if record.joint is None:
+        return
+    if record.joint.batch in (0, 1):  # nothing to prove: see rewrite_empty and rewrite_single
+        names = [g.name for g in private_gradients(record.joint)]
+        record.plan = Plan(form_groups(names, options.clipping, options.max_grad_norm), {})
+        return
+    record.axes = propagate(record.joint)
+    record.gradients = find_points(record.axes)
+    record.plan = make_plan(
+        record.gradients, record.axes, options.clipping, options.max_grad_norm, options.norm_strategy
+    )
+
+
+def run(graph: fx.Graph, record: Record) -> None:
+    """All passes on one joint graph, in place. A graph without backward is left alone: it releases no gradient."""
+    analyse(graph, record)
+    if record.joint is None or record.plan is None:
+        return
+    mechanism = mechanism_of(record.options)
+    if record.axes is None:
+        whole_batch = rewrite_single if record.joint.batch == 1 else rewrite_empty
+        whole_batch(record.joint, record.plan.groups, mechanism)
+        return
+    before = Before.of(record.joint, {g.gradient.position for g in record.gradients})
+    rewrite(record.axes, record.plan, mechanism)
+    record.verified = verify(record.joint, record.plan, before, mechanism.noise_multiplier > 0)
+
+
+class FlashDPPass(CustomGraphPass):
+    """The pipeline as the one pass that Inductor runs on the joint graph, before any of its own."""
+
+    def __init__(
+        self, inputs: tuple[Input, ...], options: Options, report: Callable[[Record], None] | None = None
+    ) -> None:
+        self._inputs, self._options, self._report = inputs, options, report
+
+    def __call__(self, graph: fx.Graph) -> None:
+        record = Record(self._options, self._inputs, before=graph_text(graph) if self._report else "")
+        try:
+            run(graph, record)
+        except FlashDPError as error:
+            record.error = error
+            raise
+        except Exception as error:
+            record.error = error
+            # some exceptions would make dynamo fall back to eager code; none of ours may
+            raise InternalError(
+                f"flashdp failed on this graph ({type(error).__name__}: {error}); nothing was compiled. "
+                "This is a bug in flashdp_compile: please report it with the model."
+            ) from error
+        finally:
+            if self._report is not None:
+                self._report(record)
+
+    def uuid(self) -> Any:
+        """The key of compile caches: sources, versions, policy and inputs. None, no caching, while debugging."""
+        if self._options.debug:
+            return None
+        described = [(i.name, i.role) for i in self._inputs]
+        key = json.dumps([self._options.policy(), described, sources_digest(), versions()], sort_keys=True)
+        return hashlib.sha256(key.encode()).hexdigest()
+
+
+@cache
+def sources_digest() -> str:
+    """A hash over all sources of flashdp_compile: what a cached graph was made by."""
+    digest = hashlib.sha256()
+    for module in (flashdp_compile, flashdp_compile.kernels, flashdp_compile.passes):
+        root = Path(module.__file__ or "").parent
+        for path in sorted(root.rglob("*.py")):
+            digest.update(str(path.relative_to(root)).encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()

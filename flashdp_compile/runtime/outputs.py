@@ -1,0 +1,83 @@
+"""Issues receipts: finds the autograd node of a compiled call and marks what its backward hands to the parameters."""
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashdp_compile.compat import COMPILED_BACKWARD, hidden_from_dynamo, next_node_number, node_number
+from flashdp_compile.runtime.release import LEDGER, Release, ReleaseInfo
+from flashdp_compile.runtime.watch import Watch, watch
+
+
+def wrap(compiled: Callable[..., Any], info: ReleaseInfo) -> Callable[..., Any]:
+    """`compiled`, with a receipt issued for every backward through its outputs. What the backend returns."""
+
+    @functools.wraps(compiled, updated=())  # the name only: flags such as boxed calling do not hold for `run`
+    def run(*args: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return compiled(*args)
+        since = next_node_number()
+        outputs = compiled(*args)
+        watch_outputs(outputs, info, since)
+        return outputs
+
+    return run
+
+
+def watch_outputs(outputs: Any, info: ReleaseInfo, since: int) -> None:
+    """Hooks the compiled autograd node behind `outputs`, a tensor or a sequence, if there is one.
+
+    `since` is compat.next_node_number() from before the call. Only younger nodes are looked at: an output may be a view
+    of an input, and the history of that input may well contain a compiled backward that is not ours.
+    """
+    stack: list[Any] = []
+    for output in (outputs,) if isinstance(outputs, Tensor) else outputs:
+        if isinstance(output, Tensor) and output.grad_fn is not None:
+            stack.append(output.grad_fn)
+    seen: set[Any] = set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen or node_number(node) < since:
+            continue
+        seen.add(node)
+        if node.name() == COMPILED_BACKWARD:
+            _hook(node, info)
+        else:  # a view of an output, made again outside the graph
+            stack.extend(function for function, _ in node.next_functions)
+
+
+def _hook(node: Any, info: ReleaseInfo) -> None:
+    """Watches the parameters that `node` sends gradients to, and has each run of it announce them.
+
+    Only an nn.Parameter gets receipts: the rewrite clips the gradients of parameters and of nothing else, so a plain
+    tensor that requires a gradient would receive it unprotected.
+    """
+    targets = []
+    for index, (function, _) in enumerate(node.next_functions):
+        parameter = getattr(function, "variable", None)  # only AccumulateGrad has one
+        if isinstance(parameter, nn.Parameter):
+            watched = watch(parameter, protected=True)
+            if watched is not None:
+                targets.append((index, parameter, watched))
+    if targets:
+        # autograd's own graph holds these parameters as long as it holds the node, so this prolongs nothing
+        node.register_hook(functools.partial(_released, info, targets))
+
+
+@hidden_from_dynamo
+def _released(
+    info: ReleaseInfo,
+    targets: Sequence[tuple[int, Tensor, Watch]],
+    grad_inputs: Sequence[Tensor | None],
+    grad_outputs: Iterable[Tensor | None],
+) -> None:
+    release: Release | None = None
+    for index, parameter, watched in targets:
+        grad = grad_inputs[index]
+        if grad is not None:
+            if release is None:
+                release = LEDGER.open(info)
+            watched.announce(parameter, grad, release)

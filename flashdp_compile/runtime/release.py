@@ -1,0 +1,68 @@
+"""A release: one run of one compiled backward, whose parameter gradients leave it clipped and noised.
+
+Each release spends privacy once, with its own sample clipping, its own noise and its own division by the expected
+batch size. The accountant counts steps, so an optimizer step must consist of exactly one release.
+"""
+
+import itertools
+import threading
+import time
+from dataclasses import dataclass, field
+
+from flashdp_compile.compat import backward_number
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReleaseInfo:
+    """What the messages say about a compiled graph.
+
+    `label` names it in the user's terms, for example "GPT.forward (model.py:41)". `graph_break` says why dynamo ended
+    the graph where it did; empty when the backend does not know of a break.
+    """
+
+    label: str
+    graph_break: str = ""
+
+
+@dataclass(eq=False, slots=True)
+class Release:
+    """One run of a compiled backward. `peers` are all releases of the same call of backward(), this one included."""
+
+    info: ReleaseInfo
+    number: int
+    backward: int
+    time: float
+    peers: list["Release"] = field(repr=False)
+
+
+class Ledger:
+    """Opens releases and counts them. One per process; safe to use from autograd's device threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._numbers = itertools.count(1)
+        self._last: Release | None = None
+        self.epoch = 0
+
+    def open(self, info: ReleaseInfo) -> Release:
+        """A new release, listed with those that the running call of backward() has already made."""
+        backward = backward_number()
+        with self._lock:
+            last = self._last
+            peers = last.peers if last is not None and last.backward == backward != -1 else []
+            release = Release(info, next(self._numbers), backward, time.time(), peers)
+            release.peers.append(release)
+            self._last = release
+        return release
+
+    def count(self) -> int:
+        """How many releases were made in this process."""
+        return 0 if self._last is None else self._last.number
+
+    def void(self) -> None:
+        """Ends an epoch: receipts from before it no longer count. The number of releases goes on."""
+        with self._lock:
+            self.epoch += 1
+
+
+LEDGER = Ledger()

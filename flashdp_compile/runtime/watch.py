@@ -1,0 +1,177 @@
+"""Follows what is in one parameter's p.grad: a single untouched release, or anything else.
+
+The watch of a parameter is stored as a tensor hook of that parameter and nowhere else. So it lives exactly as long as
+the parameter, is found through it, needs no table of addresses, and is called in every backward pass, compiled or not,
+even though autograd makes and drops the AccumulateGrad node of a parameter as it likes.
+
+A release is recognised on its way by a weak reference to the gradient tensor and its version counter. Another
+contribution to the same parameter in the same backward changes one of the two: autograd's input buffer either makes a
+new tensor or adds in place, which raises the version. No strong reference is kept, as AccumulateGrad copies a
+gradient that somebody else holds instead of taking it.
+"""
+
+import enum
+import weakref
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from flashdp_compile.compat import eager_switches, hidden_from_dynamo
+from flashdp_compile.runtime.release import LEDGER, Release
+
+
+class Fault(enum.Enum):
+    """Why a gradient is not exactly one release."""
+
+    PLAIN = enum.auto()  # made by a backward that flashdp did not compile
+    MIXED = enum.auto()  # a release plus something else within one backward
+    STALE = enum.auto()  # a release added onto a gradient of unknown origin
+    ACCUMULATED = enum.auto()  # a release added onto an earlier release
+    REPLACED = enum.auto()  # p.grad was assigned after the backward
+    STEPPED = enum.auto()  # the release was already used by a step
+    VOID = enum.auto()  # receipts were cleared by torch._dynamo.reset()
+    GRAPHS = enum.auto()  # one backward ran several compiled graphs
+    BACKWARDS = enum.auto()  # the parameters of one step hold releases of several backwards
+
+
+class Content:
+    """What is known of one gradient tensor: made by `release`, or at fault; possibly added onto `earlier`."""
+
+    __slots__ = ("grad", "release", "fault", "causes", "earlier", "dirty", "epoch", "stepped")
+
+    def __init__(self, grad: Tensor, release: Release | None, fault: Fault | None, causes: tuple[str, ...]) -> None:
+        self.grad = weakref.ref(grad)
+        self.release = release
+        self.fault = fault
+        self.causes = causes
+        self.earlier: Content | None = None
+        self.dirty: Tensor | None = None  # a device flag: was the tensor nonzero before the release was added?
+        self.epoch = LEDGER.epoch
+        self.stepped = False
+
+
+class Pending:
+    """A gradient that a compiled backward has just handed to autograd, on its way to the parameter."""
+
+    __slots__ = ("grad", "version", "release", "earlier", "dirty")
+
+    def __init__(self, grad: Tensor, release: Release, earlier: Content | None, dirty: Tensor | None) -> None:
+        self.grad = weakref.ref(grad)
+        self.version = grad._version
+        self.release = release
+        self.earlier = earlier
+        self.dirty = dirty
+
+
+class Watch:
+    """The hooks and the state of one parameter. Being called as tensor hook, it sees the summed incoming gradient.
+
+    `protected`: the parameter is flashdp's, so every optimizer that holds it is guarded. A parameter that is merely
+    watched only shares an optimizer with such a one, and is free again in an optimizer of its own.
+    """
+
+    __slots__ = ("name", "protected", "pending", "arriving", "content")
+
+    def __init__(self, name: str | None) -> None:
+        self.name = name
+        self.protected = False
+        self.pending: Pending | None = None
+        self.arriving: Pending | Fault = Fault.PLAIN
+        self.content: Content | None = None
+
+    def announce(self, parameter: Tensor, grad: Tensor, release: Release) -> None:
+        """Called by the compiled node: `grad` is `release`'s gradient of `parameter`, not yet accumulated."""
+        base = parameter.grad
+        if base is None:
+            self.pending = Pending(grad, release, None, None)
+            return
+        content = self.content
+        if content is not None and content.grad() is not base:
+            content = None
+        if content is not None and content.dirty is not None:
+            resolve([content])
+        # zero_grad(set_to_none=False) leaves zeros: whether it did is asked on the device and read at the step
+        dirty = base.detach().any() if base.layout == torch.strided else torch.ones((), dtype=torch.bool)
+        self.pending = Pending(grad, release, content, dirty)
+
+    @hidden_from_dynamo
+    def __call__(self, grad: Tensor) -> None:
+        pending, self.pending = self.pending, None
+        if pending is None:
+            self.arriving = Fault.PLAIN
+        elif pending.grad() is grad and pending.version == grad._version:
+            self.arriving = pending
+        else:
+            self.arriving = Fault.MIXED
+
+    @hidden_from_dynamo
+    def accumulated(self, parameter: Tensor) -> None:
+        """Called after autograd has stored or added the incoming gradient."""
+        arriving, self.arriving = self.arriving, Fault.PLAIN
+        grad = parameter.grad
+        if grad is None:  # another hook has taken it away
+            self.content = None
+        elif isinstance(arriving, Fault):
+            self.content = Content(grad, None, arriving, tuple(eager_switches()))
+        else:
+            self.content = content = Content(grad, arriving.release, None, ())
+            content.earlier, content.dirty = arriving.earlier, arriving.dirty
+
+    def judge(self, grad: Tensor) -> Content | Fault:
+        """The content of p.grad, `grad`, if it is exactly one release; else why it may not be stepped on."""
+        content = self.content
+        if content is None:
+            return Fault.PLAIN
+        if content.grad() is not grad:
+            return Fault.REPLACED
+        if content.dirty is not None:
+            resolve([content])
+        if content.fault is not None:
+            return content.fault
+        return Fault.VOID if content.epoch != LEDGER.epoch else content
+
+    def forget(self) -> None:
+        """Drops all receipts; the parameter stays watched."""
+        self.pending, self.arriving, self.content = None, Fault.PLAIN, None
+
+
+def resolve(contents: Iterable[Content]) -> None:
+    """Settles what was in p.grad before each release was added: nothing but zeros, or a fault. One sync per device."""
+    by_device: dict[torch.device, list[Content]] = {}
+    for content in contents:
+        if content.dirty is not None:
+            by_device.setdefault(content.dirty.device, []).append(content)
+    for group in by_device.values():
+        flags = torch.stack([content.dirty for content in group if content.dirty is not None]).tolist()
+        for content, dirty in zip(group, flags, strict=True):
+            earlier, content.earlier, content.dirty = content.earlier, None, None
+            if not dirty or content.fault is not None:
+                continue
+            content.fault = Fault.STALE if earlier is None else earlier.fault or Fault.ACCUMULATED
+            content.causes = () if earlier is None else earlier.causes
+
+
+def find(parameter: Tensor) -> Watch | None:
+    """The watch of a parameter, if it has one."""
+    hooks = parameter._backward_hooks
+    if hooks:
+        for hook in hooks.values():
+            if type(hook) is Watch:
+                return hook
+    return None
+
+
+def watch(parameter: Tensor, name: str | None = None, *, protected: bool) -> Watch | None:
+    """Makes sure that `parameter` is watched; None when it cannot have a gradient (frozen, or not a leaf)."""
+    found = find(parameter)
+    if found is None:
+        if not (parameter.requires_grad and parameter.is_leaf):
+            return None
+        found = Watch(name)
+        parameter.register_hook(found)
+        parameter.register_post_accumulate_grad_hook(found.accumulated)
+    elif name is not None and found.name is None:
+        found.name = name
+    found.protected |= protected
+    return found
