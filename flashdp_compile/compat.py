@@ -50,7 +50,6 @@ __all__ = [
     "UnwrappedCompilerError",
     "backward_number",
     "compile_calls",
-    "compiled_with_flashdp",
     "detect_fake_mode",
     "eager_switches",
     "fallbacks",

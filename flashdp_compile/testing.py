@@ -36,13 +36,13 @@ def on_joint_graph(
 
         return partitioned_backend(stop)(gm, example_inputs)
 
-    torch._dynamo.reset()
+    torch.compiler.reset()
     try:
         torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)(*args, **kwargs)
     except _Stop:
         pass
     finally:
-        torch._dynamo.reset()
+        torch.compiler.reset()
     if not result:
         raise RuntimeError("the model was not compiled for training: does any parameter require a gradient?")
     return result[0]

@@ -76,7 +76,7 @@ _PART = re.compile(r"_(?:modules|parameters|buffers)\['([^']+)'\]|\['([^']+)'\]|
 
 
 def friendly_name(source: str) -> str:
-    """`L['self']._modules['fc']._parameters['weight']` -> `fc.weight`, `L['x']` -> `x`, `L['batch']['ids']` -> `batch.ids`."""
+    """`L['self']._modules['fc']._parameters['weight']` -> `fc.weight`, `L['x']` -> `x`, `L['b']['ids']` -> `b.ids`."""
     parts = [next(g for g in m.groups() if g is not None) for m in _PART.finditer(source)]
     if len(parts) > 2 and parts[1] == "kwargs":
         parts = parts[1:]  # dynamo's frame packs keyword arguments; their user calls them by name

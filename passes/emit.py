@@ -50,9 +50,7 @@ class Emitter:
                 elif node.op == "output":
                     return fx.map_arg(node.args[0], lambda n: mapping[n])
                 elif node.op == "get_attr":
-                    raise AssertionError(
-                        "a rewrite may not capture tensors: nothing of one process may enter the graph"
-                    )
+                    raise AssertionError("a rewrite may not capture tensors: they belong to one process")
                 else:
                     mapping[node] = self.graph.node_copy(node, lambda n: mapping[n])
         raise AssertionError("a traced graph ends in an output")
@@ -77,14 +75,11 @@ def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
     seen: set[int] = set()
     result = []
     for value in values:
-        repeated = isinstance(value, torch.Tensor) and id(value) in seen
-        same_layout = (
-            torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
-            if repeated
-            else value
-        )
-        result.append(same_layout)
-        seen.add(id(value))
+        own = id(value)
+        if isinstance(value, torch.Tensor) and own in seen:
+            value = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+        result.append(value)
+        seen.add(own)
     return tuple(result)
 
 

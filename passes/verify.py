@@ -1,4 +1,4 @@
-"""The finished graph, judged again: what leaves it as a gradient is a clipped sum, with noise, and nothing else changed.
+"""The finished graph, judged again: every gradient that leaves it is a clipped sum with noise, all else is as it was.
 
 The axes pass runs a second time, over the rewritten graph. It knows clip weights by the node that made them and follows
 them through products and sums, so a gradient whose samples are not all weighted by its own group's weights is found,

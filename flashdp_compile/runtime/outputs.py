@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from flashdp_compile.compat import COMPILED_BACKWARD, hidden_from_dynamo, next_node_number, node_number
@@ -17,8 +16,6 @@ def wrap(compiled: Callable[..., Any], info: ReleaseInfo) -> Callable[..., Any]:
 
     @functools.wraps(compiled, updated=())  # the name only: flags such as boxed calling do not hold for `run`
     def run(*args: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return compiled(*args)
         since = next_node_number()
         outputs = compiled(*args)
         watch_outputs(outputs, info, since)

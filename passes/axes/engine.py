@@ -23,6 +23,7 @@ import flashdp_compile.passes.axes.rules_index
 import flashdp_compile.passes.axes.rules_matmul
 import flashdp_compile.passes.axes.rules_reduce
 import flashdp_compile.passes.axes.rules_views  # noqa: F401
+from flashdp_compile.compat import OpOverload
 from flashdp_compile.passes.axes.domain import (
     CONSTANT,
     ZERO,
@@ -132,7 +133,7 @@ def _every(node: fx.Node, state: State) -> Any:
 
 def _constant(node: fx.Node, given: list[State]) -> Any:
     """Zero if the op creates zeros, or only moves or weakly combines zeros."""
-    if isinstance(node.target, torch._ops.OpOverload):
+    if isinstance(node.target, OpOverload):
         name = node.target._opname
         creates_zero = name in ("zeros", "zeros_like", "new_zeros")
         creates_zero |= (name == "full" and node.args[1] == 0) or (name == "scalar_tensor" and node.args[0] == 0)
@@ -203,7 +204,7 @@ def _refuse_mixing(joint: JointGraph, node: fx.Node, culprit: fx.Node, state: Re
     reason = (
         f"{node.target} joins per-sample values with a value computed from the whole batch ({state})"
         if mean is None
-        else f"the loss is divided by a count over the whole batch ({state}), so every sample's loss depends on the others"
+        else f"the loss is divided by a count over the whole batch ({state}), so each sample's loss depends on all"
     )
     refuse(node, joint, reason, _COUNT_FIX if mean else _MIX_FIX)
 

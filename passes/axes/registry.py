@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
+from flashdp_compile.compat import OpOverload
 from flashdp_compile.passes.axes.domain import Reduced
 
-Op = torch._ops.OpOverload
 Rule = Callable[..., Any]
 RULES: dict[Any, Rule] = {}
 LINEAR: dict[Any, Callable[..., bool]] = {}
@@ -80,6 +80,6 @@ def first_reduced(first: Any, *rest: Any, **options: Any) -> bool:
 def lookup(op: Any) -> Rule | None:
     """The rule of an op. Every op that torch itself tags as pointwise shares one rule unless it has its own."""
     found = RULES.get(op)
-    if found is None and isinstance(op, Op) and torch.Tag.pointwise in op.tags:
+    if found is None and isinstance(op, OpOverload) and torch.Tag.pointwise in op.tags:
         found = RULES[torch.ops.aten.add.Tensor]
     return found

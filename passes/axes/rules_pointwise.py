@@ -109,6 +109,10 @@ no_data(
     "aten.new_full",
     "aten.new_empty",
     "aten.new_empty_strided",
+    "aten.sym_size",
+    "aten.sym_stride",
+    "aten.sym_numel",
+    "aten.sym_storage_offset",
 )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from flashdp_compile.compat import size_expression
+from flashdp_compile.compat import OpOverload, size_expression
 from flashdp_compile.passes.axes.domain import (
     ZERO,
     Batched,
@@ -289,7 +289,7 @@ def triangle(site: Site, x: Batched, diagonal: int = 0) -> State:
 
 def is_structural(op: Any) -> bool:
     """Whether an op only moves elements, so that a zero constant stays zero."""
-    return isinstance(op, torch._ops.OpOverload) and op.namespace in ("aten", "prims") and op._opname in _STRUCTURAL
+    return isinstance(op, OpOverload) and op.namespace in ("aten", "prims") and op._opname in _STRUCTURAL
 
 
 _STRUCTURAL = frozenset(

@@ -71,7 +71,7 @@ def split(x: Tensor, axis: Batched, batch: int | torch.SymInt) -> Tensor:
 
 
 def weigh(values: Tensor, weights: Tensor) -> Tensor:
-    """sum_b weights[b] * values[b] for values [B, ...]; a sample of weight 0 counts as zero even if it is not finite."""
+    """sum_b weights[b] * values[b] for values [B, ...]; a sample of weight 0 counts as zero, finite or not."""
     w = weights.view(-1, *[1] * (values.dim() - 1))
     return torch.where(w != 0, values * w, torch.zeros((), dtype=values.dtype, device=values.device)).sum(0)
 
