@@ -32,7 +32,6 @@ def backend(
         OptionError: an option is unknown or not allowed.
         Refusal, InputError: the graph cannot be proved to keep samples apart.
     """
-    guard.install()
     try:
         return _compile(gm, example_inputs, Options.parse(options, mode))
     except FlashDPError:
@@ -92,10 +91,6 @@ def _refuse_foreign_hooks() -> None:
         )
 
 
-def reset() -> None:
-    """Called by torch._dynamo.reset(): compiled code is gone, so receipts and seeded noise start again."""
-    guard.reset()
-    noise.reset()
-
-
-backend.reset = reset  # type: ignore[attr-defined]
+# torch._dynamo.reset() calls this. Noise goes on where it was: a seeded stream that started again would repeat itself.
+backend.reset = guard.reset  # type: ignore[attr-defined]
+guard.install()

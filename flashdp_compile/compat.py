@@ -101,6 +101,24 @@ def source_name(placeholder: torch.fx.Node) -> str | None:
     return name() if callable(name) else name
 
 
+def is_argument(placeholder: torch.fx.Node) -> bool:
+    """Whether an input is an argument of the compiled call (or lies inside one), as opposed to an attribute of a
+    module, a global, or a variable of an enclosing function. 2.11, 2.13."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    if source is None:
+        return False
+    guard = source.guard_source() if callable(source.guard_source) else source.guard_source
+    root = source
+    while getattr(root, "base", None) is not None:
+        root = root.base
+    return guard.name == "LOCAL" and not getattr(root, "is_derefed_cell_contents", False)
+
+
+def is_python_float(placeholder: torch.fx.Node) -> bool:
+    """Whether an input is a Python float that dynamo passes as a tensor of no dimensions. 2.11, 2.13."""
+    return getattr(placeholder.meta.get("grapharg"), "is_tensor", True) is False
+
+
 def trace(function: Callable[..., Any], arguments: tuple[Any, ...]) -> torch.fx.GraphModule:
     """The aten graph of `function` on fake tensors, decomposed as Inductor decomposes."""
     from torch._inductor.decomposition import select_decomp_table
@@ -207,8 +225,8 @@ def fallbacks() -> list[str]:
     for code in filter(None, (reference() for reference in input_codes.seen)):
         if len(_debug_get_cache_entry_list(code)) >= config.recompile_limit:
             found.append(
-                f"{code.co_name} ({code.co_filename}:{code.co_firstlineno}) was compiled {config.recompile_limit} times, "
-                "the recompile limit: other calls run eagerly. TORCH_LOGS=recompiles tells why"
+                f"{code.co_name} ({code.co_filename}:{code.co_firstlineno}) was compiled {config.recompile_limit} "
+                "times, the recompile limit: other calls run eagerly. TORCH_LOGS=recompiles tells why"
             )
     for reason in [*counters["graph_break"]][:1]:
         found.append(f"dynamo broke a graph: {str(reason).strip().splitlines()[0]}")

@@ -23,7 +23,7 @@ from flashdp_compile.passes.capture import Input, JointGraph, capture
 from flashdp_compile.passes.dump import graph_text
 from flashdp_compile.passes.groups import form_groups
 from flashdp_compile.passes.plan import Plan, make_plan
-from flashdp_compile.passes.points import ParameterGradient, find_points
+from flashdp_compile.passes.points import ParameterGradient, check_single, find_points
 from flashdp_compile.passes.rewrite import Mechanism, private_gradients, rewrite, rewrite_empty, rewrite_single
 from flashdp_compile.passes.verify import Before, verify
 from flashdp_compile.runtime import clipping, noise  # noqa: F401  registers the ops that the rewrite inserts
@@ -65,6 +65,8 @@ def analyse(graph: fx.Graph, record: Record) -> None:
         return
     if record.joint.batch in (0, 1):  # nothing to prove: see rewrite_empty and rewrite_single
         names = [g.name for g in private_gradients(record.joint)]
+        if record.joint.batch == 1:
+            check_single(record.joint)
         record.plan = Plan(form_groups(names, options.clipping, options.max_grad_norm), {})
         return
     record.axes = propagate(record.joint)

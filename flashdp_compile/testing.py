@@ -10,6 +10,7 @@ from torch import fx
 
 from flashdp_compile.compat import UnwrappedCompilerError, partitioned_backend
 from flashdp_compile.passes.capture import Input, JointGraph, capture, describe_inputs
+from flashdp_compile.runtime import noise
 
 
 class _Stop(UnwrappedCompilerError):
@@ -46,6 +47,11 @@ def on_joint_graph(
     if not result:
         raise RuntimeError("the model was not compiled for training: does any parameter require a gradient?")
     return result[0]
+
+
+def replay_noise() -> None:
+    """Starts the noise of every seed again, as in a new process. Two runs with one seed then get the same noise."""
+    noise.reset()
 
 
 def joint_graph(

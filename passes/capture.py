@@ -20,13 +20,15 @@ from flashdp_compile.compat import (
     InputMutationAOTOutput,
     PlainAOTInput,
     TangentAOTInput,
+    is_argument,
+    is_python_float,
     size_expression,
     source_name,
 )
 from flashdp_compile.errors import InputError, Refusal
 from flashdp_compile.passes.axes.domain import Size, same
 
-Role = Literal["parameter", "buffer", "public", "sample", "size"]
+Role = Literal["parameter", "buffer", "public", "sample", "size", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,12 @@ def friendly_name(source: str) -> str:
 
 
 def describe_inputs(graph: fx.Graph, public_inputs: Sequence[str]) -> tuple[Input, ...]:
-    """The inputs of dynamo's graph in order. A tensor is a parameter, a buffer, declared public, or samples."""
+    """The inputs of dynamo's graph in order.
+
+    A tensor is a parameter, a buffer, declared public, or, as an argument of the compiled call, samples. Any other (an
+    attribute of a module, a global, a variable of an enclosing function) could hold anything, earlier samples too: its
+    role is unknown, and `capture` asks for it to be declared.
+    """
     return tuple(_describe(n, public_inputs) for n in graph.nodes if n.op == "placeholder")
 
 
@@ -97,12 +104,12 @@ def _describe(node: fx.Node, public_inputs: Sequence[str]) -> Input:
     name = friendly_name(source) if source else node.name
     if not isinstance(value, torch.Tensor):
         return Input(name, "size")
-    role: Role = "sample"
+    role: Role = "sample" if is_argument(node) else "unknown"
     if isinstance(value, torch.nn.Parameter):
         role = "parameter"
     elif source and re.search(r"\._buffers\['[^']+'\]$", source):
         role = "buffer"
-    elif any(fnmatch.fnmatchcase(name, p) for p in public_inputs):
+    elif is_python_float(node) or any(fnmatch.fnmatchcase(name, p) for p in public_inputs):
         role = "public"
     shape = tuple(str(size_expression(s)) for s in value.shape)
     return Input(name, role, shape, str(value.dtype).removeprefix("torch."))
@@ -141,6 +148,8 @@ def capture(graph: fx.Graph, inputs: tuple[Input, ...], batch_dim: int) -> Joint
                 "Tensor subclasses and inputs that are views of one another are not supported: pass plain tensors."
             )
         described[node] = inputs[description.idx]
+        if described[node].role == "unknown":
+            raise InputError(_undeclared(described[node]))
         if described[node].role == "sample":
             samples[node] = batch_dim
         elif described[node].role == "parameter":
@@ -163,6 +172,9 @@ def capture(graph: fx.Graph, inputs: tuple[Input, ...], batch_dim: int) -> Joint
             mutated[node] = inputs[of.idx].name if isinstance(of, PlainAOTInput) else str(of)
         else:
             outputs.append(node)
+    for node in graph.nodes:  # mutations that torch kept in the graph
+        if node.target is torch.ops.aten.copy_.default and node.args[0] in described:
+            mutated.setdefault(node.args[1], described[node.args[0]].name)
     return JointGraph(graph, inputs, batch, samples, parameters, tangents, tuple(gradients), tuple(outputs), mutated)
 
 
@@ -195,6 +207,15 @@ def _batch_size(samples: dict[fx.Node, Input], batch_dim: int) -> Size:
                 )
             )
     return batch
+
+
+def _undeclared(described: Input) -> str:
+    return (
+        f"flashdp cannot tell what tensor '{described.name}' [{', '.join(described.shape)}] holds: it is neither an "
+        "argument of the compiled call nor a parameter or buffer of the model. If it holds samples, pass it as an "
+        f"argument. If it holds no private data, declare it: options={{'public_inputs': ['{described.name}']}}, or "
+        "register it as a buffer."
+    )
 
 
 def _undecided(described: Input, problem: str, batch_dim: int) -> str:

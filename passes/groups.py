@@ -52,7 +52,7 @@ def _group_of(name: str, clipping: str | Mapping[str, str]) -> str:
     if clipping == "flat":
         return "all"
     if clipping == "per_layer":
-        return name.rpartition(".")[0] or name
+        return name.rpartition(".")[0] or "(root)"
     assert isinstance(clipping, Mapping)
     return _match(name, clipping, "clipping")
 

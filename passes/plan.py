@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import sympy
 
@@ -14,6 +14,8 @@ from flashdp_compile.passes.groups import Group, form_groups
 from flashdp_compile.passes.points import ParameterGradient
 from flashdp_compile.passes.strategies.base import Strategy
 from flashdp_compile.passes.strategies.catalogue import candidates
+from flashdp_compile.passes.strategies.linear import GRAM
+from flashdp_compile.passes.strategies.shared import same_input
 
 # stands for a symbolic size that has no value yet (an unbacked batch) when choices are compared
 TYPICAL_SIZE = 64
@@ -31,10 +33,11 @@ class Choice:
 
 @dataclass(frozen=True)
 class Plan:
-    """Groups in order, and the choices of each group's members."""
+    """Groups in order, the choices of each group's members, and which of these share one Gram matrix of an input."""
 
     groups: tuple[Group, ...]
     choices: dict[str, tuple[Choice, ...]]
+    shared: dict[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
 
     @property
     def slack(self) -> float:
@@ -55,15 +58,19 @@ def make_plan(
     for gradient in gradients:
         by_name.setdefault(gradient.name, []).append(gradient)
     hints = _hints(axes)
-    return Plan(
-        groups,
-        {
-            group.name: tuple(
-                _choose(g, axes, norm_strategy, hints) for name in group.members for g in by_name.pop(name, [])
-            )
-            for group in groups
-        },
-    )
+    choices = {
+        group.name: tuple(
+            _choose(g, axes, norm_strategy, hints) for name in group.members for g in by_name.pop(name, [])
+        )
+        for group in groups
+    }
+    shared = {
+        name: tuple(
+            tuple(g.name for g in run) for run in same_input([c.gradient for c in chosen if c.strategy is GRAM], axes)
+        )
+        for name, chosen in choices.items()
+    }
+    return Plan(groups, choices, shared)
 
 
 def _hints(axes: Axes) -> dict[sympy.Symbol, int]:

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from flashdp_compile.passes.axes.domain import CONSTANT, Batched, Constant, Mixed, PointKey, Reduced
+from flashdp_compile.passes.axes.domain import Batched, Constant, Mixed, PointKey, Reduced
 from flashdp_compile.passes.axes.engine import Axes
-from flashdp_compile.passes.capture import Gradient
+from flashdp_compile.passes.capture import Gradient, JointGraph
 from flashdp_compile.passes.refuse import refuse
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -114,19 +114,29 @@ def _refuse_gradient(axes: Axes, gradient: Gradient, state: Any) -> None:
 
 def _check_mutations(axes: Axes) -> None:
     """Buffers that remember samples would carry them into later steps, past every clipping."""
-    mutated = dict(axes.joint.mutated)
-    for node in axes.joint.graph.nodes:
-        if node.target is aten.copy_.default and node.args[0].op == "placeholder":
-            mutated.setdefault(node.args[1], node.args[0].name)
-    for node, name in mutated.items():
+    for node, name in axes.joint.mutated.items():
         state = axes[node]
-        if state != CONSTANT and not isinstance(state, Constant):
+        if not isinstance(state, Constant):
             refuse(
                 node,
                 axes.joint,
                 f"{name} is updated from the samples of this batch ({state})",
-                "running statistics cannot be kept privately: use GroupNorm or LayerNorm, or BatchNorm in eval mode",
+                _RUNNING_FIX,
             )
+
+
+def check_single(joint: JointGraph) -> None:
+    """For a batch of one sample, where nothing else is proved: no buffer may remember the sample."""
+    touched = set(joint.samples) | set(joint.tangents)
+    for node in joint.graph.nodes:
+        if any(n in touched for n in node.all_input_nodes):
+            touched.add(node)
+    for node, name in joint.mutated.items():
+        if node in touched:
+            refuse(node, joint, f"{name} is updated from the samples of this batch", _RUNNING_FIX)
+
+
+_RUNNING_FIX = "running statistics cannot be kept privately: use GroupNorm or LayerNorm, or BatchNorm in eval mode"
 
 
 def _point(axes: Axes, key: PointKey, gradient: Gradient) -> Point:

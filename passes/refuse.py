@@ -44,8 +44,8 @@ def affected(node: fx.Node, joint: JointGraph) -> str:
                 queue.append(user)
     names = [g.name for g in joint.gradients if g.node in reached]
     if not names:
-        return "no gradient directly; the value flows into the outputs"
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        return "all parameters, through the outputs that it flows into"
+    return "the gradients of " + ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def refuse(node: fx.Node, joint: JointGraph, reason: str, fix: str) -> NoReturn:
@@ -54,7 +54,7 @@ def refuse(node: fx.Node, joint: JointGraph, reason: str, fix: str) -> NoReturn:
         "flashdp cannot prove that samples are independent\n"
         f"  where    {user_line(node)}\n"
         f"  what     {node.target}: {reason}\n"
-        f"  affects  the gradients of {affected(node, joint)}\n"
+        f"  affects  {affected(node, joint)}\n"
         "  why      clipping one sample's gradient would not bound what that sample changes\n"
         f"  to do    {fix or 'rewrite this step so that every sample is treated alone'}"
     )

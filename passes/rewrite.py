@@ -18,6 +18,9 @@ from flashdp_compile.passes.capture import Gradient, JointGraph
 from flashdp_compile.passes.emit import Emitter
 from flashdp_compile.passes.groups import Group, sensitivity
 from flashdp_compile.passes.plan import Plan
+from flashdp_compile.passes.points import ParameterGradient
+from flashdp_compile.passes.strategies.base import Prepared
+from flashdp_compile.passes.strategies.shared import prepare_shared
 
 ops = torch.ops.flashdp
 Released = list[tuple[int, fx.Node]]
@@ -49,10 +52,21 @@ def rewrite(axes: Axes, plan: Plan, mechanism: Mechanism) -> None:
     emit = Emitter(axes.joint.graph)
     released: Released = []
     for group in plan.groups:
-        prepared = [(c.gradient, c.strategy.prepare(emit, axes, c.gradient)) for c in plan.choices[group.name]]
-        weights = emit(_clip(group.bound, mechanism), *[p.sqnorm for _, p in prepared])
+        prepared = _prepare(emit, axes, plan, group.name)
+        norms = [p.sqnorm for _, p in prepared if p.sqnorm is not None]
+        weights = emit(_clip(group.bound, mechanism), *norms)
         released += [(g.gradient.position, p.finish(weights)) for g, p in prepared]
     _release(emit, axes.joint, released, mechanism, mechanism.std(plan.groups, plan.slack))
+
+
+def _prepare(emit: Emitter, axes: Axes, plan: Plan, group: str) -> list[tuple[ParameterGradient, Prepared]]:
+    """The first half of every strategy of a group; inputs that layers share are treated once."""
+    choices = {c.gradient.name: c for c in plan.choices[group]}
+    prepared: list[tuple[ParameterGradient, Prepared]] = []
+    for run in plan.shared.get(group, ()):
+        gradients = [choices.pop(name).gradient for name in run]
+        prepared += zip(gradients, prepare_shared(emit, axes, gradients), strict=True)
+    return prepared + [(c.gradient, c.strategy.prepare(emit, axes, c.gradient)) for c in choices.values()]
 
 
 def rewrite_empty(joint: JointGraph, groups: tuple[Group, ...], mechanism: Mechanism) -> None:

@@ -14,6 +14,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# float32 means float32 on a GPU too: its convolutions would otherwise round their operands to TF32.
+torch.backends.cudnn.allow_tf32 = False
+
 # An empty compile cache: a test that counts compilations must not see those of an earlier run. Set the variable to
 # a folder of your own to keep the cache between runs.
 if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:

@@ -59,11 +59,11 @@ def check(optimizer: Optimizer, *, stepped_too: bool = False, closure: bool = Fa
     `stepped_too` only asks that every gradient be a release, used or not, and uses up none.
     """
     pairs = [(parameter, find(parameter)) for group in optimizer.param_groups for parameter in group["params"]]
-    if not any(watched is not None and watched.protected for _, watched in pairs):
+    if all(watched is None for _, watched in pairs):
         if _is_public(optimizer, len(pairs)):
             return
-    # one optimizer, one rule: what is trained beside a protected parameter is watched from here on
-    pairs = [(parameter, find(parameter) or watch(parameter, protected=False)) for parameter, _ in pairs]
+        pairs = [(parameter, find(parameter)) for parameter, _ in pairs]
+    # one optimizer, one rule: what is trained beside a watched parameter must be a release too
     resolve(watched.content for _, watched in pairs if watched is not None and watched.content is not None)
 
     faults: dict[Fault, list[int]] = {}
@@ -146,7 +146,7 @@ def _is_public(optimizer: Optimizer, size: int) -> bool:
     for module in _modules():
         for name, parameter in module.named_parameters():
             public = public and id(parameter) not in mine
-            watch(parameter, name, protected=True)
+            watch(parameter, name)
     if public:
         _public[optimizer] = state
     return public

@@ -53,7 +53,7 @@ def protect(named_parameters: Mapping[str, Tensor]) -> None:
     to name all parameters of the model, those outside of the compiled region too.
     """
     for name, parameter in named_parameters.items():
-        watch(parameter, name, protected=True)
+        watch(parameter, name)
 
 
 def releases() -> int:

@@ -56,7 +56,7 @@ def _hook(node: Any, info: ReleaseInfo) -> None:
     for index, (function, _) in enumerate(node.next_functions):
         parameter = getattr(function, "variable", None)  # only AccumulateGrad has one
         if isinstance(parameter, nn.Parameter):
-            watched = watch(parameter, protected=True)
+            watched = watch(parameter)
             if watched is not None:
                 targets.append((index, parameter, watched))
     if targets:

@@ -67,15 +67,13 @@ class Pending:
 class Watch:
     """The hooks and the state of one parameter. Being called as tensor hook, it sees the summed incoming gradient.
 
-    `protected`: the parameter is flashdp's, so every optimizer that holds it is guarded. A parameter that is merely
-    watched only shares an optimizer with such a one, and is free again in an optimizer of its own.
+    Only flashdp's parameters have one: every optimizer that holds a watched parameter is guarded.
     """
 
-    __slots__ = ("name", "protected", "pending", "arriving", "content")
+    __slots__ = ("name", "pending", "arriving", "content")
 
     def __init__(self, name: str | None) -> None:
         self.name = name
-        self.protected = False
         self.pending: Pending | None = None
         self.arriving: Pending | Fault = Fault.PLAIN
         self.content: Content | None = None
@@ -162,7 +160,7 @@ def find(parameter: Tensor) -> Watch | None:
     return None
 
 
-def watch(parameter: Tensor, name: str | None = None, *, protected: bool) -> Watch | None:
+def watch(parameter: Tensor, name: str | None = None) -> Watch | None:
     """Makes sure that `parameter` is watched; None when it cannot have a gradient (frozen, or not a leaf)."""
     found = find(parameter)
     if found is None:
@@ -173,5 +171,4 @@ def watch(parameter: Tensor, name: str | None = None, *, protected: bool) -> Wat
         parameter.register_post_accumulate_grad_hook(found.accumulated)
     elif name is not None and found.name is None:
         found.name = name
-    found.protected |= protected
     return found

@@ -23,7 +23,7 @@ import flashdp_compile.passes.axes.rules_index
 import flashdp_compile.passes.axes.rules_matmul
 import flashdp_compile.passes.axes.rules_reduce
 import flashdp_compile.passes.axes.rules_views  # noqa: F401
-from flashdp_compile.compat import OpOverload
+from flashdp_compile.compat import OpOverload, size_expression
 from flashdp_compile.passes.axes.domain import (
     CONSTANT,
     ZERO,
@@ -182,16 +182,15 @@ def _apply(joint: JointGraph, node: fx.Node, states: States) -> Any:
 
 def _checked(joint: JointGraph, node: fx.Node, state: Any) -> Any:
     """A claimed batch dimension must have the size outer*B*inner; whatever slipped through a rule stops here."""
-    values = node.meta["val"]
-    several = isinstance(values, (tuple, list))
-    for value, claim in zip(values if several else [values], state if several else [state], strict=True):
+    values, claims = node.meta["val"], state
+    if not isinstance(values, (tuple, list)):
+        values, claims = (values,), (claims,)
+    for value, claim in zip(values, claims, strict=True):
         if not isinstance(claim, Batched) or not isinstance(value, torch.Tensor):
             continue
-        sizes = Site(node, joint.batch).shape(node) if not several else None
-        size = sizes[claim.dim] if sizes and claim.dim < len(sizes) else None
-        if sizes is not None and (
-            size is None or claim.dim < 0 or not same(size, product([claim.outer, joint.batch, claim.inner]))
-        ):
+        sizes = [size_expression(s) for s in value.shape]
+        inside = 0 <= claim.dim < len(sizes)
+        if not inside or not same(sizes[claim.dim], product([claim.outer, joint.batch, claim.inner])):
             refuse(node, joint, f"its result has lost the samples (claimed {claim}, sizes {sizes})", _LOST_FIX)
     return state
 
@@ -202,7 +201,7 @@ _LOST_FIX = "keep the batch a dimension of its own"
 def _refuse_mixing(joint: JointGraph, node: fx.Node, culprit: fx.Node, state: Reduced | Mixed) -> None:
     mean = "its divisor is a count over the batch" if _is_count(culprit) else None
     reason = (
-        f"{node.target} joins per-sample values with a value computed from the whole batch ({state})"
+        f"it joins per-sample values with a value computed from the whole batch ({state})"
         if mean is None
         else f"the loss is divided by a count over the whole batch ({state}), so each sample's loss depends on all"
     )

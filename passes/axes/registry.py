@@ -78,8 +78,9 @@ def first_reduced(first: Any, *rest: Any, **options: Any) -> bool:
 
 
 def lookup(op: Any) -> Rule | None:
-    """The rule of an op. Every op that torch itself tags as pointwise shares one rule unless it has its own."""
+    """The rule of an op. Torch's own ops that it tags as pointwise share one rule unless they have their own."""
     found = RULES.get(op)
-    if found is None and isinstance(op, OpOverload) and torch.Tag.pointwise in op.tags:
+    builtin = isinstance(op, OpOverload) and op.namespace in ("aten", "prims")
+    if found is None and builtin and torch.Tag.pointwise in op.tags:
         found = RULES[torch.ops.aten.add.Tensor]
     return found

@@ -21,11 +21,12 @@ from flashdp_compile.passes.points import ParameterGradient
 class Prepared:
     """Nodes of one gradient after the first half of a strategy.
 
-    `sqnorm` holds the squared norms [B], float32 or wider. `finish(weights)` writes the second half: the node of
-    sum_b weights[b] * (gradient of sample b), shaped and typed as the gradient, a sample of weight 0 left out.
+    `sqnorm` holds the squared norms [B], float32 or wider; None where another gradient's holds them as well.
+    `finish(weights)` writes the second half: the node of sum_b weights[b] * (gradient of sample b), shaped and typed as
+    the gradient, a sample of weight 0 left out.
     """
 
-    sqnorm: fx.Node
+    sqnorm: fx.Node | None
     finish: Callable[[fx.Node], fx.Node]
 
 

@@ -27,20 +27,23 @@ def is_linear(gradient: ParameterGradient, axes: Axes) -> bool:
     return bool(terms) and len(terms) == len(gradient.terms or ()) and same_relabelling(terms)
 
 
+def weighted_product(emit: Emitter, axes: Axes, gradient: ParameterGradient) -> Callable[[fx.Node], fx.Node]:
+    """The second half of every strategy that keeps the factors: one product with the weights in it."""
+    operands = linear_operands(gradient, axes)
+    target = gradient.gradient.node.meta["val"].dtype
+
+    def weighted(weights: Tensor, *values: Tensor) -> Tensor:
+        x, g = operands.view(*values)
+        return relabelled(ops.weighted_matmul(x, g, weights), operands.relabelling, gradient.shape, target)
+
+    return lambda weights: emit(weighted, weights, *operands.leaves)
+
+
 def _prepare(norm: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Emitter, Axes, ParameterGradient], Prepared]:
     def prepare(emit: Emitter, axes: Axes, gradient: ParameterGradient) -> Prepared:
         operands = linear_operands(gradient, axes)
-        target = gradient.gradient.node.meta["val"].dtype
-        shape = gradient.shape
-
-        def sqnorm(*values: Tensor) -> Tensor:
-            return norm(*operands.view(*values))
-
-        def weighted(weights: Tensor, *values: Tensor) -> Tensor:
-            x, g = operands.view(*values)
-            return relabelled(ops.weighted_matmul(x, g, weights), operands.relabelling, shape, target)
-
-        return Prepared(emit(sqnorm, *operands.leaves), lambda weights: emit(weighted, weights, *operands.leaves))
+        sqnorm = emit(lambda *values: norm(*operands.view(*values)), *operands.leaves)
+        return Prepared(sqnorm, weighted_product(emit, axes, gradient))
 
     return prepare
 

@@ -1,0 +1,188 @@
+"""Convolutions: every option of the layer, pooling, and patches."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo.case import Case, Model, Sizes, register
+from zoo.problems import classification, floats, regression
+
+
+@register(equal=True)
+def conv1d(n: Sizes) -> Case:
+    return regression(lambda: nn.Conv1d(n.width, n.out, 3, padding=1), floats(n.width, n.time), (n.out, n.time))
+
+
+@register()
+def conv1d_strided_without_bias(n: Sizes) -> Case:
+    return regression(lambda: nn.Conv1d(n.width, n.out, 3, stride=2, bias=False), floats(n.width, 9), (n.out, 4))
+
+
+@register()
+def conv1d_causal_and_dilated(n: Sizes) -> Case:
+    """Padded on the left only."""
+    return regression(
+        lambda: Model(lambda m, x: m.conv(F.pad(x, (4, 0))), conv=nn.Conv1d(n.width, n.out, 3, dilation=2)),
+        floats(n.width, n.time),
+        (n.out, n.time),
+    )
+
+
+@register("peer")
+def conv1d_grouped(n: Sizes) -> Case:
+    return regression(lambda: nn.Conv1d(n.width, 4, 3, groups=2), floats(n.width, 7), (4, 5))
+
+
+@register()
+def conv1d_pointwise_on_tokens(n: Sizes) -> Case:
+    """Kernel size 1: a linear in disguise."""
+    return regression(
+        lambda: Model(lambda m, x: m.conv(x.mT).mT, conv=nn.Conv1d(n.width, n.out, 1)),
+        floats(n.time, n.width),
+        (n.time, n.out),
+    )
+
+
+@register()
+def conv2d(n: Sizes) -> Case:
+    return regression(
+        lambda: nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 2, (1, 3))),
+        floats(2, 4, 5),
+        (2, 4, 3),
+    )
+
+
+@register()
+def conv2d_of_equal_sizes(n: Sizes) -> Case:
+    """Batch, channels in and out, height and width are all 8."""
+    return regression(lambda: nn.Conv2d(8, 8, 3, padding=1), floats(8, 8, 8), (8, 8, 8), batch_sizes=(8,))
+
+
+@register()
+def conv2d_strided(n: Sizes) -> Case:
+    return regression(lambda: nn.Conv2d(2, 3, 3, stride=2, padding=1), floats(2, 6, 6), (3, 3, 3))
+
+
+@register()
+def conv2d_dilated(n: Sizes) -> Case:
+    return regression(lambda: nn.Conv2d(2, 3, 3, dilation=2, bias=False), floats(2, 6, 6), (3, 2, 2))
+
+
+@register("peer")
+def conv2d_grouped(n: Sizes) -> Case:
+    return regression(lambda: nn.Conv2d(4, 6, 3, groups=2), floats(4, 5, 5), (6, 3, 3))
+
+
+@register("peer")
+def conv2d_depthwise_then_pointwise(n: Sizes) -> Case:
+    return regression(
+        lambda: nn.Sequential(nn.Conv2d(3, 6, 3, groups=3, padding=1), nn.GELU(), nn.Conv2d(6, 2, 1)),
+        floats(3, 4, 4),
+        (2, 4, 4),
+    )
+
+
+@register("peer")
+def conv2d_same_padding(n: Sizes) -> Case:
+    """An even kernel pads the two sides differently."""
+    return regression(lambda: nn.Conv2d(2, 3, (2, 4), padding="same"), floats(2, 5, 5), (3, 5, 5))
+
+
+@register("peer")
+def conv2d_circular_padding(n: Sizes) -> Case:
+    return regression(lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"), floats(2, 5, 5), (3, 5, 5))
+
+
+@register("peer", "may_refuse")
+def conv2d_reflect_padding(n: Sizes) -> Case:
+    return regression(lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"), floats(2, 5, 5), (3, 5, 5))
+
+
+@register("peer")
+def conv2d_used_twice(n: Sizes) -> Case:
+    return regression(
+        lambda: Model(lambda m, x: m.conv(m.conv(x).tanh()), conv=nn.Conv2d(2, 2, 3, padding=1)),
+        floats(2, 4, 4),
+        (2, 4, 4),
+    )
+
+
+@register("peer")
+def conv2d_weight_frozen(n: Sizes) -> Case:
+    def build() -> nn.Module:
+        conv = nn.Conv2d(2, 3, 3)
+        conv.weight.requires_grad_(False)
+        return conv
+
+    return regression(build, floats(2, 4, 4), (3, 2, 2))
+
+
+@register("peer", "may_refuse")
+def conv2d_transposed(n: Sizes) -> Case:
+    return regression(
+        lambda: nn.Sequential(nn.Conv2d(2, 3, 2, stride=2), nn.ConvTranspose2d(3, 2, 2, stride=2)),
+        floats(2, 4, 4),
+        (2, 4, 4),
+    )
+
+
+@register("may_refuse")
+def conv3d(n: Sizes) -> Case:
+    return regression(lambda: nn.Conv3d(2, 3, 2), floats(2, 3, 3, 3), (3, 2, 2, 2))
+
+
+@register("may_refuse")
+def image_classifier(n: Sizes) -> Case:
+    """Convolution, group norm, max pooling, average pooling, linear."""
+    return classification(
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.ReLU(inplace=True), nn.MaxPool2d(2),
+            nn.Conv2d(4, 6, 3, padding=1), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, n.vocab),
+        ),
+        floats(1, 6, 6),
+        n.vocab,
+    )  # fmt: skip
+
+
+@register()
+def global_mean_of_features(n: Sizes) -> Case:
+    return classification(
+        lambda: Model(
+            lambda m, x: m.head(m.conv(x).relu().mean((2, 3))), conv=nn.Conv2d(2, 4, 3), head=nn.Linear(4, n.vocab)
+        ),
+        floats(2, 5, 5),
+        n.vocab,
+    )
+
+
+@register(equal=True)
+def patches_by_convolution(n: Sizes) -> Case:
+    """The front of a vision transformer: a convolution as wide as its stride, then tokens."""
+    return regression(
+        lambda: Model(
+            lambda m, x: m.fc(m.patch(x).flatten(2).transpose(1, 2)),
+            patch=nn.Conv2d(1, n.width, 2, stride=2),
+            fc=nn.Linear(n.width, n.out),
+        ),
+        floats(1, 4, 2 * n.time // 2),
+        (2 * (n.time // 2), n.out),
+    )
+
+
+@register()
+def patches_by_reshape(n: Sizes) -> Case:
+    """The same front without a convolution: [B, 1, 4, 6] -> [B, 6, 4] by view and permute."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        patches = x.unflatten(2, (2, 2)).unflatten(4, (3, 2)).permute(0, 2, 4, 1, 3, 5)
+        return m.fc(patches.reshape(x.shape[0], 6, 4))
+
+    return regression(lambda: Model(forward, fc=nn.Linear(4, n.out)), floats(1, 4, 6), (6, n.out))
+
+
+@register("may_refuse")
+def unfolded_convolution(n: Sizes) -> Case:
+    """A convolution written as unfold and matmul."""
+    return regression(
+        lambda: Model(lambda m, x: m.w @ F.unfold(x, 2), w=nn.Parameter(torch.randn(3, 8))), floats(2, 3, 3), (3, 4)
+    )

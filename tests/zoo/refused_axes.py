@@ -1,0 +1,153 @@
+"""Refused: samples multiplied with samples, and views that cut the batch axis."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from zoo.adversarial import SIZE, TIME, WIDTH, cube, refuse, refuse_layer, rows, sequences, square
+from zoo.case import Model
+
+
+@refuse_layer("contrastive_products", rows, "mm", "matmul", "product")
+def _(fc, x):
+    y = fc(x)
+    return y @ y.T
+
+
+@refuse_layer(
+    "clip_style_logits", lambda: (torch.randn(SIZE, WIDTH), torch.randn(SIZE, WIDTH)), "mm", "matmul", "product"
+)
+def _(fc, a, b):
+    return (fc(a) @ fc(b).T).logsumexp(1)
+
+
+@refuse_layer("two_views_then_contrast", rows, "mm", "matmul", "product", "cat")
+def _(fc, x):
+    """SimCLR: two views stacked along the batch, then all pairs."""
+    y = F.normalize(fc(torch.cat([x, x.tanh()], 0)), dim=-1)
+    return (y @ y.T).logsumexp(1)
+
+
+@refuse_layer("plus_its_transpose", square, "transpose", "permute", "add", "axes", "axis")
+def _(fc, x):
+    """At B = d the shapes agree: sample i meets feature i of every other sample."""
+    y = fc(x)
+    return y + y.T
+
+
+@refuse_layer("outer_products_over_the_batch", cube, "bmm", "product", "axes", "axis")
+def _(fc, x):
+    return torch.bmm(fc(x).transpose(0, 2), x.transpose(0, 2))
+
+
+@refuse_layer("attention_over_the_batch", cube, "attention")
+def _(fc, x):
+    y = fc(x).transpose(0, 1)
+    return F.scaled_dot_product_attention(y, y, y)
+
+
+@refuse_layer("attention_over_the_batch_2d", rows, "attention", "mm", "product", "softmax")
+def _(fc, x):
+    """[B, d] taken as one sequence of B tokens."""
+    y = fc(x)
+    return (y @ y.T).softmax(-1) @ y
+
+
+@refuse_layer("covariance_of_the_batch", rows, "mm", "matmul", "product", "sum", "mean")
+def _(fc, x):
+    """Decorrelation as in Barlow twins: a [d, d] matrix summed over samples, then squared."""
+    y = fc(x)
+    return (y.T @ y).square().sum()
+
+
+@refuse_layer("distances_between_samples", rows, "cdist", "sub", "axes", "axis", "mm")
+def _(fc, x):
+    y = fc(x)
+    return (y[:, None] - y[None]).square().sum(-1)
+
+
+@refuse_layer("convolution_over_the_batch", rows, "convolution", "conv")
+def _(fc, x):
+    """The samples as the steps of one sequence."""
+    return F.conv1d(fc(x).T[None], x.new_ones(1, WIDTH, 3), padding=1)[0]
+
+
+@refuse_layer("interpolated_over_the_batch", rows, "pool", "upsample", "mean", "view", "squeeze")
+def _(fc, x):
+    return F.avg_pool1d(fc(x).T[None], 2)[0]
+
+
+@refuse_layer("recurrence_over_the_batch", rows, "unbind", "select", "slice", "split", "index")
+def _(fc, x):
+    """Each sample's state starts where the sample before it ended."""
+    states = [fc(x[0])]
+    for i in range(1, SIZE):
+        states.append(fc(x[i] + states[-1].tanh()))
+    return torch.stack(states)
+
+
+refuse(
+    "experts_on_the_batch_axis",
+    lambda: Model(lambda m, x: torch.bmm(x, m.experts), experts=nn.Parameter(torch.randn(SIZE, WIDTH, 3))),
+    sequences,
+    *("batch", "bmm", "expert"),
+    mixes=False,
+)
+refuse(
+    "parameter_with_a_row_per_sample",
+    lambda: Model(lambda m, x: x * m.scale, scale=nn.Parameter(torch.randn(SIZE, 1))),
+    rows,
+    *("batch", "mul"),
+    mixes=False,
+)
+refuse(
+    "positions_on_the_batch_axis",
+    lambda: Model(
+        lambda m, x: m.fc(x) + m.positions(torch.arange(x.shape[0], device=x.device)),
+        fc=nn.Linear(WIDTH, WIDTH),
+        positions=nn.Embedding(SIZE, WIDTH),
+    ),
+    rows,
+    *("batch", "embedding", "iota", "arange", "add"),
+    mixes=False,
+)
+refuse(
+    "embedding_scaled_by_frequency",
+    lambda: nn.Embedding(7, WIDTH, scale_grad_by_freq=True),
+    lambda: (torch.randint(0, 3, (SIZE, TIME)),),
+    *("scale_grad_by_freq", "freq", "count", "embedding", "index_put"),
+)
+refuse(
+    "group_norm_with_samples_as_channels",
+    lambda: Model(lambda m, x: m.norm(m.fc(x)[None]), fc=nn.Linear(WIDTH, WIDTH), norm=nn.GroupNorm(2, SIZE)),
+    rows,
+    *("var_mean", "norm", "batch", "view", "mean"),
+)
+
+
+@refuse_layer("time_and_batch_swapped_by_view", sequences, "view", "reshape", "cut")
+def _(fc, x):
+    """[B, T, d] read as [T, B, d] without a transpose, then averaged over what is not time."""
+    return fc(x).view(TIME, SIZE, WIDTH).tanh().mean(0)
+
+
+@refuse_layer("two_samples_as_one_sequence", sequences, "view", "reshape", "cut")
+def _(fc, x):
+    """Packing: pairs of samples become one long sequence, whose tokens are averaged."""
+    return fc(x).reshape(SIZE // 2, 2 * TIME, WIDTH).tanh().mean(1)
+
+
+@refuse_layer("samples_as_features", rows, "view", "reshape", "cut", "permute", "transpose", "mm", "axis")
+def _(fc, x):
+    return fc(fc(x).T.reshape(SIZE, WIDTH))
+
+
+@refuse_layer("batch_folded_into_features", square, "view", "reshape", "cut", "mm", "layer_norm", "var_mean", "mean")
+def _(fc, x):
+    return F.layer_norm(fc(x).reshape(1, -1), [SIZE * SIZE])
+
+
+@refuse_layer("tokens_of_the_batch_flattened_and_pooled", sequences, "view", "reshape", "cut", "slice", "unflatten")
+def _(fc, x):
+    """Windows of three tokens on a time axis of four: every other window spans two samples."""
+    return fc(x).reshape(-1, 3, WIDTH).tanh().mean(1)
