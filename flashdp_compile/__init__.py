@@ -11,8 +11,8 @@ from typing import Any
 from flashdp_compile._version import __version__
 
 _PUBLIC = {
-    "backend": "flashdp_compile.backend",
-    "explain": "flashdp_compile.explain",
+    "backend": "flashdp_compile.dynamo_backend",
+    "explain": "flashdp_compile.explanation",
     "Options": "flashdp_compile.options",
     "nonfinite_samples": "flashdp_compile.runtime.clipping",
     "FlashDPError": "flashdp_compile.errors",

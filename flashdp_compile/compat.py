@@ -20,6 +20,8 @@ from torch._dispatch.python import enable_python_dispatcher
 
 # Raised through a backend to make dynamo trace again, no failure. 2.11, 2.13.
 # Errors of this class pass through torch.compile without being wrapped in BackendCompilerFailed. 2.11, 2.13.
+# RestartAnalysis is raised through a backend to make dynamo trace again; it is no failure. 2.11, 2.13.
+from torch._dynamo.exc import RestartAnalysis
 from torch._dynamo.exc import ShortenTraceback as UnwrappedCompilerError
 
 # What an input or output of a joint graph stands for. 2.11, 2.13.
@@ -42,6 +44,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 __all__ = [
     "COMPILED_BACKWARD",
+    "CustomGraphPass",
+    "RestartAnalysis",
     "GradAOTOutput",
     "InputMutationAOTOutput",
     "OpOverload",
@@ -308,6 +312,8 @@ _GRAPH_HOOKS = (
     "post_grad_custom_pre_pass",
     "post_grad_custom_post_pass",
     "custom_partitioner_fn",
+    "_pre_fusion_custom_pass",
+    "_post_fusion_custom_pass",
 )
 
 

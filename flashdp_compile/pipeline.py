@@ -21,6 +21,7 @@ from flashdp_compile.passes.axes.engine import Axes, propagate
 from flashdp_compile.passes.axes.rules_flashdp import register_runtime_ops
 from flashdp_compile.passes.capture import Input, JointGraph, capture
 from flashdp_compile.passes.dump import graph_text
+from flashdp_compile.passes.expanded import own_memory
 from flashdp_compile.passes.groups import form_groups
 from flashdp_compile.passes.plan import Plan, make_plan
 from flashdp_compile.passes.points import ParameterGradient, check_single, find_points
@@ -85,9 +86,11 @@ def run(graph: fx.Graph, record: Record) -> None:
     if record.axes is None:
         whole_batch = rewrite_single if record.joint.batch == 1 else rewrite_empty
         whole_batch(record.joint, record.plan.groups, mechanism)
+        own_memory(graph)
         return
     before = Before.of(record.joint, {g.gradient.position for g in record.gradients})
     rewrite(record.axes, record.plan, mechanism)
+    own_memory(graph)
     record.verified = verify(record.joint, record.plan, before, mechanism.noise_multiplier > 0)
 
 

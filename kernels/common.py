@@ -1,6 +1,6 @@
 """Small helpers that all families share: dtypes, layouts, launching."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,11 +20,16 @@ def widen(*operands: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.to(dtype) for t in operands)
 
 
-def sample_products(x: Tensor, g: Tensor, samples: Iterable[int] | None = None) -> Iterator[tuple[int, Tensor]]:
-    """(b, x_b^T g_b) one sample at a time, so that whoever asks gets the same bits and B x d x p is never held."""
-    for b in range(x.shape[0]) if samples is None else samples:
-        wide_x, wide_g = widen(x[b], g[b])
-        yield b, wide_x.mT @ wide_g
+PRODUCTS_AT_A_TIME = 1 << 22  # elements: 16 MB in float32
+
+
+def sample_products(x: Tensor, g: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """(samples, x_b^T g_b for these) in runs, so that whoever asks gets the same bits and B x d x p is never held."""
+    step = max(1, PRODUCTS_AT_A_TIME // max(1, x.shape[2] * g.shape[2]))
+    for first in range(0, x.shape[0], step):
+        run = slice(first, first + step)
+        wide_x, wide_g = widen(x[run], g[run])
+        yield run, wide_x.mT @ wide_g
 
 
 def dot_type(*operands: Tensor) -> str:

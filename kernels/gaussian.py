@@ -60,7 +60,8 @@ def gaussian(shape: int | tuple[int, ...], key: Tensor, stream: int) -> Tensor:
     for first in range(0, blocks, max(step, 1)):
         rows = out[first : first + step]
         indices = torch.arange(first, first + len(rows), device=key.device)
-        words = philox(indices, *(word.expand(len(rows)) for word in (stream_word, low, high)), keys)
+        c1, c2, c3 = (word.expand(len(rows)) for word in (stream_word, low, high))
+        words = philox(indices, c1, c2, c3, keys)
         for half in (0, 2):
             radius = words[half].to(torch.float32).mul_(2.0**-32).add_(2.0**-33).log_().mul_(-2.0).sqrt_()
             angle = words[half + 1].to(torch.float32).mul_(2.0**-32).mul_(2 * math.pi)

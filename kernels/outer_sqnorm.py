@@ -20,8 +20,8 @@ from flashdp_compile.kernels.family import Family
 
 def reference(x: Tensor, g: Tensor) -> Tensor:
     out = x.new_zeros(x.shape[0], dtype=accumulator(x, g))
-    for b, product in sample_products(x, g):
-        out[b] = product.square().sum()
+    for run, products in sample_products(x, g):
+        out[run] = products.square().sum((1, 2))
     return out
 
 

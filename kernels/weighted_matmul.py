@@ -19,9 +19,10 @@ from flashdp_compile.kernels.family import Family
 
 def reference(x: Tensor, g: Tensor, weights: Tensor) -> Tensor:
     out = x.new_zeros((x.shape[2], g.shape[2]), dtype=accumulator(x, g))
-    scale = weights.tolist()
-    for b, product in sample_products(x, g, [b for b, w in enumerate(scale) if w != 0]):
-        out.add_(product, alpha=scale[b])
+    kept = (weights != 0)[:, None, None]
+    x, g = x.where(kept, x.new_zeros(())), g.where(kept, g.new_zeros(()))
+    for run, products in sample_products(x, g):
+        out += torch.tensordot(weights[run].to(out.dtype), products, 1)
     return out
 
 

@@ -81,7 +81,7 @@ def friendly_name(source: str) -> str:
     """`L['self']._modules['fc']._parameters['weight']` -> `fc.weight`, `L['x']` -> `x`, `L['b']['ids']` -> `b.ids`."""
     parts = [next(g for g in m.groups() if g is not None) for m in _PART.finditer(source)]
     if len(parts) > 2 and parts[1] == "kwargs":
-        parts = parts[1:]  # dynamo's frame packs keyword arguments; their user calls them by name
+        parts = parts[:1] + parts[2:]  # dynamo's frame packs keyword arguments; their user calls them by name
     rooted_in_module = "._modules[" in source or "._parameters[" in source or "._buffers[" in source
     parts = parts[1:] if parts and parts[0] in ("L", "G") else parts
     parts = parts[1:] if rooted_in_module and len(parts) > 1 else parts
@@ -168,8 +168,8 @@ def capture(graph: fx.Graph, inputs: tuple[Input, ...], batch_dim: int) -> Joint
                 raise Refusal(f"flashdp cannot tell whose gradient output {position} is ({type(of).__name__}).")
             gradients.append(Gradient(position, node, of.idx, inputs[of.idx].name))
         elif isinstance(description, InputMutationAOTOutput):
-            of = description.mutated_input
-            mutated[node] = inputs[of.idx].name if isinstance(of, PlainAOTInput) else str(of)
+            changed = description.mutated_input
+            mutated[node] = inputs[changed.idx].name if isinstance(changed, PlainAOTInput) else str(changed)
         else:
             outputs.append(node)
     for node in graph.nodes:  # mutations that torch kept in the graph

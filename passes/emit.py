@@ -6,6 +6,7 @@ stands as early in the graph as its operands allow, so that per-layer clipping f
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import fx
 
 from flashdp_compile.compat import detect_fake_mode, trace
+from flashdp_compile.passes.capture import JointGraph
 
 _Key = tuple[Any, ...]
 
@@ -20,8 +22,9 @@ _Key = tuple[Any, ...]
 class Emitter:
     """Inlines traced functions before the output of one graph."""
 
-    def __init__(self, graph: fx.Graph) -> None:
-        self.graph = graph
+    def __init__(self, joint: JointGraph) -> None:
+        self.graph = graph = joint.graph
+        self._batch, self._samples = joint.batch, joint.samples
         self._output = graph.output_node()
         self._original = list(graph.nodes)
         self._traces: dict[_Key, fx.GraphModule] = {}
@@ -39,6 +42,13 @@ class Emitter:
             if full_key is not None:
                 self._traces[full_key] = traced
         return self._inline(traced, operands)
+
+    def per_sample(self, function: Callable[..., Any], *operands: fx.Node) -> Any:
+        """The nodes of `function(B, *operands)`; B is a number, or the symbolic size of an input that holds samples."""
+        if isinstance(self._batch, int):
+            return self(functools.partial(function, self._batch), *operands)
+        samples, dim = next(iter(self._samples.items()))
+        return self(lambda x, *values: function(x.shape[dim], *values), samples, *operands)
 
     def _inline(self, traced: fx.GraphModule, operands: tuple[fx.Node, ...]) -> Any:
         mapping: dict[fx.Node, Any] = {}

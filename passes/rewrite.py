@@ -49,7 +49,7 @@ class Mechanism:
 
 def rewrite(axes: Axes, plan: Plan, mechanism: Mechanism) -> None:
     """Replaces every parameter gradient of the joint graph, in place."""
-    emit = Emitter(axes.joint.graph)
+    emit = Emitter(axes.joint)
     released: Released = []
     for group in plan.groups:
         prepared = _prepare(emit, axes, plan, group.name)
@@ -71,8 +71,8 @@ def _prepare(emit: Emitter, axes: Axes, plan: Plan, group: str) -> list[tuple[Pa
 
 def rewrite_empty(joint: JointGraph, groups: tuple[Group, ...], mechanism: Mechanism) -> None:
     """The release of a batch without samples: zero, and the noise that every release carries."""
-    emit = Emitter(joint.graph)
-    zeros = [(g.position, emit(torch.zeros_like, g.node)) for g in private_gradients(joint)]
+    emit = Emitter(joint)
+    zeros = [(g.position, emit(_zeros, g.node)) for g in private_gradients(joint)]
     _release(emit, joint, zeros, mechanism, mechanism.std(groups, 0.0))
 
 
@@ -81,7 +81,7 @@ def rewrite_single(joint: JointGraph, groups: tuple[Group, ...], mechanism: Mech
 
     No sample can mix with another, and dimensions of size one leave nothing to prove.
     """
-    emit = Emitter(joint.graph)
+    emit = Emitter(joint)
     private = {g.name: g for g in private_gradients(joint)}
     released: Released = []
     for group in groups:
@@ -91,6 +91,10 @@ def rewrite_single(joint: JointGraph, groups: tuple[Group, ...], mechanism: Mech
     _release(emit, joint, released, mechanism, mechanism.std(groups, 2.0**-20))
 
 
+def _zeros(gradient: Tensor) -> Tensor:
+    return torch.zeros_like(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
+
+
 def _sqnorm_of_one(gradient: Tensor) -> Tensor:
     wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
     return wide.square().sum().reshape(1)
@@ -98,7 +102,7 @@ def _sqnorm_of_one(gradient: Tensor) -> Tensor:
 
 def _weigh_one(gradient: Tensor, weights: Tensor) -> Tensor:
     wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-    return torch.where(weights != 0, wide * weights, 0.0).reshape(gradient.shape).to(gradient.dtype)
+    return torch.where(weights != 0, wide * weights, 0.0).reshape(gradient.shape)
 
 
 def private_gradients(joint: JointGraph) -> list[Gradient]:
@@ -121,11 +125,18 @@ def _release(emit: Emitter, joint: JointGraph, released: Released, mechanism: Me
         released = _noised(emit, joint, released, mechanism, std)
     results = list(joint.output.args[0])
     for position, node in released:
-        results[position] = node
+        results[position] = _as(emit, node, results[position].meta["val"].dtype)
     joint.output.args = (tuple(results),)
     emit.settle()
     joint.graph.eliminate_dead_code()
     joint.graph.lint()
+
+
+def _as(emit: Emitter, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """Rounds to the parameter's dtype last of all: rounding the sum before its noise would let one sample move it."""
+    if node.meta["val"].dtype == dtype:
+        return node
+    return emit(lambda wide: wide.to(dtype), node, key=("cast", dtype))
 
 
 def _noised(emit: Emitter, joint: JointGraph, released: Released, mechanism: Mechanism, std: float) -> Released:
@@ -136,10 +147,8 @@ def _noised(emit: Emitter, joint: JointGraph, released: Released, mechanism: Mec
     if isinstance(joint.batch, int):
         std = std / max(joint.batch, 1)
         return [(at, emit(_noise(stream, std), node, key)) for stream, (at, node) in enumerate(released)]
-    samples, dim = next(iter(joint.samples.items()))
     return [
-        (at, emit(_noise_over_batch(stream, std, dim), node, key, samples))
-        for stream, (at, node) in enumerate(released)
+        (at, emit.per_sample(_noise_over_batch(stream, std), node, key)) for stream, (at, node) in enumerate(released)
     ]
 
 
@@ -147,11 +156,11 @@ def _noise(stream: int, std: float) -> Callable[..., Tensor]:
     return lambda grad, key: ops.add_noise(grad, key, stream, std)
 
 
-def _noise_over_batch(stream: int, std: float, dim: int) -> Callable[..., Tensor]:
+def _noise_over_batch(stream: int, std: float) -> Callable[..., Tensor]:
     """Noise of deviation std / B for a batch size B that is known only at run time."""
 
-    def noised(grad: Tensor, key: Tensor, samples: Tensor) -> Tensor:
-        batch = torch.sym_max(samples.shape[dim], 1)
-        return ops.add_noise(grad * batch, key, stream, std) / batch
+    def noised(batch: torch.SymInt, grad: Tensor, key: Tensor) -> Tensor:
+        divisor = torch.sym_max(batch, 1)
+        return ops.add_noise(grad * divisor, key, stream, std) / divisor
 
     return noised

@@ -73,7 +73,7 @@ _AFTER_NOISE = (torch.ops.aten.div.Tensor, torch.ops.aten.mul.Tensor, torch.ops.
 
 def _noise_stream(node: fx.Node, name: str) -> int:
     """The stream of the noise op that a gradient ends in; only scaling by constants may follow it."""
-    while node.target in _AFTER_NOISE:
+    while node.target in _AFTER_NOISE and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     if node.target is not torch.ops.flashdp.add_noise.default:
         _fail(f"the gradient of {name} leaves the graph without noise (it ends in {node.target})")

@@ -53,6 +53,8 @@ def clip_factors(sqnorm: Tensor, bound: float, fn: str, mean: bool, expected_bat
         prepare(sqnorm.device)
         counter = _counters[sqnorm.device]
     divisor = batch if expected_batch_size is None else expected_batch_size
+    # squares of elements below 2^-74 are lost in float32: such a norm counts as 2^-60, more than 2^28 of them can have
+    sqnorm = sqnorm.clamp_min(2.0**-120)
     return clip_weights_into(counter, sqnorm, bound, fn, float(batch if mean else 1), float(divisor if mean else 1))
 
 

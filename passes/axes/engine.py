@@ -135,7 +135,7 @@ def _constant(node: fx.Node, given: list[State]) -> Any:
     """Zero if the op creates zeros, or only moves or weakly combines zeros."""
     if isinstance(node.target, OpOverload):
         name = node.target._opname
-        creates_zero = name in ("zeros", "zeros_like", "new_zeros")
+        creates_zero: Any = name in ("zeros", "zeros_like", "new_zeros")
         creates_zero |= (name == "full" and node.args[1] == 0) or (name == "scalar_tensor" and node.args[0] == 0)
         filled = name in ("full_like", "new_full") and node.args[-1] == 0
         moves_zero = bool(given) and given[0] == ZERO and is_structural(node.target)
@@ -148,7 +148,9 @@ def _linear(node: fx.Node, states: States, reduced: list[Reduced]) -> Any:
     """A function of batch sums and constants: a batch sum itself if the op is linear in the sums."""
     linear = LINEAR.get(node.target)
     arguments = fx.map_arg((node.args, node.kwargs), lambda n: states[n] if _is_tensor(n) else n)
-    if linear is not None:
+    value = node.meta.get("val")
+    rounds = isinstance(value, torch.Tensor) and not (value.is_floating_point() or value.is_complex())
+    if linear is not None and not rounds:
         try:
             is_linear = linear(*arguments[0], **arguments[1])
         except TypeError:  # an overload with arguments that the predicate does not know

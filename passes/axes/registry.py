@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from flashdp_compile.compat import OpOverload
-from flashdp_compile.passes.axes.domain import Reduced
+from flashdp_compile.passes.axes.domain import ZERO, Reduced, State
 
 Rule = Callable[..., Any]
 RULES: dict[Any, Rule] = {}
@@ -65,6 +65,12 @@ def no_data(*names: str) -> None:
 
 def always(*states: Any, **options: Any) -> bool:
     return True
+
+
+def all_reduced(*states: Any, **options: Any) -> bool:
+    """Joining batch sums is linear if every part is one, or zero."""
+    parts = [p for s in states for p in (s if isinstance(s, (list, tuple)) else [s]) if isinstance(p, State)]
+    return all(isinstance(p, Reduced) or p == ZERO for p in parts)
 
 
 def one_reduced(*states: Any, **options: Any) -> bool:

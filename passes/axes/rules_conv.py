@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flashdp_compile.compat import size_expression
-from flashdp_compile.passes.axes.domain import Batched, Reject, Site, State, quotient
+from flashdp_compile.passes.axes.domain import Batched, Reject, Site, State
 from flashdp_compile.passes.axes.registry import rule
 
 _FIX = "give the layer a tensor whose first dimension is the batch"
@@ -32,23 +31,8 @@ def convolution_backward(site: Site, grad: State, x: State, weight: State, *rest
     """The gradient of the input keeps the axis; those of filters and bias are reduction points."""
     if isinstance(weight, Batched) or not isinstance(grad, Batched):
         raise Reject("its filters depend on samples, or its gradient does not", "per-sample filters are not supported")
-    if grad.dim == 1 and isinstance(x, Batched) and x.dim == 1:
-        return _samples_as_groups(site, grad, x, transposed=rest[4], groups=rest[6])
     _first(grad, x)
     return Batched(0), site.point(1, grad.weight), site.point(2, grad.weight)
-
-
-def _samples_as_groups(site: Site, grad: Batched, x: Batched, transposed: bool, groups: Any) -> tuple[State, ...]:
-    """Samples side by side in the channels, each with groups of its own: how vmap writes per-sample filter gradients.
-
-    Groups take equal, consecutive runs of channels. If their number is a multiple of B and samples are outermost in
-    the channels, no group reaches into two samples, and every sample has its own run of filters.
-    """
-    whole = grad.outer == 1 and x.outer == 1 and quotient(size_expression(groups), site.batch) is not None
-    if not whole:
-        raise Reject("its groups of channels do not keep the samples apart", _FIX)
-    filters = x if transposed else grad  # whose channels count the filters
-    return Batched(1, 1, x.inner), Batched(0, 1, filters.inner), Batched(0, 1, grad.inner)
 
 
 @rule(

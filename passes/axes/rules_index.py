@@ -42,6 +42,8 @@ class Indexing:
 def indexing(site: Site, nodes: list[Any], indices: list[State | None], rank_of_x: int) -> Indexing:
     """The layout of an advanced indexing; rejects indices that hold their samples in different places."""
     positions = [i for i, n in enumerate(nodes) if n is not None]
+    if any(nodes[i].meta["val"].dtype in (torch.bool, torch.uint8) for i in positions):
+        raise Reject("a mask as an index picks a number of elements that depends on data", "use torch.where")
     rank = max(len(site.shape(nodes[i])) for i in positions)
     adjacent = positions == list(range(positions[0], positions[-1] + 1))
     start = positions[0] if adjacent else 0
@@ -119,13 +121,13 @@ def write(site: Site, x: State, indices: list[State | None], values: State, node
         if target and layout.axis in (None, own) and (axis is None or (runs is not None and runs.aligned(own))):
             return Batched(slot)
     if layout.axis is None and not among_indices:  # constant places, the same for every sample
-        slot = layout.slot(axis.dim) if axis is not None else None
-        if isinstance(x, Batched) and x.dim in layout.slots and slot in (None, x.dim):
+        place = layout.slot(axis.dim) if axis is not None else None
+        if isinstance(x, Batched) and x.dim in layout.slots and place in (None, x.dim):
             moved = axis.at(x.dim) if axis is not None else x
             if moved.aligned(x):
                 return Batched(x.dim, x.outer, x.inner)
-        elif isinstance(x, Constant) and slot is not None and axis is not None:
-            return Batched(slot, axis.outer, axis.inner)
+        elif isinstance(x, Constant) and place is not None and axis is not None:
+            return Batched(place, axis.outer, axis.inner)
     if isinstance(x, Constant) and runs is not None and adds and (layout.axis is None or layout.axis.aligned(runs)):
         if x != ZERO:
             raise Reject("it adds samples into a table that is not zero")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def broadcast(site: Site, *operands: Any) -> State:
 def _operand_nodes(node: fx.Node) -> list[fx.Node]:
     """The tensor operands in the order of the arguments, repeated ones too."""
     found: list[fx.Node] = []
-    fx.map_arg((node.args, node.kwargs), lambda n: found.append(n) or n)
+    fx.map_arg((node.args, node.kwargs), found.append)
     return [n for n in found if isinstance(n.meta.get("val"), torch.Tensor)]
 
 
@@ -61,7 +62,6 @@ def _states(values: Any) -> list[State]:
 @rule(
     "aten.add.Tensor",
     "aten.dropout",
-    "aten.bucketize.Tensor",
     "aten.polar",
     "aten.complex",
     "aten.copy",
@@ -69,9 +69,18 @@ def _states(values: Any) -> list[State]:
     "aten.pow",
     "aten.masked_fill",
 )
-def pointwise(site: Site, *operands: Any, **options: Any) -> State:
+def pointwise(site: Site, *operands: Any, **options: Any) -> Any:
     """An elementwise op keeps the batch axis. Every op that torch tags as pointwise has this rule."""
-    return broadcast(site, operands, options)
+    state, results = broadcast(site, operands, options), site.node.meta["val"]
+    return (state,) * len(results) if isinstance(results, (tuple, list)) else state
+
+
+@rule("aten.bucketize.Tensor")
+def bucketize(site: Site, x: State, boundaries: State, **options: Any) -> State:
+    """Each value is placed among constant boundaries."""
+    if isinstance(boundaries, Batched):
+        raise Reject("its boundaries are samples", "use boundaries that were fixed before this batch")
+    return broadcast(site, x)
 
 
 @rule(*_COPIES, linear=True)
@@ -142,7 +151,7 @@ def _where_is_linear(condition: Any, x: Any, y: Any) -> bool:
     return not isinstance(condition, Reduced) and _sum_is_linear(x, y)
 
 
-for _op, _linear in {
+_ARITHMETIC: dict[Any, Callable[..., bool]] = {
     torch.ops.aten.add.Tensor: _sum_is_linear,
     torch.ops.aten.sub.Tensor: _sum_is_linear,
     torch.ops.aten.mul.Tensor: one_reduced,
@@ -151,7 +160,7 @@ for _op, _linear in {
     torch.ops.aten.div.Scalar: first_reduced,
     torch.ops.aten.neg.default: first_reduced,
     torch.ops.aten.where.self: _where_is_linear,
-}.items():
-    LINEAR[_op] = _linear
+}
+LINEAR.update(_ARITHMETIC)
 if hasattr(torch.ops.aten, "_weight_norm_interface_backward"):
     LINEAR[torch.ops.aten._weight_norm_interface_backward.default] = first_reduced

@@ -19,7 +19,7 @@ from flashdp_compile.passes.axes.domain import (
     quotient,
     same,
 )
-from flashdp_compile.passes.axes.registry import rule
+from flashdp_compile.passes.axes.registry import all_reduced, rule
 
 
 def reshaped(site: Site, x: Batched, old: list[Size], new: list[Size]) -> Batched:
@@ -158,7 +158,7 @@ def split(site: Site, x: Batched, sizes: Any, dim: int = 0) -> State:
     return tuple(replace(x, outer=o) for o in outers)
 
 
-@rule("aten.cat", linear=True)
+@rule("aten.cat", linear=all_reduced)
 def cat(site: Site, tensors: list[State], dim: int = 0) -> State:
     """Along another dimension all parts must agree. k equal parts along the batch dimension make k the outer factor."""
     dim %= len(site.shape())
@@ -181,7 +181,7 @@ def _legacy_empty(site: Site, node: Any) -> bool:
     return site.shape(node) == [0] and len(site.shape()) > 1
 
 
-@rule("aten.stack", linear=True)
+@rule("aten.stack", linear=all_reduced)
 def stack(site: Site, tensors: list[State], dim: int = 0) -> State:
     """A new dimension among equal ones."""
     batched = [s for s in tensors if isinstance(s, Batched)]
@@ -190,13 +190,13 @@ def stack(site: Site, tensors: list[State], dim: int = 0) -> State:
     return batched[0].at(batched[0].dim + (dim % len(site.shape()) <= batched[0].dim))
 
 
-@rule("aten.slice_scatter", linear=True)
+@rule("aten.slice_scatter", linear=all_reduced)
 def slice_scatter(site: Site, x: State, source: State, dim: int = 0, *bounds: Any, **named: Any) -> State:
     """Writing a slice of features keeps the axis that both sides share."""
     return _scatter(site, x, source, dim % len(site.shape()), lambda s: s)
 
 
-@rule("aten.select_scatter", linear=True)
+@rule("aten.select_scatter", linear=all_reduced)
 def select_scatter(site: Site, x: State, source: State, dim: int, index: Any) -> State:
     """Writing one element of a feature dimension keeps the axis that both sides share."""
     dim %= len(site.shape())

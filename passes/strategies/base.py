@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-import sympy
 import torch
 from torch import Tensor, fx
 
@@ -22,8 +20,8 @@ class Prepared:
     """Nodes of one gradient after the first half of a strategy.
 
     `sqnorm` holds the squared norms [B], float32 or wider; None where another gradient's holds them as well.
-    `finish(weights)` writes the second half: the node of sum_b weights[b] * (gradient of sample b), shaped and typed as
-    the gradient, a sample of weight 0 left out.
+    `finish(weights)` writes the second half: the node of sum_b weights[b] * (gradient of sample b), shaped as the
+    gradient and in the dtype of accumulation, a sample of weight 0 left out.
     """
 
     sqnorm: fx.Node | None
@@ -57,7 +55,7 @@ def widened(x: Tensor) -> Tensor:
 
 def split(x: Tensor, axis: Batched, batch: int | torch.SymInt) -> Tensor:
     """[..., outer*B*inner, ...] -> [B, ..., outer*inner, ...]: every sample's own slice, a view where possible."""
-    outer, inner = (int(f) if not hasattr(f, "free_symbols") or f.is_number else f for f in (axis.outer, axis.inner))
+    outer, inner = (int(f) if isinstance(f, int) or f.is_number else f for f in (axis.outer, axis.inner))
     shape = list(x.shape)
     if outer == 1:
         rest = shape[axis.dim] // batch if not isinstance(inner, int) else inner
@@ -75,18 +73,3 @@ def weigh(values: Tensor, weights: Tensor) -> Tensor:
     """sum_b weights[b] * values[b] for values [B, ...]; a sample of weight 0 counts as zero, finite or not."""
     w = weights.view(-1, *[1] * (values.dim() - 1))
     return torch.where(w != 0, values * w, torch.zeros((), dtype=values.dtype, device=values.device)).sum(0)
-
-
-def batch_of(values: Any, states: list[Any], axes: Axes) -> Any:
-    """B as it stands in the operands: an int, or a SymInt of the graph being traced."""
-    if isinstance(axes.joint.batch, int):
-        return axes.joint.batch
-    for value, state in zip(values, states, strict=True):
-        if isinstance(state, Batched):
-            size = value.shape[state.dim]
-            factor = state.outer * state.inner
-            if factor == 1:
-                return size
-            if isinstance(factor, (int, sympy.Integer)):
-                return size // int(factor)
-    raise AssertionError("a symbolic batch needs one operand whose other factors are known")

@@ -7,6 +7,8 @@ al. 2024, phantom clipping).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -52,15 +54,14 @@ def _tied(gradient: ParameterGradient, axes: Axes) -> bool:
 
 def _prepare_embedding(emit: Emitter, axes: Axes, gradient: ParameterGradient) -> Prepared:
     operands = embedding_operands(gradient, axes)
-    target = gradient.gradient.node.meta["val"].dtype
     rows = gradient.shape[0]
 
-    def weighted(weights: Tensor, *values: Tensor) -> Tensor:
-        return ops.embedding_sum(*operands.view(*values), weights, rows).to(target)
+    def weighted(batch: Any, weights: Tensor, *values: Tensor) -> Tensor:
+        return ops.embedding_sum(*operands.view(batch, *values), weights, rows)
 
     return Prepared(
-        emit(lambda *values: ops.embedding_sqnorm(*operands.view(*values)), *operands.leaves),
-        lambda weights: emit(weighted, weights, *operands.leaves),
+        emit.per_sample(lambda batch, *values: ops.embedding_sqnorm(*operands.view(batch, *values)), *operands.leaves),
+        lambda weights: emit.per_sample(weighted, weights, *operands.leaves),
     )
 
 
@@ -71,12 +72,11 @@ def _lengths(x: Tensor) -> Tensor:
 
 def _prepare_tied(emit: Emitter, axes: Axes, gradient: ParameterGradient) -> Prepared:
     lookups, products = embedding_operands(gradient, axes), linear_operands(gradient, axes)
-    target = gradient.gradient.node.meta["val"].dtype
     shape, count = gradient.shape, len(lookups.leaves)
 
-    def sqnorm(*values: Tensor) -> Tensor:
-        ids, ge = lookups.view(*values[:count])
-        left, right = products.view(*values[count:])
+    def sqnorm(batch: Any, *values: Tensor) -> Tensor:
+        ids, ge = lookups.view(batch, *values[:count])
+        left, right = products.view(batch, *values[count:])
         gl, x = (left, right) if not products.relabelling else (right, left)
         own = ops.embedding_sqnorm(ids, ge) + ops.gram_sqnorm(x, [gl], [False])
         # e and l may cancel, so the sum of the three parts carries the guard of kernels/guard.py as a whole
@@ -84,14 +84,13 @@ def _prepare_tied(emit: Emitter, axes: Axes, gradient: ParameterGradient) -> Pre
         est = own + 2 * ops.tied_cross(ids, ge, x, gl)
         return guarded(est, gamma(est.dtype, sum(shape)) * lengths.square())
 
-    def weighted(weights: Tensor, *values: Tensor) -> Tensor:
-        embedded = ops.embedding_sum(*lookups.view(*values[:count]), weights, shape[0])
-        product = ops.weighted_matmul(*products.view(*values[count:]), weights)
-        dtype = torch.promote_types(embedded.dtype, product.dtype)
-        return (embedded + relabelled(product, products.relabelling, shape, dtype)).to(target)
+    def weighted(batch: Any, weights: Tensor, *values: Tensor) -> Tensor:
+        embedded = ops.embedding_sum(*lookups.view(batch, *values[:count]), weights, shape[0])
+        product = ops.weighted_matmul(*products.view(batch, *values[count:]), weights)
+        return embedded + relabelled(product, products.relabelling, shape)
 
     leaves = (*lookups.leaves, *products.leaves)
-    return Prepared(emit(sqnorm, *leaves), lambda weights: emit(weighted, weights, *leaves))
+    return Prepared(emit.per_sample(sqnorm, *leaves), lambda weights: emit.per_sample(weighted, weights, *leaves))
 
 
 EMBEDDING = Strategy("gram", _only_embedding, _prepare_embedding, embedding_cost, slack=SLACK)

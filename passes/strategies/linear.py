@@ -6,6 +6,7 @@ Sample i has x [T, d] and g [T, p]; its gradient is x^T g. Formulas and costs: d
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -30,19 +31,18 @@ def is_linear(gradient: ParameterGradient, axes: Axes) -> bool:
 def weighted_product(emit: Emitter, axes: Axes, gradient: ParameterGradient) -> Callable[[fx.Node], fx.Node]:
     """The second half of every strategy that keeps the factors: one product with the weights in it."""
     operands = linear_operands(gradient, axes)
-    target = gradient.gradient.node.meta["val"].dtype
 
-    def weighted(weights: Tensor, *values: Tensor) -> Tensor:
-        x, g = operands.view(*values)
-        return relabelled(ops.weighted_matmul(x, g, weights), operands.relabelling, gradient.shape, target)
+    def weighted(batch: Any, weights: Tensor, *values: Tensor) -> Tensor:
+        x, g = operands.view(batch, *values)
+        return relabelled(ops.weighted_matmul(x, g, weights), operands.relabelling, gradient.shape)
 
-    return lambda weights: emit(weighted, weights, *operands.leaves)
+    return lambda weights: emit.per_sample(weighted, weights, *operands.leaves)
 
 
 def _prepare(norm: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Emitter, Axes, ParameterGradient], Prepared]:
     def prepare(emit: Emitter, axes: Axes, gradient: ParameterGradient) -> Prepared:
         operands = linear_operands(gradient, axes)
-        sqnorm = emit(lambda *values: norm(*operands.view(*values)), *operands.leaves)
+        sqnorm = emit.per_sample(lambda batch, *values: norm(*operands.view(batch, *values)), *operands.leaves)
         return Prepared(sqnorm, weighted_product(emit, axes, gradient))
 
     return prepare
@@ -50,11 +50,12 @@ def _prepare(norm: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Emitter, Axe
 
 def _prepare_store(emit: Emitter, axes: Axes, gradient: ParameterGradient) -> Prepared:
     operands = linear_operands(gradient, axes)
-    target = gradient.gradient.node.meta["val"].dtype
-    product, sqnorm = emit(lambda *values: ops.outer_store(*operands.view(*values)), *operands.leaves)
+    product, sqnorm = emit.per_sample(
+        lambda batch, *values: ops.outer_store(*operands.view(batch, *values)), *operands.leaves
+    )
 
     def weighted(product: Tensor, weights: Tensor) -> Tensor:
-        return relabelled(ops.product_sum(product, weights), operands.relabelling, gradient.shape, target)
+        return relabelled(ops.product_sum(product, weights), operands.relabelling, gradient.shape)
 
     def finish(weights: fx.Node) -> fx.Node:
         return emit(weighted, product, weights)

@@ -6,10 +6,12 @@ is interpreted under vmap over those slices, so that no op needs a second, per-s
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
 from flashdp_compile.passes.axes.domain import Batched, Reduced
@@ -17,7 +19,7 @@ from flashdp_compile.passes.axes.engine import Axes
 from flashdp_compile.passes.cost import Cost, contracted_axes, materialize_work
 from flashdp_compile.passes.emit import Emitter
 from flashdp_compile.passes.points import ParameterGradient
-from flashdp_compile.passes.strategies.base import Prepared, Strategy, batch_of, split, weigh, widened
+from flashdp_compile.passes.strategies.base import Prepared, Strategy, split, weigh, widened
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -25,12 +27,10 @@ aten, prims = torch.ops.aten, torch.ops.prims
 def prepare(emit: Emitter, axes: Axes, gradient: ParameterGradient) -> Prepared:
     """Materialises the per-sample gradient once; the weighted sum reads it again."""
     body, leaves, states = _subgraph(axes, gradient.gradient.node)
-    target = gradient.gradient.node.meta["val"].dtype
     batched = [isinstance(s, Batched) for s in states]
     known = list(zip(leaves, states, batched, strict=True))
 
-    def per_sample(*values: Any) -> Tensor:
-        batch = batch_of(values, states, axes)
+    def per_sample(batch: Any, *values: Any) -> Tensor:
         slices = [
             widened(split(v, s, batch)) if isinstance(s, Batched) else widened(v) if isinstance(v, Tensor) else v
             for v, s in zip(values, states, strict=True)
@@ -48,11 +48,11 @@ def prepare(emit: Emitter, axes: Axes, gradient: ParameterGradient) -> Prepared:
         return values.square().flatten(1).sum(1) if values.dim() > 1 else values.square()
 
     def clipped(values: Tensor, weights: Tensor) -> Tensor:
-        return weigh(values, weights.to(values.dtype)).to(target)
+        return weigh(values, weights.to(values.dtype))
 
-    samples = emit(per_sample, *leaves)
+    samples = emit.per_sample(per_sample, *leaves)
     return Prepared(
-        emit(norms, samples, key=("norms",)), lambda weights: emit(clipped, samples, weights, key=("weigh", target))
+        emit(norms, samples, key=("norms",)), lambda weights: emit(clipped, samples, weights, key=("weigh",))
     )
 
 
@@ -76,7 +76,7 @@ def _subgraph(axes: Axes, root: fx.Node) -> tuple[list[fx.Node], list[fx.Node], 
 def _operands(node: fx.Node) -> list[fx.Node]:
     """The values that a node reads, once for every place where it reads them."""
     found: list[fx.Node] = []
-    fx.map_arg((node.args, node.kwargs), lambda n: found.append(n) or n)
+    fx.map_arg((node.args, node.kwargs), found.append)
     return found
 
 
@@ -120,8 +120,26 @@ def _keep(node: fx.Node, x: Tensor, *rest: Any, **options: Any) -> Tensor:
 
 
 def _convolution_backward(node: fx.Node, grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Any, ...]:
-    *settings, mask = rest
-    return node.target(grad, x, weight, *settings, [False, *mask[1:]])
+    """The gradients of weight and bias as a product with the windows that the kernel sees.
+
+    vmap's own rule would fold the samples into `groups`, which must be a number: a dynamic batch size would be fixed.
+    """
+    _, stride, padding, dilation, transposed, _, groups, mask = rest
+    bias = grad.sum([0, *range(2, grad.dim())]) if mask[2] else None
+    if transposed:  # grad and x trade places: each element of the input meets a window of the output
+        grad, x = x, grad
+    size, kernel = grad.shape[2:], weight.shape[2:]
+    steps = [_per_dimension(s, len(kernel)) for s in (stride, padding, dilation)]
+    x = F.pad(x, [p for each in reversed(steps[1]) for p in (each, each)])
+    for i, (k, s, d) in enumerate(zip(kernel, steps[0], steps[2], strict=True)):
+        x = x.unfold(2 + i, d * (k - 1) + 1, s)[..., ::d].narrow(2 + i, 0, size[i])
+    windows = x.reshape(x.shape[0], groups, x.shape[1] // groups, math.prod(size), math.prod(kernel))
+    parts = grad.reshape(grad.shape[0], groups, grad.shape[1] // groups, math.prod(size))
+    return None, torch.einsum("ngol,ngilk->goik", parts, windows).reshape(weight.shape), bias
+
+
+def _per_dimension(setting: list[int], rank: int) -> list[int]:
+    return list(setting) * rank if len(setting) == 1 else list(setting)
 
 
 def _masked_index_put(node: fx.Node, table: Tensor, mask: Tensor, indices: list[Any], values: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from flashdp_compile.passes.axes.domain import Batched
 from flashdp_compile.passes.axes.engine import Axes
 from flashdp_compile.passes.cost import contracted_axes
 from flashdp_compile.passes.points import ParameterGradient, Term
-from flashdp_compile.passes.strategies.base import batch_of, split
+from flashdp_compile.passes.strategies.base import split
 
 aten = torch.ops.aten
 
@@ -22,7 +22,7 @@ aten = torch.ops.aten
 class Operands:
     """Graph values that a gradient is made of, and the function that turns them into per-sample tensors.
 
-    `view(*values)` gives (x, g) for linear terms or (ids, g) for embeddings, several terms one after another along T.
+    `view(B, *values)` gives (x, g) for linear terms or (ids, g) for embeddings, several terms joined along T.
     `relabelling` leads from x^T g to the gradient.
     """
 
@@ -52,8 +52,7 @@ def linear_operands(gradient: ParameterGradient, axes: Axes) -> Operands:
     leaves = [n for t in terms for n in t.point.node.args[:2]]
     states = [a for t in terms for a in contracted_axes(t.point.node, axes)]
 
-    def view(*values: Tensor) -> tuple[Tensor, Tensor]:
-        batch = batch_of(values, states, axes)
+    def view(batch: Any, *values: Tensor) -> tuple[Tensor, Tensor]:
         lefts = [split(v, s, batch).transpose(1, 2) for v, s in zip(values[::2], states[::2], strict=True)]
         rights = [split(v, s, batch) for v, s in zip(values[1::2], states[1::2], strict=True)]
         return _joined(lefts), _joined(rights)
@@ -70,8 +69,8 @@ def embedding_operands(gradient: ParameterGradient, axes: Axes) -> Operands:
         readers.append((len(leaves), reader))
         leaves.extend(nodes)
 
-    def view(*values: Tensor) -> tuple[Tensor, Tensor]:
-        pairs = [reader(*values[first:]) for first, reader in readers]
+    def view(batch: Any, *values: Tensor) -> tuple[Tensor, Tensor]:
+        pairs = [reader(batch, *values[first:]) for first, reader in readers]
         return _joined([p[0] for p in pairs]), _joined([p[1] for p in pairs])
 
     return Operands(tuple(leaves), view, ())
@@ -117,14 +116,15 @@ def _reader(node: fx.Node, axes: Axes) -> tuple[list[fx.Node], Callable[..., tup
     padding = node.args[3] if node.target is aten.embedding_dense_backward.default else None
     rows = node.meta["val"].shape[0]
 
-    def read(ids: Tensor, values: Tensor, mask: Tensor | None = None, *rest: Tensor) -> tuple[Tensor, Tensor]:
+    def read(
+        batch: Any, ids: Tensor, values: Tensor, mask: Tensor | None = None, *rest: Tensor
+    ) -> tuple[Tensor, Tensor]:
         if mask_node is not None and mask is not None:
             ids = torch.where(mask.squeeze(-1), ids, -1)
         elif padding is not None:
-            ids = torch.where(ids == padding, -1, ids)
+            ids = torch.where(ids.eq(padding), -1, ids)
         else:
             ids = torch.where(ids < 0, ids + rows, ids)
-        batch = batch_of((ids, values), [ids_axis, values_axis], axes)
         own = split(ids, ids_axis, batch).flatten(1)
         grads = split(values, values_axis, batch).flatten(1, -2)
         return own.to(torch.int64), grads
@@ -136,8 +136,8 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-def relabelled(x: Tensor, relabelling: tuple[Any, ...], shape: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
+def relabelled(x: Tensor, relabelling: tuple[Any, ...], shape: tuple[Any, ...]) -> Tensor:
     """A point's value laid out as the gradient."""
     for kind, argument in relabelling:
         x = x.permute(argument) if kind == "permute" else x.reshape(argument)
-    return x.reshape(shape).to(dtype)
+    return x.reshape(shape)

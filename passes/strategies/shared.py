@@ -56,12 +56,12 @@ def prepare_shared(emit: Emitter, axes: Axes, run: Sequence[ParameterGradient]) 
     common = next(k for k in keys[0] if all(k in other for other in keys))
     sides = [k[common] for k in keys]
 
-    def sqnorm(*values: Tensor) -> Tensor:
-        pairs = [o.view(*values[2 * i : 2 * i + 2]) for i, o in enumerate(all_operands)]
+    def sqnorm(batch: Any, *values: Tensor) -> Tensor:
+        pairs = [o.view(batch, *values[2 * i : 2 * i + 2]) for i, o in enumerate(all_operands)]
         others = [pair[1 - side] for pair, side in zip(pairs, sides, strict=True)]
         return torch.ops.flashdp.gram_sqnorm(pairs[0][sides[0]], others, [False] * len(others))
 
-    together = emit(sqnorm, *[leaf for o in all_operands for leaf in o.leaves])
+    together = emit.per_sample(sqnorm, *[leaf for o in all_operands for leaf in o.leaves])
     return [
         Prepared(together if i == 0 else None, weighted_product(emit, axes, gradient)) for i, gradient in enumerate(run)
     ]

@@ -14,6 +14,7 @@ from flashdp_compile.options import Options
 from flashdp_compile.passes import dump
 from flashdp_compile.passes.axes.domain import Batched, Reduced
 from flashdp_compile.passes.capture import Input
+from flashdp_compile.passes.groups import sensitivity
 from flashdp_compile.pipeline import Record, analyse, mechanism_of
 from flashdp_compile.testing import on_joint_graph
 
@@ -44,7 +45,7 @@ class Explanation:
         std = mechanism.std(plan.groups, plan.slack)
         over = " over the size of each batch" if mechanism.divides_by_batch else ""
         return (
-            f"every gradient is clipped per sample to {dump.sensitivity(plan.groups):.6g} in all "
+            f"every gradient is clipped per sample to {sensitivity(plan.groups):.6g} in all "
             f"({len(plan.groups)} group(s)) and gets Gaussian noise of standard deviation {std:.6g}{over}"
         )
 

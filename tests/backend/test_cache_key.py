@@ -1,0 +1,70 @@
+"""The part of the cache's key that comes from flashdp: all that can change the graph, and nothing else."""
+
+import pytest
+
+from flashdp_compile import pipeline
+from flashdp_compile.options import PERFORMANCE, PRIVACY, Options
+from flashdp_compile.passes.capture import Input
+from flashdp_compile.pipeline import FlashDPPass
+
+INPUTS = (Input("x", "sample"), Input("a.weight", "parameter"))
+OTHERS = {
+    "max_grad_norm": 2.0,
+    "noise_multiplier": 0.5,
+    "clipping": "per_layer",
+    "clip_fn": "automatic",
+    "loss_reduction": "sum",
+    "expected_batch_size": 7,
+    "batch_dim": 1,
+    "public_inputs": ("mask",),
+    "seed": 3,
+    "norm_strategy": "gram",
+    "compiler": "eager",
+    "mode": "reduce-overhead",
+    "inductor": {"max_autotune": True},
+}
+
+
+def key(inputs=INPUTS, **options):
+    return FlashDPPass(inputs, Options(**options)).uuid()
+
+
+def test_equal_settings_have_equal_keys():
+    assert key(max_grad_norm=1) == key(max_grad_norm=1.0) == key()
+
+
+def test_every_option_is_listed_here():
+    assert {*OTHERS, "debug"} == {*PRIVACY, *PERFORMANCE}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_option_changes_the_key(name):
+    assert key(**{name: OTHERS[name]}) != key()
+
+
+def test_groups_and_bounds_change_the_key():
+    settings = [
+        {"clipping": {"a": "one", "*": "two"}},
+        {"clipping": {"*": "two", "a": "one"}},  # the first match wins
+        {"clipping": {"a": "one", "*": "three"}},
+        {"clipping": "per_layer", "max_grad_norm": {"a": 1.0, "*": 2.0}},
+        {"clipping": "per_layer", "max_grad_norm": {"a": 2.0, "*": 1.0}},
+    ]
+    assert len({key(**s) for s in settings}) == len(settings)
+
+
+def test_roles_and_names_of_inputs_change_the_key():
+    """Names decide groups, roles decide what is proved; neither is in torch's own key."""
+    others = [(Input("x", "public"), INPUTS[1]), (INPUTS[0], Input("b.weight", "parameter"))]
+    assert len({key(), *(key(o) for o in others)}) == 3
+
+
+@pytest.mark.parametrize("name", ["sources_digest", "versions"])
+def test_sources_and_versions_change_the_key(name, monkeypatch):
+    before = key()
+    monkeypatch.setattr(pipeline, name, lambda: ["another"])
+    assert key() != before
+
+
+def test_nothing_is_cached_while_debugging(tmp_path):
+    assert key(debug=str(tmp_path)) is None
