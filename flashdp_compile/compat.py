@@ -336,7 +336,8 @@ def compile_with_inductor(
     from torch._inductor.compile_fx import compile_fx
 
     patches = {**(list_mode_options(mode) if mode else {}), **settings, "joint_custom_pre_pass": joint_pass}
-    return compile_fx(gm, example_inputs, config_patches=patches)
+    compiled: Any = compile_fx(gm, example_inputs, config_patches=patches)
+    return compiled
 
 
 def compile_with_interpreter(

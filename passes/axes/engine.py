@@ -157,7 +157,7 @@ def _linear(node: fx.Node, states: States, reduced: list[Reduced]) -> Any:
             is_linear = False
         if is_linear:
             return _every(node, merge(reduced))
-    if node.target in (torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor):
+    if getattr(node.target, "_opname", "") in ("add", "sub", "cat", "stack", "slice_scatter", "select_scatter"):
         return _every(node, Mixed("it has a term that does not depend on the samples"))
     return _every(node, Mixed(f"{node.target} of a sum over the batch ({', '.join(map(str, reduced[0].points))})"))
 

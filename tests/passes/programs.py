@@ -148,7 +148,7 @@ def _after(v: Value, dim: int | None, axis: Any) -> Any:
 
 
 def pointwise(b: Builder, v: Value, wild: bool) -> bool:
-    form = b.pick(["{}.tanh()", "{}.sin()", "{}.sigmoid()", "{}.relu()", "{} * 0.5 - 0.1", "-{}.abs()", "{}.clamp(-1, 1)",
+    form = b.pick(["{}.tanh()", "{}.sin()", "{}.sigmoid()", "{}.relu()", "{} * 0.5 - 0.1", "-{}.abs()", "{}.clamp(-1, 1)",  # noqa: E501
                    "{0}.masked_fill({0} > 0, 0.5)", "torch.where({0} > 0, {0}, {0} * 0.1)", "F.gelu({})"])  # fmt: skip
     return b.add(form.format(v.name), v.axis)
 
@@ -331,7 +331,7 @@ def lookup(b: Builder, v: Value, wild: bool) -> bool:
         forms.append((f"{v.name}[{rows}, ids[:, 0]]", (0, 1, 1)))
         forms.append((f"{v.name}[{rows}[:, None], ids]", (0, 1, 1)))
     if wild:
-        forms = [(f"{v.name}[ids]", LOST), (f"{v.name}[ids[:, 0]]", LOST), (f"{v.name}[torch.arange({b.T}), ids[0]]", LOST),
+        forms = [(f"{v.name}[ids]", LOST), (f"{v.name}[ids[:, 0]]", LOST), (f"{v.name}[torch.arange({b.T}), ids[0]]", LOST),  # noqa: E501
                  (f"{v.name}[torch.arange({v.tensor.shape[0]}), torch.arange({v.tensor.shape[0]})]", LOST),
                  (f"{v.name}[self.order_{b.B}, torch.arange({b.B})]", LOST)]  # fmt: skip
     return b.add(*b.pick(forms))
