@@ -80,7 +80,8 @@ def bucketize(site: Site, x: State, boundaries: State, **options: Any) -> State:
     """Each value is placed among constant boundaries."""
     if isinstance(boundaries, Batched):
         raise Reject("its boundaries are samples", "use boundaries that were fixed before this batch")
-    return broadcast(site, x)
+    assert isinstance(x, Batched)
+    return Batched(x.dim, x.outer, x.inner)
 
 
 @rule(*_COPIES, linear=True)
