@@ -15,10 +15,13 @@ from typing import Any
 import sympy
 import torch
 
+# Registers operators that Inductor's decompositions produce (prims.fma), so that the tables of rules find them however
+# little of Inductor the process has loaded. 2.11, 2.13.
+import torch._inductor.inductor_prims
+
 # make_fx records the aten ops of a function; the python dispatcher lets decompositions see symbolic sizes. 2.11, 2.13.
 from torch._dispatch.python import enable_python_dispatcher
 
-# Raised through a backend to make dynamo trace again, no failure. 2.11, 2.13.
 # Errors of this class pass through torch.compile without being wrapped in BackendCompilerFailed. 2.11, 2.13.
 # RestartAnalysis is raised through a backend to make dynamo trace again; it is no failure. 2.11, 2.13.
 from torch._dynamo.exc import RestartAnalysis

@@ -24,6 +24,7 @@ Rule = Callable[..., Any]
 RULES: dict[Any, Rule] = {}
 LINEAR: dict[Any, Callable[..., bool]] = {}
 NO_DATA: set[Any] = set()
+ABSENT: set[str] = set()  # names in the tables that this torch does not have: another supported version does
 
 _NAMESPACES = {"aten": torch.ops.aten, "prims": torch.ops.prims, "flashdp": torch.ops.flashdp}
 
@@ -32,15 +33,20 @@ def overloads(name: str) -> list[Any]:
     """`aten.sum.dim_IntList`, or every overload of `aten.sum`; nothing for an op that this torch does not have."""
     namespace, packet, *overload = name.split(".")
     found = getattr(_NAMESPACES[namespace], packet, None)
-    if found is None:
-        return []
-    names = overload or found.overloads()
+    names = [] if found is None else overload or found.overloads()
     return [getattr(found, o) for o in names if hasattr(found, o)]
+
+
+def _known(name: str) -> list[Any]:
+    found = overloads(name)
+    if not found:
+        ABSENT.add(name)
+    return found
 
 
 def _enter(table: dict[Any, Any], names: tuple[str, ...], entry: Any) -> None:
     for name in names:
-        for op in overloads(name):
+        for op in _known(name):
             if op in table:
                 raise RuntimeError(f"{op} already has an entry in the table of axis rules")
             table[op] = entry
@@ -60,7 +66,7 @@ def rule(*names: str, linear: bool | Callable[..., bool] = False) -> Callable[[R
 
 def no_data(*names: str) -> None:
     """Enter ops whose result carries no data of their arguments."""
-    NO_DATA.update(op for name in names for op in overloads(name))
+    NO_DATA.update(op for name in names for op in _known(name))
 
 
 def always(*states: Any, **options: Any) -> bool:

@@ -45,7 +45,6 @@ def convolution_backward(site: Site, grad: State, x: State, weight: State, *rest
     "aten._adaptive_avg_pool3d",
     "aten.adaptive_max_pool2d",
     "aten.adaptive_max_pool3d",
-    "aten._low_memory_max_pool_with_offsets",
     "prims._low_memory_max_pool_with_offsets",
     "prims._low_memory_max_pool_offsets_to_indices",
     "aten.reflection_pad1d",

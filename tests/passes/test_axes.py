@@ -365,3 +365,8 @@ def test_ops_that_this_torch_lacks_are_skipped():
 def test_every_pointwise_op_has_the_rule_of_add():
     assert registry.lookup(torch.ops.aten.tanh.default) is registry.RULES[torch.ops.aten.add.Tensor]
     assert registry.lookup(torch.ops.aten.histc.default) is None
+
+
+def test_every_name_in_the_tables_is_an_op_of_this_torch() -> None:
+    """A misspelt name, or an op that is registered later, would be a rule that is never asked."""
+    assert registry.ABSENT == set()
