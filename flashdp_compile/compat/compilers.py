@@ -1,0 +1,103 @@
+"""How a graph is handed to Inductor or to an interpreter. Each name with the versions checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+# RestartAnalysis is raised through a backend to make dynamo trace again; it is no failure. Errors of ShortenTraceback
+# pass through torch.compile without being wrapped in BackendCompilerFailed. 2.11, 2.13.
+from torch._dynamo.exc import RestartAnalysis
+from torch._dynamo.exc import ShortenTraceback as UnwrappedCompilerError
+
+# A pass that Inductor runs on a graph and asks for its part of the cache key. 2.11, 2.13.
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+__all__ = [
+    "CustomGraphPass",
+    "RestartAnalysis",
+    "UnwrappedCompilerError",
+    "compile_with_inductor",
+    "compile_with_interpreter",
+    "configured_graph_hooks",
+    "inductor_option_names",
+    "partitioned_backend",
+    "versions",
+]
+
+
+def inductor_option_names() -> list[str]:
+    """The settings that torch.compile accepts for Inductor. 2.11, 2.13."""
+    from torch._inductor import config  # late: a run that sets none of them need not load Inductor
+
+    return sorted(config.get_config_copy())  # type: ignore[attr-defined]
+
+
+# Passes that Inductor can be configured to run on the graph, besides ours. 2.11, 2.13.
+_GRAPH_HOOKS = (
+    "joint_custom_pre_pass",
+    "joint_custom_post_pass",
+    "post_grad_custom_pre_pass",
+    "post_grad_custom_post_pass",
+    "custom_partitioner_fn",
+    "_pre_fusion_custom_pass",
+    "_post_fusion_custom_pass",
+)
+
+
+def configured_graph_hooks() -> list[str]:
+    """The names of graph passes that are set in torch._inductor.config."""
+    from torch._inductor import config
+
+    return [name for name in _GRAPH_HOOKS if getattr(config, name, None)]
+
+
+def versions() -> list[str]:
+    """What a cached graph depends on besides our sources."""
+    import triton
+
+    return [torch.__version__, triton.__version__]
+
+
+def compile_with_inductor(
+    gm: torch.fx.GraphModule,
+    example_inputs: Any,
+    joint_pass: CustomGraphPass,
+    mode: str | None,
+    settings: Any,
+) -> Callable[..., Any]:
+    """Inductor, with a pass over the joint graph before all of its own. 2.11 takes one pass object, 2.13 also lists."""
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = {**(list_mode_options(mode) if mode else {}), **settings, "joint_custom_pre_pass": joint_pass}
+    compiled: Any = compile_fx(gm, example_inputs, config_patches=patches)
+    return compiled
+
+
+def compile_with_interpreter(
+    gm: torch.fx.GraphModule, example_inputs: Any, joint_pass: CustomGraphPass
+) -> Callable[..., Any]:
+    """No code generation: the joint graph, rewritten by the same pass, is split and run node by node. 2.11, 2.13."""
+    from functorch.compile import min_cut_rematerialization_partition
+
+    def partition(joint: torch.fx.GraphModule, inputs: Any, **options: Any) -> Any:
+        joint_pass(joint.graph)
+        joint.recompile()
+        return min_cut_rematerialization_partition(joint, inputs, **options)
+
+    return partitioned_backend(partition)(gm, example_inputs)
+
+
+def partitioned_backend(partition: Callable[..., Any]) -> Callable[..., Any]:
+    """A dynamo backend that runs forward and backward by an interpreter, split by `partition`. 2.11, 2.13."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._inductor.decomposition import select_decomp_table
+
+    def interpret(gm: torch.fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        return make_boxed_func(gm.forward)
+
+    return aot_autograd(fw_compiler=interpret, partition_fn=partition, decompositions=select_decomp_table())

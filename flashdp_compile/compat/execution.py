@@ -1,0 +1,159 @@
+"""What the run-time guard asks of autograd and dynamo. All of it checked on 2.11 and 2.13."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+__all__ = [
+    "COMPILED_BACKWARD",
+    "backward_number",
+    "compile_calls",
+    "eager_switches",
+    "fallbacks",
+    "hidden_from_dynamo",
+    "modules_compiled_by",
+    "next_node_number",
+    "node_number",
+    "real_tensors",
+]
+
+
+# The name of the autograd node that AOTAutograd makes for a compiled backward.
+COMPILED_BACKWARD = "CompiledFunctionBackward"
+
+
+def next_node_number() -> int:
+    """The number that the next autograd node made on this thread will have."""
+    return torch._C._autograd._get_sequence_nr()
+
+
+def node_number(node: Any) -> int:
+    """The number of an autograd node: nodes are numbered as they are made, leaves (AccumulateGrad) come last."""
+    return node._sequence_nr()
+
+
+def backward_number() -> int:
+    """Which backward pass is running: equal within one call of backward(), -1 outside."""
+    return torch._C._current_graph_task_id()
+
+
+def hidden_from_dynamo(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, never traced when autograd calls it, nor what it calls; costs nothing per call, unlike disable()."""
+    from torch._dynamo.eval_frame import set_code_exec_strategy
+    from torch._dynamo.types import FrameAction, FrameExecStrategy
+
+    set_code_exec_strategy(function.__code__, FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP))
+    return function
+
+
+def real_tensors() -> contextlib.AbstractContextManager[Any]:
+    """A context in which tensors are made for real, whatever fake mode a compiler has switched on."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()
+
+
+def compile_calls() -> int:
+    """A number that changes whenever torch.compile was called, or torch._dynamo.reset()."""
+    from torch._dynamo.eval_frame import cached_backends
+
+    return hash(tuple(cached_backends))
+
+
+def modules_compiled_by(is_ours: Callable[[Any], bool]) -> list[torch.nn.Module]:
+    """The modules that torch.compile(module or function) or module.compile() gave to a backend `is_ours` accepts.
+
+    Looks at every object of the process (tens of milliseconds). For a compiled function these are the modules that it
+    closes over or names as globals; modules that are passed to it as arguments cannot be found this way.
+    """
+    found: list[torch.nn.Module] = []
+    for candidate in gc.get_objects():
+        if type(candidate) is not types.FunctionType or "_torchdynamo_orig_callable" not in candidate.__dict__:
+            continue
+        cells = [_cell(cell) for cell in candidate.__closure__ or ()]
+        contexts = [value for value in cells if hasattr(value, "compiler_config") and hasattr(value, "callback")]
+        if any(is_ours(_user_backend(context.callback)) for context in contexts):
+            found += _modules_of(candidate.__dict__["_torchdynamo_orig_callable"])
+    return list({id(module): module for module in found}.values())
+
+
+def eager_switches() -> list[str]:
+    """The settings now in force that make torch.compile run code eagerly."""
+    from torch._dynamo import config, eval_frame
+
+    switches = []
+    if eval_frame._stance.stance != "default":
+        switches.append(f"torch.compiler.set_stance({eval_frame._stance.stance!r}) is active")
+    if config.suppress_errors:
+        switches.append("torch._dynamo.config.suppress_errors is on: what the backend refuses runs eagerly")
+    if config.disable:
+        switches.append("torch.compile is switched off (TORCH_COMPILE_DISABLE or torch._dynamo.config.disable)")
+    return switches
+
+
+def fallbacks() -> list[str]:
+    """What has already happened in this process that makes dynamo run code eagerly or in several graphs."""
+    from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
+    from torch._dynamo import config
+    from torch._dynamo.convert_frame import input_codes
+    from torch._dynamo.utils import counters
+
+    found = []
+    for code in filter(None, (reference() for reference in input_codes.seen)):
+        if len(_debug_get_cache_entry_list(code)) >= config.recompile_limit:
+            found.append(
+                f"{code.co_name} ({code.co_filename}:{code.co_firstlineno}) was compiled {config.recompile_limit} "
+                "times, the recompile limit: other calls run eagerly. TORCH_LOGS=recompiles tells why"
+            )
+    for reason in [*counters["graph_break"]][:1]:
+        found.append(f"dynamo broke a graph: {str(reason).strip().splitlines()[0]}")
+    return found
+
+
+def _cell(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # an empty cell
+        return None
+
+
+def _user_backend(callback: Any) -> Any:
+    """The function that the user gave or named as backend, inside dynamo's and torch.compile's wrappers."""
+    for _ in range(20):
+        inner = next(
+            (
+                getattr(callback, name)
+                for name in ("_torchdynamo_orig_backend", "compiler_fn", "func")
+                if callable(getattr(callback, name, None))
+            ),
+            None,
+        )
+        if inner is None:
+            break
+        callback = inner
+    return callback
+
+
+def _modules_of(function: Any, depth: int = 2) -> list[torch.nn.Module]:
+    if isinstance(function, torch.nn.Module):
+        return [function]
+    if depth < 0:
+        return []
+    if isinstance(function, functools.partial):
+        reached = [function.func, *function.args, *function.keywords.values()]
+    elif isinstance(function, types.MethodType):
+        reached = [function.__self__, function.__func__]
+    elif isinstance(function, types.FunctionType):
+        names = [name for name in function.__code__.co_names if name in function.__globals__]
+        reached = [_cell(cell) for cell in function.__closure__ or ()]
+        reached += [value for value in map(function.__globals__.get, names) if isinstance(value, torch.nn.Module)]
+    else:
+        return []
+    return [module for value in reached for module in _modules_of(value, depth - 1)]

@@ -1,0 +1,120 @@
+"""What torch's graphs say about themselves: sizes, sources, descriptors. Each name with the versions checked."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import sympy
+import torch
+
+# Registers operators that Inductor's decompositions produce (prims.fma), so that the tables of rules find them however
+# little of Inductor the process has loaded. 2.11, 2.13.
+import torch._inductor.inductor_prims
+
+# make_fx records the aten ops of a function; the python dispatcher lets decompositions see symbolic sizes. 2.11, 2.13.
+from torch._dispatch.python import enable_python_dispatcher
+
+# What an input or output of a joint graph stands for. 2.11, 2.13.
+from torch._functorch._aot_autograd.descriptors import (
+    GradAOTOutput,
+    InputMutationAOTOutput,
+    PlainAOTInput,
+    TangentAOTInput,
+)
+
+# The fake tensor mode of a graph under compilation. 2.11, 2.13.
+from torch._guards import detect_fake_mode
+
+# One overload of an operator: what a node of an aten graph calls. 2.11, 2.13.
+from torch._ops import OpOverload
+from torch.fx.experimental.proxy_tensor import make_fx
+
+__all__ = [
+    "GradAOTOutput",
+    "InputMutationAOTOutput",
+    "OpOverload",
+    "PlainAOTInput",
+    "TangentAOTInput",
+    "detect_fake_mode",
+    "graph_label",
+    "is_argument",
+    "is_python_float",
+    "live_tensor",
+    "size_expression",
+    "size_hint",
+    "source_name",
+    "trace",
+]
+
+
+def size_expression(size: int | torch.SymInt) -> int | sympy.Expr:
+    """A size as an int, or as the sympy expression of its symbols."""
+    if isinstance(size, torch.SymInt):
+        expression = size.node.expr
+        return int(expression) if expression.is_number else expression
+    return int(size)
+
+
+def size_hint(size: int | torch.SymInt, default: int) -> int:
+    """The value that a size had when it was traced; `default` for a size without one (an unbacked symbol)."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    try:
+        hint = size.node.hint
+    except Exception:  # unbacked symbols raise here on some versions, return None on others
+        hint = None
+    return default if hint is None else int(hint)
+
+
+def source_name(placeholder: torch.fx.Node) -> str | None:
+    """Where dynamo got an input from, as Python text such as L['self']._modules['fc']; None if it does not say."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    if source is None:
+        return None
+    name = source.name
+    return name() if callable(name) else name
+
+
+def live_tensor(placeholder: torch.fx.Node) -> torch.Tensor | None:
+    """The tensor that dynamo traced an input from, while it is alive. 2.11, 2.13."""
+    example = getattr(placeholder.meta.get("grapharg"), "example", None)
+    return example if isinstance(example, torch.Tensor) else None
+
+
+def is_argument(placeholder: torch.fx.Node) -> bool:
+    """Whether an input is an argument of the compiled call (or lies inside one), as opposed to an attribute of a
+    module, a global, or a variable of an enclosing function. 2.11, 2.13."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    if source is None:
+        return False
+    guard = source.guard_source() if callable(source.guard_source) else source.guard_source
+    root = source
+    while getattr(root, "base", None) is not None:
+        root = root.base
+    return guard.name == "LOCAL" and not getattr(root, "is_derefed_cell_contents", False)
+
+
+def is_python_float(placeholder: torch.fx.Node) -> bool:
+    """Whether an input is a Python float that dynamo passes as a tensor of no dimensions. 2.11, 2.13."""
+    return getattr(placeholder.meta.get("grapharg"), "is_tensor", True) is False
+
+
+def graph_label(gm: torch.fx.GraphModule) -> str:
+    """A compiled region in the user's terms: the innermost line of the user's program in its first traced node."""
+    for node in gm.graph.nodes:
+        frames = re.findall(r'File "([^"]+)", line (\d+), in (\S+)', node.meta.get("stack_trace") or "")
+        own = [f for f in frames if "/torch/" not in f[0]]
+        if own:
+            file, line, function = own[0]
+            return f"{function} ({file}:{line})"
+    return "a compiled region"
+
+
+def trace(function: Callable[..., Any], arguments: tuple[Any, ...]) -> torch.fx.GraphModule:
+    """The aten graph of `function` on fake tensors, decomposed as Inductor decomposes."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    with enable_python_dispatcher():
+        return make_fx(function, decomposition_table=select_decomp_table(), tracing_mode="real")(*arguments)
