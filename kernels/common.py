@@ -1,5 +1,6 @@
 """Small helpers that all families share: dtypes, layouts, launching."""
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,12 +33,14 @@ def sample_products(x: Tensor, g: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield run, wide_x.mT @ wide_g
 
 
+def dot_dtype(*operands: Tensor) -> torch.dtype:
+    """The dtype in which tiles of these operands meet in tl.dot."""
+    return functools.reduce(torch.promote_types, (t.dtype for t in operands))
+
+
 def dot_type(*operands: Tensor) -> str:
-    """Triton's name of the dtype in which tiles of these operands meet in tl.dot."""
-    dtype = operands[0].dtype
-    for t in operands[1:]:
-        dtype = torch.promote_types(dtype, t.dtype)
-    return TRITON_NAMES[dtype]
+    """Triton's name of that dtype."""
+    return TRITON_NAMES[dot_dtype(*operands)]
 
 
 def inner(t: Tensor) -> bool:

@@ -13,10 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flashdp_compile.kernels import tuning
 from flashdp_compile.kernels.codegen import kernel
-from flashdp_compile.kernels.common import accumulator, cdiv, dot_type, inner, pointer, randn, start, widen
+from flashdp_compile.kernels.common import accumulator, cdiv, dot_dtype, dot_type, randn, start, widen
 from flashdp_compile.kernels.family import Family
 from flashdp_compile.kernels.guard import floor, gamma, guarded
+from flashdp_compile.kernels.operands import argument, layout
+from flashdp_compile.kernels.tuning import Tiles
 
 
 def reference(x: Tensor, gs: list[Tensor], bias: list[bool]) -> Tensor:
@@ -38,16 +41,17 @@ def fake(x: Tensor, gs: list[Tensor], bias: list[bool]) -> Tensor:
 @dataclass(frozen=True)
 class Spec:
     dot_type: str
-    x_inner: bool
-    g_inner: tuple[bool, ...]  # operands with a bias come first
+    x: str  # layouts, see operands.py
+    gs: tuple[str, ...]  # operands with a bias come first
     biased: int
-    block_t: int = 64
-    block_k: int = 32
+    tiles: Tiles  # square
 
 
 def specialise(x: Tensor, gs: list[Tensor], bias: list[bool]) -> Spec:
     gs = _biased_first(gs, bias)
-    return Spec(dot_type(x, *gs), inner(x), tuple(inner(g) for g in gs), sum(bias))
+    T = x.shape[1] if isinstance(x.shape[1], int) else 1  # a size yet unknown, while sources are printed
+    tiles = tuning.tiles("gram_sqnorm", dot_dtype(x, *gs), x.device, T, T)
+    return Spec(dot_type(x, *gs), layout(x), tuple(map(layout, gs)), sum(bias), tiles)
 
 
 TEMPLATE = """
@@ -57,60 +61,53 @@ import triton.language as tl
 
 @triton.jit
 def kernel(
-    {{ args("x", 3, x_inner) }},
-{% for last in g_inner %}
-    {{ args("g%d" % loop.index0, 3, last) }}, p{{ loop.index0 }},
+    {{ operand("x", x) }},
+{% for how in gs %}
+    {{ operand("g%d" % loop.index0, how) }}, p{{ loop.index0 }},
 {% endfor %}
     part_ptr, root_ptr, T, D, x_floor, g_floor, PAIRS, BLOCKS,
 ):
-    b = (tl.program_id(0) // PAIRS).to(tl.int64)
+    b = tl.program_id(0) // PAIRS
     pair = tl.program_id(0) % PAIRS
     # pair = i (i + 1) / 2 + j with j <= i; the root in float32 may be off by one
     i = ((tl.sqrt(8.0 * pair.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
     i = tl.where(i * (i + 1) // 2 > pair, i - 1, i)
     i = tl.where((i + 1) * (i + 2) // 2 <= pair, i + 1, i)
     j = pair - i * (i + 1) // 2
-    t = i * {{ block_t }} + tl.arange(0, {{ block_t }})
-    u = j * {{ block_t }} + tl.arange(0, {{ block_t }})
+    t = i * {{ tiles.rows }}
+    u = j * {{ tiles.rows }}
 
-    a = tl.zeros([{{ block_t }}, {{ block_t }}], tl.float32)  # x_t . x_u
-    for first in range(0, D, {{ block_k }}):
-        k = first + tl.arange(0, {{ block_k }})
-        inside_t, inside_u = (t[:, None] < T) & (k[None, :] < D), (u[:, None] < T) & (k[None, :] < D)
-        p_t = {{ at("x", "b", "t[:, None]", "k[None, :]", x_inner) }}
-        b_t = tl.load(p_t, mask=inside_t, other=0.0).to({{ dot_type }})
-        p_u = {{ at("x", "b", "u[:, None]", "k[None, :]", x_inner) }}
-        b_u = tl.load(p_u, mask=inside_u, other=0.0).to({{ dot_type }})
-        a += {{ fresh_dot("b_t", "tl.trans(b_u)", block_k) }}
+    a = tl.zeros([{{ tiles.rows }}, {{ tiles.rows }}], tl.float32)  # x_t . x_u
+    for k in range(0, D, {{ tiles.depth }}):
+        b_t = {{ tile("x", x, "b", "t", tiles.rows, "T", "k", tiles.depth, "D") }}.to({{ dot_type }})
+        b_u = {{ tile("x", x, "b", "u", tiles.rows, "T", "k", tiles.depth, "D") }}.to({{ dot_type }})
+        a += {{ fresh_dot("b_t", "tl.trans(b_u)", tiles.depth) }}
 
-    g = tl.zeros([{{ block_t }}, {{ block_t }}], tl.float32)  # sum_l g_lt . g_lu
-{% for last in g_inner %}
-{% set n, name = loop.index0, "g%d" % loop.index0 %}
+    g = tl.zeros([{{ tiles.rows }}, {{ tiles.rows }}], tl.float32)  # sum_l g_lt . g_lu
+{% for how in gs %}
+{% set n, name, end = loop.index0, "g%d" % loop.index0, "p%d" % loop.index0 %}
 {% if n == biased and biased > 0 %}
     g_bias = g  # the operands up to here have a bias
 {% endif %}
-    for first in range(0, p{{ n }}, {{ block_k }}):
-        k = first + tl.arange(0, {{ block_k }})
-        inside_t, inside_u = (t[:, None] < T) & (k[None, :] < p{{ n }}), (u[:, None] < T) & (k[None, :] < p{{ n }})
-        p_t = {{ at(name, "b", "t[:, None]", "k[None, :]", last) }}
-        b_t = tl.load(p_t, mask=inside_t, other=0.0).to({{ dot_type }})
-        p_u = {{ at(name, "b", "u[:, None]", "k[None, :]", last) }}
-        b_u = tl.load(p_u, mask=inside_u, other=0.0).to({{ dot_type }})
-        g += {{ fresh_dot("b_t", "tl.trans(b_u)", block_k) }}
+    for k in range(0, {{ end }}, {{ tiles.depth }}):
+        b_t = {{ tile(name, how, "b", "t", tiles.rows, "T", "k", tiles.depth, end) }}.to({{ dot_type }})
+        b_u = {{ tile(name, how, "b", "u", tiles.rows, "T", "k", tiles.depth, end) }}.to({{ dot_type }})
+        g += {{ fresh_dot("b_t", "tl.trans(b_u)", tiles.depth) }}
 {% endfor %}
-{% if biased == g_inner | length %}
+{% if biased == gs | length %}
     g_bias = g
 {% endif %}
 
     total = tl.sum(a * g{% if biased %} + g_bias{% endif %})
-    tl.store(part_ptr + b * PAIRS + pair, tl.where(i == j, total, 2.0 * total))
+    tl.store(part_ptr + b.to(tl.int64) * PAIRS + pair, tl.where(i == j, total, 2.0 * total))
     if i == j:
-        diagonal = t[:, None] == u[None, :]
+        rows = tl.arange(0, {{ tiles.rows }})
+        diagonal = rows[:, None] == rows[None, :]
         square = (tl.sum(tl.where(diagonal, a, 0.0), 1) + x_floor) * (tl.sum(tl.where(diagonal, g, 0.0), 1) + g_floor)
 {% if biased %}
         square += tl.sum(tl.where(diagonal, g_bias, 0.0), 1) + g_floor
 {% endif %}
-        tl.store(root_ptr + b * BLOCKS + i, tl.sum(tl.where(t < T, tl.sqrt(square), 0.0)))
+        tl.store(root_ptr + b.to(tl.int64) * BLOCKS + i, tl.sum(tl.where(t + rows < T, tl.sqrt(square), 0.0)))
 """
 
 
@@ -118,15 +115,21 @@ def launch(x: Tensor, gs: list[Tensor], bias: list[bool]) -> Tensor:
     B, T, D = x.shape
     width = sum(g.shape[2] for g in gs)
     spec = specialise(x, gs, bias)
-    blocks = cdiv(T, spec.block_t)
+    tiles = spec.tiles
+    blocks = cdiv(T, tiles.rows)
     pairs = blocks * (blocks + 1) // 2
+    if 0 in (B, T):
+        return x.new_zeros(B, dtype=torch.float32)
     # every slot is written by one program, so empty is safe, and the sums are the same bits on every run
     part, root = (x.new_empty((B, n), dtype=torch.float32) for n in (pairs, blocks))
-    operands = [value for g in _biased_first(gs, bias) for value in (*pointer(g), g.shape[2])]
+    loaded = list(argument(x, spec.x, tiles.rows, tiles.depth))
+    for g, how in zip(_biased_first(gs, bias), spec.gs, strict=True):
+        loaded += [*argument(g, how, tiles.rows, tiles.depth), g.shape[2]]
     floors = floor(torch.float32, D), floor(torch.float32, width)
-    start(kernel(FAMILY, spec), B * pairs, x, *pointer(x), *operands, part, root, T, D, *floors, pairs, blocks)
-    chain = sum(cdiv(g.shape[2], spec.block_k) for g in gs)
-    return guarded(part.sum(1), gamma(torch.float32, max(cdiv(D, spec.block_k), chain)) * root.sum(1).square())
+    arguments = (*loaded, part, root, T, D, *floors, pairs, blocks)
+    start(kernel(FAMILY, spec), B * pairs, x, *arguments, num_warps=tiles.warps, num_stages=tiles.stages)
+    chain = max(cdiv(D, tiles.depth), sum(cdiv(g.shape[2], tiles.depth) for g in gs))
+    return guarded(part.sum(1), gamma(torch.float32, chain) * root.sum(1).square())
 
 
 def _biased_first(gs: list[Tensor], bias: list[bool]) -> list[Tensor]:

@@ -3,9 +3,9 @@
     out[b] = |x_b^T g_b|_F^2          x [B, T, d], g [B, T, p] -> [B]
 
 Entries are summed over t before they are squared, so the result is the norm of the product as rounded to float32, to
-a few units in the last place. `weighted_matmul` forms every entry in the same order (the same blocks over t), so the
-product that it scales is the one measured here, bit for bit, even where the tokens' gradients cancel. Keep their
-blocks equal.
+a few units in the last place. `weighted_matmul` forms every entry in the same order (both ask for the tiles of
+"product"), so the product that it scales is the one measured here, bit for bit, even where the tokens' gradients
+cancel.
 """
 
 from dataclasses import dataclass
@@ -13,9 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flashdp_compile.kernels import tuning
 from flashdp_compile.kernels.codegen import kernel
-from flashdp_compile.kernels.common import accumulator, cdiv, dot_type, inner, pointer, randn, sample_products, start
+from flashdp_compile.kernels.common import accumulator, cdiv, dot_dtype, dot_type, randn, sample_products, start
 from flashdp_compile.kernels.family import Family
+from flashdp_compile.kernels.operands import argument, layout
+from flashdp_compile.kernels.tuning import Tiles
 
 
 def reference(x: Tensor, g: Tensor) -> Tensor:
@@ -32,18 +35,21 @@ def fake(x: Tensor, g: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class Spec:
     dot_type: str
-    x_inner: bool
-    g_inner: bool
+    x: str  # layouts, see operands.py
+    g: str
+    tiles: Tiles
     store: str = ""  # Triton's dtype of the stored product; outer_store renders this template with one
-    block_d: int = 64
-    block_p: int = 64
-    block_t: int = 32
+    out: str = ""  # and its layout
+    halves: int = 1  # a descriptor stores a wide tile in two halves, for want of shared memory
 
 
 def specialise(x: Tensor, g: Tensor) -> Spec:
-    return Spec(dot_type(x, g), inner(x), inner(g))
+    tiles = tuning.tiles("product", dot_dtype(x, g), x.device, x.shape[2], g.shape[2])
+    return Spec(dot_type(x, g), layout(x), layout(g), tiles)
 
 
+# Persistent: each program takes tiles PROGRAMS apart, so that loads of the next tile overlap with the end of this one.
+# Tiles go in groups of 8 rows, for which the other operand stays in the L2 cache.
 TEMPLATE = """
 import triton
 import triton.language as tl
@@ -51,40 +57,59 @@ import triton.language as tl
 
 @triton.jit
 def kernel(
-    {{ args("x", 3, x_inner) }},
-    {{ args("g", 3, g_inner) }},
-    {% if store %}out_ptr, {% endif %}part_ptr, T, D, P, TILES, TILES_P,
+    {{ operand("x", x) }}, {{ operand("g", g) }},
+    {% if store %}{{ operand("out", out) }}, {% endif %}part_ptr, T, D, P, TILES_D, TILES_P, COUNT, PROGRAMS,
 ):
-    b = (tl.program_id(0) // TILES).to(tl.int64)
-    tile = tl.program_id(0) % TILES
-    d = (tile // TILES_P) * {{ block_d }} + tl.arange(0, {{ block_d }})
-    p = (tile % TILES_P) * {{ block_p }} + tl.arange(0, {{ block_p }})
-    acc = tl.zeros([{{ block_d }}, {{ block_p }}], tl.float32)
-    for first in range(0, T, {{ block_t }}):
-        t = first + tl.arange(0, {{ block_t }})
-        inside_x, inside_g = (t[:, None] < T) & (d[None, :] < D), (t[:, None] < T) & (p[None, :] < P)
-        p_x = {{ at("x", "b", "t[:, None]", "d[None, :]", x_inner) }}
-        b_x = tl.load(p_x, mask=inside_x, other=0.0).to({{ dot_type }})
-        p_g = {{ at("g", "b", "t[:, None]", "p[None, :]", g_inner) }}
-        b_g = tl.load(p_g, mask=inside_g, other=0.0).to({{ dot_type }})
-        acc = {{ dot("tl.trans(b_x)", "b_g", "acc") }}
+    for number in tl.range(tl.program_id(0), COUNT, PROGRAMS, flatten=True):
+        b = number // (TILES_D * TILES_P)
+        {{ swizzled("number % (TILES_D * TILES_P)", tiles) | indent(8) }}
+        acc = tl.zeros([{{ tiles.rows }}, {{ tiles.columns }}], tl.float32)
+        for t in range(0, T, {{ tiles.depth }}):
+            b_x = {{ tile("x", x, "b", "t", tiles.depth, "T", "d", tiles.rows, "D") }}.to({{ dot_type }})
+            b_g = {{ tile("g", g, "b", "t", tiles.depth, "T", "p", tiles.columns, "P") }}.to({{ dot_type }})
+            acc = {{ dot("tl.trans(b_x)", "b_g", "acc") }}
 {% if store %}
-    stored = acc.to({{ store }})
-    p_out = out_ptr + (b * D + d[:, None].to(tl.int64)) * P + p[None, :]
-    tl.store(p_out, stored, mask=(d[:, None] < D) & (p[None, :] < P))
-    acc = stored.to(tl.float32)
+        stored = acc.to({{ store }})
+{% if out == "tma" and halves == 2 %}
+{% set half = tiles.columns // 2 %}
+        left, right = tl.split(tl.permute(stored.reshape({{ tiles.rows }}, 2, {{ half }}), (0, 2, 1)))
+        out_desc.store([b, d, p], left.reshape(1, {{ tiles.rows }}, {{ half }}))
+        out_desc.store([b, d, p + {{ half }}], right.reshape(1, {{ tiles.rows }}, {{ half }}))
+{% elif out == "tma" %}
+        out_desc.store([b, d, p], stored.reshape(1, {{ tiles.rows }}, {{ tiles.columns }}))
+{% else %}
+        row, column = d + tl.arange(0, {{ tiles.rows }})[:, None], p + tl.arange(0, {{ tiles.columns }})[None, :]
+        p_out = out_ptr + b.to(tl.int64) * out_s0 + row.to(tl.int64) * out_s1 + column
+        tl.store(p_out, stored, mask=(row < D) & (column < P))
 {% endif %}
-    tl.store(part_ptr + b * TILES + tile, tl.sum(acc * acc))
+        acc = stored.to(tl.float32)
+{% endif %}
+        tl.store(part_ptr + number, tl.sum(acc * acc))
 """
 
 
 def launch(x: Tensor, g: Tensor) -> Tensor:
+    return run(FAMILY, specialise(x, g), x, g)
+
+
+def run(family: Family, spec: Spec, x: Tensor, g: Tensor, *out: Tensor) -> Tensor:
+    """Starts the template on x and g, and on where to store the product if `spec` says so; gives the squared norms."""
     (B, T, D), P = x.shape, g.shape[2]
-    spec = specialise(x, g)
-    tiles_p = cdiv(P, spec.block_p)
-    tiles = cdiv(D, spec.block_d) * tiles_p
-    part = x.new_empty((B, tiles), dtype=torch.float32)  # one slot per program: all are written, no atomics
-    start(kernel(FAMILY, spec), B * tiles, x, *pointer(x), *pointer(g), part, T, D, P, tiles, tiles_p)
+    tiles = spec.tiles
+    count = cdiv(D, tiles.rows), cdiv(P, tiles.columns)
+    if 0 in (B, T, *count):
+        for product in out:
+            product.zero_()
+        return x.new_zeros(B, dtype=torch.float32)
+    part = x.new_empty((B, count[0] * count[1]), dtype=torch.float32)  # one slot per tile: all are written, no atomics
+    loaded = (
+        *argument(x, spec.x, tiles.depth, tiles.rows),
+        *argument(g, spec.g, tiles.depth, tiles.columns),
+        *(value for t in out for value in argument(t, spec.out, tiles.rows, tiles.columns // spec.halves)),
+    )
+    programs = min(part.numel(), tuning.processors(x.device))
+    arguments = (*loaded, part, T, D, P, *count, part.numel(), programs)
+    start(kernel(family, spec), programs, x, *arguments, num_warps=tiles.warps, num_stages=tiles.stages)
     return part.sum(1)
 
 

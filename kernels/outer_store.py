@@ -8,13 +8,12 @@ The norm is taken after rounding: the clipped sum reads the stored values, so th
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
-from flashdp_compile.kernels import outer_sqnorm
-from flashdp_compile.kernels.codegen import kernel
-from flashdp_compile.kernels.common import TRITON_NAMES, accumulator, cdiv, pointer, start, widen
+from flashdp_compile.kernels import outer_sqnorm, tuning
+from flashdp_compile.kernels.common import TRITON_NAMES, accumulator, dot_dtype, widen
 from flashdp_compile.kernels.family import Family
+from flashdp_compile.kernels.operands import INNER, TMA
 
 
 def reference(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,18 +28,18 @@ def fake(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def specialise(x: Tensor, g: Tensor) -> outer_sqnorm.Spec:
-    return replace(outer_sqnorm.specialise(x, g), store=TRITON_NAMES[x.dtype])
+    tiles = tuning.tiles("outer_store", dot_dtype(x, g), x.device, x.shape[2], g.shape[2])
+    # the product is fresh memory with rows of p elements
+    whole_rows = g.shape[2] * x.element_size() % 16 == 0
+    out = TMA if x.element_size() == 2 and whole_rows and tuning.has_tma(x.device) else INNER
+    halves = 2 if tiles.columns > 128 else 1
+    spec = outer_sqnorm.specialise(x, g)
+    return replace(spec, tiles=tiles, store=TRITON_NAMES[x.dtype], out=out, halves=halves)
 
 
 def launch(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    (B, T, D), P = x.shape, g.shape[2]
-    spec = specialise(x, g)
-    tiles_p = cdiv(P, spec.block_p)
-    tiles = cdiv(D, spec.block_d) * tiles_p
-    product = x.new_empty((B, D, P))
-    part = x.new_empty((B, tiles), dtype=torch.float32)
-    start(kernel(FAMILY, spec), B * tiles, x, *pointer(x), *pointer(g), product, part, T, D, P, tiles, tiles_p)
-    return product, part.sum(1)
+    product = x.new_empty((x.shape[0], x.shape[2], g.shape[2]))
+    return product, outer_sqnorm.run(FAMILY, specialise(x, g), x, g, product)
 
 
 FAMILY = Family(

@@ -12,9 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flashdp_compile.kernels import tuning
 from flashdp_compile.kernels.codegen import kernel
-from flashdp_compile.kernels.common import accumulator, cdiv, dot_type, inner, pointer, randn, sample_products, start
+from flashdp_compile.kernels.common import accumulator, cdiv, dot_dtype, dot_type, randn, sample_products, start
 from flashdp_compile.kernels.family import Family
+from flashdp_compile.kernels.operands import argument, layout
+from flashdp_compile.kernels.tuning import Tiles
 
 
 def reference(x: Tensor, g: Tensor, weights: Tensor) -> Tensor:
@@ -33,17 +36,17 @@ def fake(x: Tensor, g: Tensor, weights: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class Spec:
     dot_type: str
-    x_inner: bool
-    g_inner: bool
-    block_d: int = 64
-    block_p: int = 64
-    block_t: int = 32
+    x: str  # layouts, see operands.py
+    g: str
+    tiles: Tiles
 
 
 def specialise(x: Tensor, g: Tensor, weights: Tensor) -> Spec:
-    return Spec(dot_type(x, g), inner(x), inner(g))
+    tiles = tuning.tiles("product", dot_dtype(x, g), x.device, x.shape[2], g.shape[2])
+    return Spec(dot_type(x, g), layout(x), layout(g), tiles)
 
 
+# Programs [tiles, runs]: where the tiles alone would leave multiprocessors idle, each takes a run of the samples.
 TEMPLATE = """
 import triton
 import triton.language as tl
@@ -51,41 +54,46 @@ import triton.language as tl
 
 @triton.jit
 def kernel(
-    {{ args("x", 3, x_inner) }},
-    {{ args("g", 3, g_inner) }},
-    weight_ptr, weight_s0, out_ptr, B, T, D, P, TILES_P,
+    {{ operand("x", x) }}, {{ operand("g", g) }}, weight_ptr, weight_s0, out_ptr, B, T, D, P, TILES_D, TILES_P, RUN,
 ):
-    tile = tl.program_id(0)
-    d = (tile // TILES_P) * {{ block_d }} + tl.arange(0, {{ block_d }})
-    p = (tile % TILES_P) * {{ block_p }} + tl.arange(0, {{ block_p }})
-    total = tl.zeros([{{ block_d }}, {{ block_p }}], tl.float32)
-    for sample in range(0, B):
-        w = tl.load(weight_ptr + sample * weight_s0)
+    number, run = tl.program_id(0) % (TILES_D * TILES_P), tl.program_id(0) // (TILES_D * TILES_P)
+    {{ swizzled("number", tiles) | indent(4) }}
+    total = tl.zeros([{{ tiles.rows }}, {{ tiles.columns }}], tl.float32)
+    for sample in range(run * RUN, tl.minimum(run * RUN + RUN, B)):
+        b = tl.full([], sample, tl.int32)
+        w = tl.load(weight_ptr + b * weight_s0)
         if w != 0.0:
-            b = tl.full([], sample, tl.int64)
-            acc = tl.zeros([{{ block_d }}, {{ block_p }}], tl.float32)
-            for first in range(0, T, {{ block_t }}):
-                t = first + tl.arange(0, {{ block_t }})
-                inside_x, inside_g = (t[:, None] < T) & (d[None, :] < D), (t[:, None] < T) & (p[None, :] < P)
-                p_x = {{ at("x", "b", "t[:, None]", "d[None, :]", x_inner) }}
-                p_g = {{ at("g", "b", "t[:, None]", "p[None, :]", g_inner) }}
-                b_x = tl.load(p_x, mask=inside_x, other=0.0).to({{ dot_type }})
-                b_g = tl.load(p_g, mask=inside_g, other=0.0).to({{ dot_type }})
+            acc = tl.zeros([{{ tiles.rows }}, {{ tiles.columns }}], tl.float32)
+            for t in range(0, T, {{ tiles.depth }}):
+                b_x = {{ tile("x", x, "b", "t", tiles.depth, "T", "d", tiles.rows, "D") }}.to({{ dot_type }})
+                b_g = {{ tile("g", g, "b", "t", tiles.depth, "T", "p", tiles.columns, "P") }}.to({{ dot_type }})
                 acc = {{ dot("tl.trans(b_x)", "b_g", "acc") }}
             total += w * acc
-    tl.store(out_ptr + d[:, None].to(tl.int64) * P + p[None, :], total, mask=(d[:, None] < D) & (p[None, :] < P))
+    row, column = d + tl.arange(0, {{ tiles.rows }})[:, None], p + tl.arange(0, {{ tiles.columns }})[None, :]
+    p_out = out_ptr + run.to(tl.int64) * D * P + row.to(tl.int64) * P + column
+    tl.store(p_out, total, mask=(row < D) & (column < P))
 """
 
 
 def launch(x: Tensor, g: Tensor, weights: Tensor) -> Tensor:
     (B, T, D), P = x.shape, g.shape[2]
     spec = specialise(x, g, weights)
-    tiles_p = cdiv(P, spec.block_p)
-    out = x.new_empty((D, P), dtype=torch.float32)
-    scale = weights, weights.stride(0)
-    programs = cdiv(D, spec.block_d) * tiles_p
-    start(kernel(FAMILY, spec), programs, out, *pointer(x), *pointer(g), *scale, out, B, T, D, P, tiles_p)
-    return out
+    tiles = spec.tiles
+    count = cdiv(D, tiles.rows), cdiv(P, tiles.columns)
+    if 0 in (B, T, *count):
+        return x.new_zeros((D, P), dtype=torch.float32)
+    run = cdiv(B, runs(B, count[0] * count[1], tuning.processors(x.device)))
+    out = x.new_empty((cdiv(B, run), D, P), dtype=torch.float32)
+    loaded = *argument(x, spec.x, tiles.depth, tiles.rows), *argument(g, spec.g, tiles.depth, tiles.columns)
+    arguments = (*loaded, weights, weights.stride(0), out, B, T, D, P, *count, run)
+    programs = len(out) * count[0] * count[1]
+    start(kernel(FAMILY, spec), programs, x, *arguments, num_warps=tiles.warps, num_stages=tiles.stages)
+    return out[0] if len(out) == 1 else out.sum(0)
+
+
+def runs(samples: int, tiles: int, processors: int) -> int:
+    """Into how many runs to cut the samples so that `tiles` times as many programs fill the processors."""
+    return max(1, min(samples, processors // tiles))
 
 
 def example(case, dtype, device, generator):

@@ -1,15 +1,21 @@
 """Every kernel compiles to machine code for sm_90 without a GPU. Run as a script, this file does the compiling."""
 
+import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+MATRIX = ("gram_sqnorm", "outer_sqnorm", "outer_store", "weighted_matmul")
 NAMES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int64": "*i64"}
 
 
 def signature(kernel, args):
     def kind(a):
+        if hasattr(a, "block_shape"):
+            return f"tensordesc<{NAMES[str(a.base.dtype)[6:]][1:]}{list(a.block_shape)}>"
         if hasattr(a, "dtype"):
             return NAMES[str(a.dtype)[6:]]
         return "fp32" if isinstance(a, float) else "i32"
@@ -25,20 +31,38 @@ def compile_all() -> None:
     from triton.compiler import ASTSource
     from triton.runtime.jit import JITFunction
 
-    from flashdp_compile.kernels import FAMILIES, clip
+    from flashdp_compile.kernels import FAMILIES, clip, tuning
 
     launches = []
     JITFunction.__getitem__ = lambda kernel, grid: lambda *args, **options: launches.append((kernel, args, options))
+    tuning.architecture = lambda device: "sm_90"
     for family in FAMILIES.values():
         for dtype, layout in ((torch.float32, "contiguous"), (torch.bfloat16, "last_strided")):
             family.launch(*arguments(family, family.cases[1], dtype, layout=layout))
+    for name in MATRIX:
+        FAMILIES[name].launch(*arguments(FAMILIES[name], (4, 1024, 1024, 2048), torch.bfloat16))
     counter, sqnorm = torch.zeros((), dtype=torch.int64), torch.ones(3)
     for fn in clip.FUNCTIONS:
         clip.launch(counter, sqnorm, 1.0, fn, torch.tensor(1.0) if fn == "hard" else 1.0, 2.0)
     for kernel, args, options in launches:
         source = ASTSource(fn=kernel, signature=signature(kernel, args), constexprs={})
         built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-        print(kernel.fn.__module__, len(built.asm["cubin"]))
+        print(
+            json.dumps({"name": kernel.fn.__module__, "shared": built.metadata.shared, **described(built.asm["ptx"])})
+        )
+
+
+def described(ptx: str) -> dict:
+    """Which units a kernel uses, and the bytes that its registers spill."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", "-o", os.devnull, file.name]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spilled = sum(map(int, re.findall(r"(\d+) bytes spill", report)))
+    return {"wgmma": "wgmma.mma_async" in ptx, "tma": "cp.async.bulk.tensor" in ptx, "spilled": spilled}
 
 
 def test_every_kernel_compiles_for_sm_90(tmp_path):
@@ -46,7 +70,14 @@ def test_every_kernel_compiles_for_sm_90(tmp_path):
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
-    assert len(done.stdout.splitlines()) == 2 * 9 + 3, done.stdout
+    built = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(built) == 2 * 9 + len(MATRIX) + 3, done.stdout
+    for kernel in built:
+        assert kernel["shared"] <= 227 * 1024, kernel
+    fast = [kernel for kernel in built if kernel["tma"]]
+    assert len(fast) == len(MATRIX), done.stdout
+    for kernel in fast:
+        assert kernel["wgmma"] and kernel["spilled"] == 0, kernel
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def test_source_is_headed_by_its_specialisation_and_listed(device):
     args = arguments(family, family.cases[0], device=device)
     spec = family.specialise(*args)
     text = codegen.source(family, spec)
-    assert text.startswith("# flashdp kernel gram_sqnorm") and "block_t=64" in text.splitlines()[1]
+    assert text.startswith("# flashdp kernel gram_sqnorm") and "Tiles(rows=64" in text.splitlines()[1]
     family.launch(*args)
     assert codegen.rendered()["gram_sqnorm", spec] == text
     assert "g1_ptr" not in text

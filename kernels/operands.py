@@ -1,0 +1,72 @@
+"""How a tile of one sample's operand [B, rows, columns] reaches a kernel: through pointers, or a TMA descriptor.
+
+A descriptor (the tensor memory accelerator of compute capability 9.0) moves a whole tile with one instruction, fills
+what lies beyond a sample's edge with zeros, and needs 16-bit elements, a contiguous last dimension and rows that start
+at multiples of 16 bytes. Pointers read everything else.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from flashdp_compile.kernels import tuning
+
+STRIDED, INNER, TMA = "strided", "inner", "tma"
+
+# operand(name, layout): its parameters; tile(name, layout, b, row, rows, row_end, col, cols, col_end): the tile of
+# sample b that starts at (row, col), zero beyond (row_end, col_end); swizzled(number, tiles): where the tile of that
+# number starts, (d, p), in bands of 8 rows of tiles.
+MACROS = """\
+{%- macro operand(name, layout) -%}
+{% if layout == "tma" %}{{ name }}_desc{% else %}
+{{ name }}_ptr, {{ name }}_s0, {{ name }}_s1{% if layout == "strided" %}, {{ name }}_s2{% endif %}
+{% endif %}
+{%- endmacro -%}
+{%- macro tile(name, layout, b, row, rows, row_end, col, cols, col_end) -%}
+{% if layout == "tma" %}
+{{ name }}_desc.load([{{ b }}, {{ row }}, {{ col }}]).reshape({{ rows }}, {{ cols }})
+{%- else %}
+tl.load(
+                {{ name }}_ptr + {{ b }}.to(tl.int64) * {{ name }}_s0
+                + ({{ row }} + tl.arange(0, {{ rows }}))[:, None].to(tl.int64) * {{ name }}_s1
+                + ({{ col }} + tl.arange(0, {{ cols }}))[None, :].to(tl.int64)
+{%- if layout == "strided" %} * {{ name }}_s2{% endif %},
+                mask=(({{ row }} + tl.arange(0, {{ rows }})) < {{ row_end }})[:, None]
+                & (({{ col }} + tl.arange(0, {{ cols }})) < {{ col_end }})[None, :],
+                other=0.0,
+            )
+{%- endif %}
+{%- endmacro -%}
+{%- macro swizzled(number, tiles) -%}
+group = ({{ number }}) // (8 * TILES_P)
+inside = ({{ number }}) % (8 * TILES_P)
+height = tl.minimum(TILES_D - 8 * group, 8)
+d = (8 * group + inside % height) * {{ tiles.rows }}
+p = (inside // height) * {{ tiles.columns }}
+{%- endmacro -%}
+"""
+
+
+def layout(t: Tensor) -> str:
+    """The fastest way to read `t` [B, rows, columns] on its device. Sizes and addresses yet unknown are aligned."""
+    if t.stride(2) != 1:
+        return STRIDED
+    steps = (s for s in t.stride()[:2] if isinstance(s, int))
+    aligned = all(s > 0 and s * t.element_size() % 16 == 0 for s in steps) and _address(t) % 16 == 0
+    return TMA if aligned and t.element_size() == 2 and tuning.has_tma(t.device) else INNER
+
+
+def _address(t: Tensor) -> int:
+    try:
+        return t.data_ptr()
+    except RuntimeError:  # a fake tensor, while sources are printed
+        return 0
+
+
+def argument(t: Tensor, layout: str, rows: int, columns: int) -> tuple[Any, ...]:
+    """`t` as kernel arguments, in the order of the macro `operand`; tiles are [rows, columns]."""
+    if layout != TMA:
+        return (t, *t.stride()) if layout == STRIDED else (t, *t.stride()[:2])
+    from triton.tools.tensor_descriptor import TensorDescriptor  # late: kernels load without Triton
+
+    return (TensorDescriptor(t, list(t.shape), list(t.stride()), [1, rows, columns]),)

@@ -1,0 +1,64 @@
+"""Sizes of tiles, warps and pipeline stages of every family, as measured: `tuning.json`, not code.
+
+The file maps an architecture to families to bits per element to a list of entries
+
+    [rows, columns, depth, warps, stages, tiles]
+
+of which the first is taken that cuts one sample's product into at least so many `tiles`: large tiles reuse more, small
+ones fill the device. The batch size has no say, so that a sample's numbers do not depend on the samples beside it. An
+architecture that is missing takes "default".
+"""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Tiles(NamedTuple):
+    """An output tile of [rows, columns], summed in blocks of `depth`, by `warps` warps with `stages` loads ahead."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+def tiles(family: str, dtype: torch.dtype, device: torch.device, rows: int, columns: int) -> Tiles:
+    """The tiles for a product of [rows, columns] whose operands meet in `dtype`."""
+    table = _table()
+    entries = table.get(architecture(device), table["default"])[family][str(8 * dtype.itemsize)]
+    for *sizes, least in entries:
+        chosen = Tiles(*sizes)
+        if -(-rows // chosen.rows) * -(-columns // chosen.columns) >= least:
+            break
+    return chosen
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """ "sm_90" for an H100; "cpu" where kernels are interpreted."""
+    if device.type != "cuda":
+        return device.type
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def has_tma(device: torch.device) -> bool:
+    """Whether tiles can be read through descriptors."""
+    name = architecture(device)
+    return name.startswith("sm_") and int(name[3:]) >= 90
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """How many programs a device runs at a time, one on each multiprocessor."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+@functools.cache
+def _table() -> dict[str, Any]:
+    return json.loads(Path(__file__).with_name("tuning.json").read_text())

@@ -1,0 +1,65 @@
+"""The path of an H100, tiles read and stored by TMA descriptors, in the interpreter: same values as by pointers."""
+
+import pytest
+import torch
+from kernel_cases import arguments, lay, outputs
+
+from flashdp_compile.kernels import FAMILIES, guard, tuning
+from flashdp_compile.kernels.operands import INNER, STRIDED, TMA, layout
+
+# B, T, d, p: rows of 16-byte multiples, no size a multiple of a tile, both sizes of outer_store's tiles
+SHAPES = [(2, 72, 136, 264), (3, 140, 24, 8), (1, 5, 264, 520)]
+
+
+@pytest.fixture(autouse=True)
+def h100(monkeypatch):
+    monkeypatch.setattr(tuning, "architecture", lambda device: "sm_90")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", ["gram_sqnorm", "outer_sqnorm", "outer_store", "weighted_matmul"])
+def test_descriptors_read_what_pointers_read(name, shape, dtype, device, monkeypatch):
+    family = FAMILIES[name]
+    args = arguments(family, shape, dtype, device)
+    assert TMA in repr(family.specialise(*args))
+    by_descriptor = outputs(family.launch(*args))
+    monkeypatch.setattr(tuning, "has_tma", lambda device: False)
+    assert TMA not in repr(family.specialise(*args))
+    for got, expected in zip(by_descriptor, outputs(family.launch(*args)), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_what_a_descriptor_cannot_read_is_read_by_pointers(device):
+    t = torch.randn(2, 6, 24, device=device).bfloat16()
+    assert layout(t) == TMA
+    assert layout(t.float()) == INNER  # 32 bits: no fast product
+    assert layout(lay(t, "last_strided")) == STRIDED
+    assert layout(t[:, :, 1:]) == INNER  # starts between two multiples of 16 bytes
+    assert layout(t[:, :, :23].contiguous()) == INNER  # rows of 46 bytes
+    assert layout(t[:1].expand(2, 6, 24)) == INNER  # one sample's memory for all
+    assert layout(t[:, :, 8:]) == TMA
+
+
+def test_tiles_depend_on_the_product_and_not_on_the_batch(device):
+    small, large = (tuning.tiles("outer_store", torch.bfloat16, torch.device(device), n, n) for n in (256, 4096))
+    assert small.columns < large.columns
+    for batch in (1, 64):
+        args = arguments(FAMILIES["outer_sqnorm"], (batch, 8, 16, 16), torch.bfloat16, device)
+        assert FAMILIES["outer_sqnorm"].specialise(*args) == FAMILIES["outer_sqnorm"].specialise(*(t[:1] for t in args))
+
+
+def test_the_norm_and_the_sum_share_their_tiles(device):
+    """The product whose norm is bounded must be, bit for bit, the one that is added."""
+    x, g, weights = arguments(FAMILIES["weighted_matmul"], (3, 40, 264, 136), torch.bfloat16, device)
+    assert (
+        FAMILIES["weighted_matmul"].specialise(x, g, weights).tiles == FAMILIES["outer_sqnorm"].specialise(x, g).tiles
+    )
+    alone = FAMILIES["weighted_matmul"].launch(x[:1], g[:1], torch.ones(1, device=device))
+    sqnorm = FAMILIES["outer_sqnorm"].launch(x[:1], g[:1])
+    assert torch.allclose(alone.double().square().sum(), sqnorm.double(), rtol=1e-6)
+
+
+def test_tensor_cores_sum_no_more_by_themselves_than_the_guard_allows():
+    tables = tuning._table().values()
+    assert all(depth <= guard.BLOCK for t in tables for e in t["gram_sqnorm"].values() for _, _, depth, *_ in e)
