@@ -110,13 +110,13 @@ def kernel(grad_ptr, key_ptr, stream, std, out_ptr, N):
     radius_b = tl.sqrt(-2.0 * tl.log(c2.to(tl.float32) * {2.0**-32!r} + {2.0**-33!r}))
     angle_a = c1.to(tl.float32) * {2.0**-32!r} * {2 * math.pi!r}
     angle_b = c3.to(tl.float32) * {2.0**-32!r} * {2 * math.pi!r}
-    pair_a = radius_a * tl.cos(angle_a), radius_a * tl.sin(angle_a)
-    pair_b = radius_b * tl.cos(angle_b), radius_b * tl.sin(angle_b)
-    values = (pair_a[0], pair_a[1], pair_b[0], pair_b[1])
-    for lane in tl.static_range(4):
-        n = 4 * i + lane
-        b_grad = tl.load(grad_ptr + n, mask=n < N, other=0.0)
-        tl.store(out_ptr + n, (b_grad.to(tl.float32) + std * values[lane]).to(out_ptr.dtype.element_ty), mask=n < N)
+    # [block, 4] in the order of the elements: the last dimension that is joined varies fastest
+    cosines = tl.join(radius_a * tl.cos(angle_a), radius_b * tl.cos(angle_b))
+    sines = tl.join(radius_a * tl.sin(angle_a), radius_b * tl.sin(angle_b))
+    values = tl.join(cosines, sines).reshape({{{{ block }}}}, 4)
+    n = 4 * i[:, None] + tl.arange(0, 4)[None, :]
+    b_grad = tl.load(grad_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+    tl.store(out_ptr + n, (b_grad + std * values).to(out_ptr.dtype.element_ty), mask=n < N)
 """
 
 

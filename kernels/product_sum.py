@@ -55,8 +55,9 @@ def kernel(
     acc = tl.zeros([{{ block }}], tl.float32)
     for b in range(0, B):
         w = tl.load(weight_ptr + b * weight_s0)
-        if w != 0.0:
-            acc += w * tl.load(p_row + tl.full([], b, tl.int64) * product_s0, mask=n < N, other=0.0).to(tl.float32)
+        end = tl.where(w != 0.0, N, 0)  # a mask and no branch, so that loads of several samples are in flight
+        p_b = p_row + tl.full([], b, tl.int64) * product_s0
+        acc += w * tl.load(p_b, mask=n < end, other=0.0).to(tl.float32)
     tl.store(out_ptr + n, acc, mask=n < N)
 """
 
