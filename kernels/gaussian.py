@@ -21,10 +21,8 @@ from torch import Tensor
 from flashdp_compile.kernels.codegen import kernel
 from flashdp_compile.kernels.common import accumulator, cdiv, randn, start
 from flashdp_compile.kernels.family import Family
+from flashdp_compile.kernels.philox import KEY_A, KEY_B, ROUND_A, ROUND_B, WORD
 
-ROUND_A, ROUND_B = 0xD2511F53, 0xCD9E8D57  # multipliers
-KEY_A, KEY_B = 0x9E3779B9, 0xBB67AE85  # increments of the key words
-WORD = 0xFFFFFFFF
 CHUNK = 1 << 15  # Philox blocks at a time and thread: the four words and their products stay in the cache
 
 
@@ -49,7 +47,7 @@ def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, keys: tuple[Tensor, T
 
 def gaussian(shape: int | tuple[int, ...], key: Tensor, stream: int) -> Tensor:
     """Standard normal float32 tensor of this shape on the key's device. key [2] int64, 0 <= stream < 2^32."""
-    _check(stream)
+    word(stream)
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
     numel = math.prod(shape)
     blocks = cdiv(numel, 4)
@@ -88,40 +86,23 @@ def specialise(grad: Tensor, key: Tensor, stream: int, std: float) -> Spec:
     return Spec()
 
 
-TEMPLATE = f"""
+TEMPLATE = """
 import triton
 import triton.language as tl
 
 
 @triton.jit
 def kernel(grad_ptr, key_ptr, stream, std, out_ptr, N):
-    i = tl.program_id(0).to(tl.int64) * {{{{ block }}}} + tl.arange(0, {{{{ block }}}})
-    zero = tl.zeros([{{{{ block }}}}], tl.int64)
-    k, step = zero + tl.load(key_ptr), zero + tl.load(key_ptr + 1)
-    k0, k1 = (k & {WORD}).to(tl.uint32), ((k >> 32) & {WORD}).to(tl.uint32)
-    c0, c1 = i.to(tl.uint32), (zero + stream).to(tl.uint32)
-    c2, c3 = (step & {WORD}).to(tl.uint32), ((step >> 32) & {WORD}).to(tl.uint32)
-    for _ in tl.static_range(10):
-        high_a, high_b = tl.umulhi(c0, {ROUND_A}), tl.umulhi(c2, {ROUND_B})
-        c1, c3, low_a = high_b ^ c1 ^ k0, high_a ^ c3 ^ k1, c0 * {ROUND_A}
-        c0, c1, c2, c3 = c1, c2 * {ROUND_B}, c3, low_a
-        k0, k1 = k0 + {KEY_A}, k1 + {KEY_B}
-    radius_a = tl.sqrt(-2.0 * tl.log(c0.to(tl.float32) * {2.0**-32!r} + {2.0**-33!r}))
-    radius_b = tl.sqrt(-2.0 * tl.log(c2.to(tl.float32) * {2.0**-32!r} + {2.0**-33!r}))
-    angle_a = c1.to(tl.float32) * {2.0**-32!r} * {2 * math.pi!r}
-    angle_b = c3.to(tl.float32) * {2.0**-32!r} * {2 * math.pi!r}
-    # [block, 4] in the order of the elements: the last dimension that is joined varies fastest
-    cosines = tl.join(radius_a * tl.cos(angle_a), radius_b * tl.cos(angle_b))
-    sines = tl.join(radius_a * tl.sin(angle_a), radius_b * tl.sin(angle_b))
-    values = tl.join(cosines, sines).reshape({{{{ block }}}}, 4)
+    first = tl.program_id(0).to(tl.int64) * {{ block }}
+    {{ draw_normals("first + tl.arange(0, %d)" % block, "%d, 4" % block) | indent(4) }}
     n = 4 * i[:, None] + tl.arange(0, 4)[None, :]
     b_grad = tl.load(grad_ptr + n, mask=n < N, other=0.0).to(tl.float32)
-    tl.store(out_ptr + n, (b_grad + std * values).to(out_ptr.dtype.element_ty), mask=n < N)
+    tl.store(out_ptr + n, (b_grad + std * normals).to(out_ptr.dtype.element_ty), mask=n < N)
 """
 
 
 def launch(grad: Tensor, key: Tensor, stream: int, std: float) -> Tensor:
-    _check(stream)
+    word(stream)
     spec = specialise(grad, key, stream, std)
     grad = grad.contiguous()  # elements are numbered in row-major order, whatever the layout
     out = torch.empty_like(grad)
@@ -130,9 +111,11 @@ def launch(grad: Tensor, key: Tensor, stream: int, std: float) -> Tensor:
     return out
 
 
-def _check(stream: int) -> None:
+def word(stream: int) -> int:
+    """`stream` if it is one: ValueError otherwise."""
     if not 0 <= stream <= WORD:
         raise ValueError(f"a noise stream is an unsigned word of 32 bits: stream={stream}")
+    return stream
 
 
 def example(case, dtype, device, generator):

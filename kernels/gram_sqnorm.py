@@ -13,12 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flashdp_compile.kernels import tuning
 from flashdp_compile.kernels.codegen import kernel
-from flashdp_compile.kernels.common import accumulator, cdiv, dot_dtype, dot_type, randn, start, widen
+from flashdp_compile.kernels.common import accumulator, cdiv, dot_type, randn, start, widen
 from flashdp_compile.kernels.family import Family
 from flashdp_compile.kernels.guard import floor, gamma, guarded
-from flashdp_compile.kernels.operands import argument, layout
+from flashdp_compile.kernels.operands import argument, layout, tiles_for
 from flashdp_compile.kernels.tuning import Tiles
 
 
@@ -50,7 +49,7 @@ class Spec:
 def specialise(x: Tensor, gs: list[Tensor], bias: list[bool]) -> Spec:
     gs = _biased_first(gs, bias)
     T = x.shape[1] if isinstance(x.shape[1], int) else 1  # a size yet unknown, while sources are printed
-    tiles = tuning.tiles("gram_sqnorm", dot_dtype(x, *gs), x.device, T, T)
+    tiles = tiles_for("gram_sqnorm", [x, *gs], T, T)
     return Spec(dot_type(x, *gs), layout(x), tuple(map(layout, gs)), sum(bias), tiles)
 
 

@@ -2,7 +2,7 @@
 
 A descriptor (the tensor memory accelerator of compute capability 9.0) moves a whole tile with one instruction, fills
 what lies beyond a sample's edge with zeros, and needs 16-bit elements, a contiguous last dimension and rows that start
-at multiples of 16 bytes. Pointers read everything else.
+at multiples of 16 bytes. Pointers read everything else, with 32-bit offsets within a tile of contiguous rows.
 """
 
 from typing import Any
@@ -10,12 +10,15 @@ from typing import Any
 from torch import Tensor
 
 from flashdp_compile.kernels import tuning
+from flashdp_compile.kernels.common import dot_dtype
+from flashdp_compile.kernels.tuning import Tiles
 
 STRIDED, INNER, TMA = "strided", "inner", "tma"
 
 # operand(name, layout): its parameters; tile(name, layout, b, row, rows, row_end, col, cols, col_end): the tile of
 # sample b that starts at (row, col), zero beyond (row_end, col_end); swizzled(number, tiles): where the tile of that
-# number starts, (d, p), in bands of 8 rows of tiles.
+# number starts, (d, p), in bands of 8 rows of tiles; store_tile(name, b, value, tiles): the tile at (d, p) of a
+# contiguous [., D, P].
 MACROS = """\
 {%- macro operand(name, layout) -%}
 {% if layout == "tma" %}{{ name }}_desc{% else %}
@@ -27,15 +30,29 @@ MACROS = """\
 {{ name }}_desc.load([{{ b }}, {{ row }}, {{ col }}]).reshape({{ rows }}, {{ cols }})
 {%- else %}
 tl.load(
+{% if layout == "inner" %}
+                {{ name }}_ptr + {{ b }}.to(tl.int64) * {{ name }}_s0
+                + tl.full([], {{ row }}, tl.int64) * {{ name }}_s1 + {{ col }}
+                + (tl.arange(0, {{ rows }})[:, None] * {{ name }}_s1 + tl.arange(0, {{ cols }})[None, :]),
+{% else %}
                 {{ name }}_ptr + {{ b }}.to(tl.int64) * {{ name }}_s0
                 + ({{ row }} + tl.arange(0, {{ rows }}))[:, None].to(tl.int64) * {{ name }}_s1
-                + ({{ col }} + tl.arange(0, {{ cols }}))[None, :].to(tl.int64)
-{%- if layout == "strided" %} * {{ name }}_s2{% endif %},
+                + ({{ col }} + tl.arange(0, {{ cols }}))[None, :].to(tl.int64) * {{ name }}_s2,
+{% endif %}
                 mask=(({{ row }} + tl.arange(0, {{ rows }})) < {{ row_end }})[:, None]
                 & (({{ col }} + tl.arange(0, {{ cols }})) < {{ col_end }})[None, :],
                 other=0.0,
             )
 {%- endif %}
+{%- endmacro -%}
+{%- macro store_tile(name, b, value, tiles) -%}
+tl.store(
+            {{ name }}_ptr + {{ b }}.to(tl.int64) * D * P + tl.full([], d, tl.int64) * P + p
+            + (tl.arange(0, {{ tiles.rows }})[:, None] * P + tl.arange(0, {{ tiles.columns }})[None, :]),
+            {{ value }},
+            mask=((d + tl.arange(0, {{ tiles.rows }})) < D)[:, None]
+            & ((p + tl.arange(0, {{ tiles.columns }})) < P)[None, :],
+        )
 {%- endmacro -%}
 {%- macro swizzled(number, tiles) -%}
 group = ({{ number }}) // (8 * TILES_P)
@@ -49,7 +66,8 @@ p = (inside // height) * {{ tiles.columns }}
 
 def layout(t: Tensor) -> str:
     """The fastest way to read `t` [B, rows, columns] on its device. Sizes and addresses yet unknown are aligned."""
-    if t.stride(2) != 1:
+    far = isinstance(t.stride(1), int) and t.stride(1) * 256 >= 2**31  # beyond 32 bits within one tile
+    if t.stride(2) != 1 or far:
         return STRIDED
     steps = (s for s in t.stride()[:2] if isinstance(s, int))
     aligned = all(s > 0 and s * t.element_size() % 16 == 0 for s in steps) and _address(t) % 16 == 0
@@ -61,6 +79,13 @@ def _address(t: Tensor) -> int:
         return t.data_ptr()
     except RuntimeError:  # a fake tensor, while sources are printed
         return 0
+
+
+def tiles_for(family: str, operands: list[Tensor], rows: int, columns: int) -> Tiles:
+    """The tiles of `tuning.json`; small ones for scattered operands, whose addresses fill the registers."""
+    if STRIDED in map(layout, operands):
+        return Tiles(64, 64, 32, 4, 2)
+    return tuning.tiles(family, dot_dtype(*operands), operands[0].device, rows, columns)
 
 
 def argument(t: Tensor, layout: str, rows: int, columns: int) -> tuple[Any, ...]:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from flashdp_compile.kernels import tuning
 from flashdp_compile.kernels.codegen import kernel
-from flashdp_compile.kernels.common import accumulator, cdiv, dot_dtype, dot_type, randn, sample_products, start
+from flashdp_compile.kernels.common import accumulator, cdiv, dot_type, randn, sample_products, start
 from flashdp_compile.kernels.family import Family
-from flashdp_compile.kernels.operands import argument, layout
+from flashdp_compile.kernels.operands import argument, layout, tiles_for
 from flashdp_compile.kernels.tuning import Tiles
 
 
@@ -44,7 +44,7 @@ class Spec:
 
 
 def specialise(x: Tensor, g: Tensor) -> Spec:
-    tiles = tuning.tiles("product", dot_dtype(x, g), x.device, x.shape[2], g.shape[2])
+    tiles = tiles_for("product", [x, g], x.shape[2], g.shape[2])
     return Spec(dot_type(x, g), layout(x), layout(g), tiles)
 
 
@@ -58,7 +58,8 @@ import triton.language as tl
 @triton.jit
 def kernel(
     {{ operand("x", x) }}, {{ operand("g", g) }},
-    {% if store %}{{ operand("out", out) }}, {% endif %}part_ptr, T, D, P, TILES_D, TILES_P, COUNT, PROGRAMS,
+    {% if store %}{{ "out_desc" if out == "tma" else "out_ptr" }}, {% endif %}part_ptr,
+    T, D, P, TILES_D, TILES_P, COUNT, PROGRAMS,
 ):
     for number in tl.range(tl.program_id(0), COUNT, PROGRAMS, flatten=True):
         b = number // (TILES_D * TILES_P)
@@ -78,9 +79,7 @@ def kernel(
 {% elif out == "tma" %}
         out_desc.store([b, d, p], stored.reshape(1, {{ tiles.rows }}, {{ tiles.columns }}))
 {% else %}
-        row, column = d + tl.arange(0, {{ tiles.rows }})[:, None], p + tl.arange(0, {{ tiles.columns }})[None, :]
-        p_out = out_ptr + b.to(tl.int64) * out_s0 + row.to(tl.int64) * out_s1 + column
-        tl.store(p_out, stored, mask=(row < D) & (column < P))
+        {{ store_tile("out", "b", "stored", tiles) }}
 {% endif %}
         acc = stored.to(tl.float32)
 {% endif %}
@@ -105,7 +104,7 @@ def run(family: Family, spec: Spec, x: Tensor, g: Tensor, *out: Tensor) -> Tenso
     loaded = (
         *argument(x, spec.x, tiles.depth, tiles.rows),
         *argument(g, spec.g, tiles.depth, tiles.columns),
-        *(value for t in out for value in argument(t, spec.out, tiles.rows, tiles.columns // spec.halves)),
+        *(argument(t, spec.out, tiles.rows, tiles.columns // spec.halves)[0] for t in out),
     )
     programs = min(part.numel(), tuning.processors(x.device))
     arguments = (*loaded, part, T, D, P, *count, part.numel(), programs)

@@ -11,9 +11,9 @@ from dataclasses import replace
 from torch import Tensor
 
 from flashdp_compile.kernels import outer_sqnorm, tuning
-from flashdp_compile.kernels.common import TRITON_NAMES, accumulator, dot_dtype, widen
+from flashdp_compile.kernels.common import TRITON_NAMES, accumulator, widen
 from flashdp_compile.kernels.family import Family
-from flashdp_compile.kernels.operands import INNER, TMA
+from flashdp_compile.kernels.operands import INNER, TMA, tiles_for
 
 
 def reference(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,13 +28,12 @@ def fake(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def specialise(x: Tensor, g: Tensor) -> outer_sqnorm.Spec:
-    tiles = tuning.tiles("outer_store", dot_dtype(x, g), x.device, x.shape[2], g.shape[2])
     # the product is fresh memory with rows of p elements
     whole_rows = g.shape[2] * x.element_size() % 16 == 0
     out = TMA if x.element_size() == 2 and whole_rows and tuning.has_tma(x.device) else INNER
-    halves = 2 if tiles.columns > 128 else 1
-    spec = outer_sqnorm.specialise(x, g)
-    return replace(spec, tiles=tiles, store=TRITON_NAMES[x.dtype], out=out, halves=halves)
+    tiles = tiles_for("outer_store" if out == TMA else "product", [x, g], x.shape[2], g.shape[2])
+    spec = replace(outer_sqnorm.specialise(x, g), tiles=tiles, store=TRITON_NAMES[x.dtype], out=out)
+    return replace(spec, halves=2 if tiles.columns > 128 else 1)
 
 
 def launch(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:

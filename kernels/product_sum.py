@@ -1,40 +1,45 @@
 """Weighted sum of stored per-sample gradients.
 
-    out = sum_b w_b product_b          product [B, d, p], weights [B] -> [d, p]
+    out = sum_b w_b product_b (+ noise)          product [B, d, p], weights [B] -> [d, p]
 
-A sample of weight 0 is not read: its product may hold NaN or infinity. Sums are in float32, in the order of b.
+A sample of weight 0 is not read: its product may hold NaN or infinity. Sums are in float32, in the order of b. With a
+key, what add_noise would add to the sum is added in the same kernel, to the same bits.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from flashdp_compile.kernels import gaussian
 from flashdp_compile.kernels.codegen import kernel
 from flashdp_compile.kernels.common import accumulator, cdiv, randn, start
 from flashdp_compile.kernels.family import Family
 
 
-def reference(product: Tensor, weights: Tensor) -> Tensor:
+def reference(product: Tensor, weights: Tensor, key: Tensor | None = None, stream: int = 0, std: float = 0.0) -> Tensor:
     keep = weights != 0
     if not keep.all():
         product, weights = product[keep], weights[keep]
     dtype = accumulator(product)
-    return torch.tensordot(weights.to(dtype), product.to(dtype), dims=1).contiguous()
+    total = torch.tensordot(weights.to(dtype), product.to(dtype), dims=1).contiguous()
+    return total if key is None else gaussian.reference(total, key, stream, std)
 
 
-def fake(product: Tensor, weights: Tensor) -> Tensor:
+def fake(product: Tensor, weights: Tensor, *noise: Any) -> Tensor:
     return product.new_empty(product.shape[1:], dtype=accumulator(product))
 
 
 @dataclass(frozen=True)
 class Spec:
     flat: bool  # rows of one sample's product lie end to end
+    noise: bool
     block: int = 1024
 
 
-def specialise(product: Tensor, weights: Tensor) -> Spec:
-    return Spec(product.stride(2) == 1 and product.stride(1) == product.shape[2])
+def specialise(product: Tensor, weights: Tensor, key: Tensor | None = None, *noise: Any) -> Spec:
+    return Spec(product.stride(2) == 1 and product.stride(1) == product.shape[2], key is not None)
 
 
 TEMPLATE = """
@@ -44,9 +49,11 @@ import triton.language as tl
 
 @triton.jit
 def kernel(
-    product_ptr, product_s0, {% if not flat %}product_s1, product_s2, {% endif %}weight_ptr, weight_s0, out_ptr, B, P, N
+    product_ptr, product_s0, {% if not flat %}product_s1, product_s2, {% endif %}weight_ptr, weight_s0,
+    {% if noise %}key_ptr, stream, std, {% endif %}out_ptr, B, P, N,
 ):
-    n = tl.program_id(0).to(tl.int64) * {{ block }} + tl.arange(0, {{ block }})
+    start = tl.program_id(0).to(tl.int64) * {{ block }}
+    n = start + tl.arange(0, {{ block }})
 {% if flat %}
     p_row = product_ptr + n
 {% else %}
@@ -58,17 +65,23 @@ def kernel(
         end = tl.where(w != 0.0, N, 0)  # a mask and no branch, so that loads of several samples are in flight
         p_b = p_row + tl.full([], b, tl.int64) * product_s0
         acc += w * tl.load(p_b, mask=n < end, other=0.0).to(tl.float32)
+{% if noise %}
+    {{ draw_normals("start // 4 + tl.arange(0, %d)" % (block // 4), block) | indent(4) }}
+    acc += std * normals
+{% endif %}
     tl.store(out_ptr + n, acc, mask=n < N)
 """
 
 
-def launch(product: Tensor, weights: Tensor) -> Tensor:
+def launch(product: Tensor, weights: Tensor, key: Tensor | None = None, stream: int = 0, std: float = 0.0) -> Tensor:
     B, D, P = product.shape
-    spec = specialise(product, weights)
+    spec = specialise(product, weights, key)
     out = product.new_empty((D, P), dtype=torch.float32)
     strides = product.stride()[:1] if spec.flat else product.stride()
     programs = cdiv(D * P, spec.block)
-    start(kernel(FAMILY, spec), programs, out, product, *strides, weights, weights.stride(0), out, B, P, D * P)
+    noise = () if key is None else (key, gaussian.word(stream), std)
+    arguments = (product, *strides, weights, weights.stride(0), *noise, out, B, P, D * P)
+    start(kernel(FAMILY, spec), programs, out, *arguments)
     return out
 
 
@@ -81,7 +94,7 @@ def example(case, dtype, device, generator):
 
 FAMILY = Family(
     name="product_sum",
-    schema="(Tensor product, Tensor weights) -> Tensor",
+    schema="(Tensor product, Tensor weights, Tensor? key=None, int stream=0, float std=0.0) -> Tensor",
     reference=reference,
     launch=launch,
     fake=fake,

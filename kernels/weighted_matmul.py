@@ -1,35 +1,38 @@
 """Clipped weight gradient straight from the factors.
 
-    out = sum_b w_b x_b^T g_b          x [B, T, d], g [B, T, p], weights [B] -> [d, p]
+    out = sum_b w_b x_b^T g_b (+ noise)          x [B, T, d], g [B, T, p], weights [B] -> [d, p]
 
 Each sample's product is accumulated in float32 and then scaled in float32: neither x nor g is scaled and rounded to
 its own narrow dtype, so what is added has the norm that was clipped, to within float32 rounding. A sample of weight 0
-is not read, whatever it holds.
+is not read, whatever it holds. With a key, what add_noise would add to the sum is added as well, to the same bits.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from flashdp_compile.kernels import tuning
+from flashdp_compile.kernels import gaussian, product_sum, tuning
 from flashdp_compile.kernels.codegen import kernel
-from flashdp_compile.kernels.common import accumulator, cdiv, dot_dtype, dot_type, randn, sample_products, start
+from flashdp_compile.kernels.common import accumulator, cdiv, dot_type, randn, sample_products, start
 from flashdp_compile.kernels.family import Family
-from flashdp_compile.kernels.operands import argument, layout
+from flashdp_compile.kernels.operands import argument, layout, tiles_for
 from flashdp_compile.kernels.tuning import Tiles
 
 
-def reference(x: Tensor, g: Tensor, weights: Tensor) -> Tensor:
+def reference(
+    x: Tensor, g: Tensor, weights: Tensor, key: Tensor | None = None, stream: int = 0, std: float = 0.0
+) -> Tensor:
     out = x.new_zeros((x.shape[2], g.shape[2]), dtype=accumulator(x, g))
     kept = (weights != 0)[:, None, None]
     x, g = x.where(kept, x.new_zeros(())), g.where(kept, g.new_zeros(()))
     for run, products in sample_products(x, g):
         out += torch.tensordot(weights[run].to(out.dtype), products, 1)
-    return out
+    return out if key is None else gaussian.reference(out, key, stream, std)
 
 
-def fake(x: Tensor, g: Tensor, weights: Tensor) -> Tensor:
+def fake(x: Tensor, g: Tensor, weights: Tensor, *noise: Any) -> Tensor:
     return x.new_empty((x.shape[2], g.shape[2]), dtype=accumulator(x, g))
 
 
@@ -39,11 +42,13 @@ class Spec:
     x: str  # layouts, see operands.py
     g: str
     tiles: Tiles
+    noise: bool
 
 
-def specialise(x: Tensor, g: Tensor, weights: Tensor) -> Spec:
-    tiles = tuning.tiles("product", dot_dtype(x, g), x.device, x.shape[2], g.shape[2])
-    return Spec(dot_type(x, g), layout(x), layout(g), tiles)
+def specialise(x: Tensor, g: Tensor, weights: Tensor, key: Tensor | None = None, *noise: Any) -> Spec:
+    tiles = tiles_for("product", [x, g], x.shape[2], g.shape[2])
+    # a Philox block makes four elements: they must lie in one row of the tile
+    return Spec(dot_type(x, g), layout(x), layout(g), tiles, key is not None and g.shape[2] % 4 == 0)
 
 
 # Programs [tiles, runs]: where the tiles alone would leave multiprocessors idle, each takes a run of the samples.
@@ -54,7 +59,8 @@ import triton.language as tl
 
 @triton.jit
 def kernel(
-    {{ operand("x", x) }}, {{ operand("g", g) }}, weight_ptr, weight_s0, out_ptr, B, T, D, P, TILES_D, TILES_P, RUN,
+    {{ operand("x", x) }}, {{ operand("g", g) }}, weight_ptr, weight_s0,
+    {% if noise %}key_ptr, stream, std, {% endif %}out_ptr, B, T, D, P, TILES_D, TILES_P, RUN,
 ):
     number, run = tl.program_id(0) % (TILES_D * TILES_P), tl.program_id(0) // (TILES_D * TILES_P)
     {{ swizzled("number", tiles) | indent(4) }}
@@ -69,26 +75,39 @@ def kernel(
                 b_g = {{ tile("g", g, "b", "t", tiles.depth, "T", "p", tiles.columns, "P") }}.to({{ dot_type }})
                 acc = {{ dot("tl.trans(b_x)", "b_g", "acc") }}
             total += w * acc
-    row, column = d + tl.arange(0, {{ tiles.rows }})[:, None], p + tl.arange(0, {{ tiles.columns }})[None, :]
-    p_out = out_ptr + run.to(tl.int64) * D * P + row.to(tl.int64) * P + column
-    tl.store(p_out, total, mask=(row < D) & (column < P))
+{% if noise %}
+{% set quarter = tiles.columns // 4 %}
+    rows = (d + tl.arange(0, {{ tiles.rows }}))[:, None].to(tl.int64)
+    {{ draw_normals("(rows * P + p) // 4 + tl.arange(0, %d)[None, :]" % quarter,
+                    "%d, %d" % (tiles.rows, tiles.columns)) | indent(4) }}
+    total += std * normals
+{% endif %}
+    {{ store_tile("out", "run", "total", tiles) }}
 """
 
 
-def launch(x: Tensor, g: Tensor, weights: Tensor) -> Tensor:
+def launch(
+    x: Tensor, g: Tensor, weights: Tensor, key: Tensor | None = None, stream: int = 0, std: float = 0.0
+) -> Tensor:
     (B, T, D), P = x.shape, g.shape[2]
-    spec = specialise(x, g, weights)
+    spec = specialise(x, g, weights, key)
     tiles = spec.tiles
     count = cdiv(D, tiles.rows), cdiv(P, tiles.columns)
     if 0 in (B, T, *count):
-        return x.new_zeros((D, P), dtype=torch.float32)
+        nothing = x.new_zeros((D, P), dtype=torch.float32)
+        return nothing if key is None else gaussian.launch(nothing, key, stream, std)
     run = cdiv(B, runs(B, count[0] * count[1], tuning.processors(x.device)))
     out = x.new_empty((cdiv(B, run), D, P), dtype=torch.float32)
     loaded = *argument(x, spec.x, tiles.depth, tiles.rows), *argument(g, spec.g, tiles.depth, tiles.columns)
-    arguments = (*loaded, weights, weights.stride(0), out, B, T, D, P, *count, run)
+    if key is not None and len(out) > 1:
+        spec = replace(spec, noise=False)  # the sum of the runs adds it
+    noise = (key, gaussian.word(stream), std) if spec.noise else ()
+    arguments = (*loaded, weights, weights.stride(0), *noise, out, B, T, D, P, *count, run)
     programs = len(out) * count[0] * count[1]
     start(kernel(FAMILY, spec), programs, x, *arguments, num_warps=tiles.warps, num_stages=tiles.stages)
-    return out[0] if len(out) == 1 else out.sum(0)
+    if len(out) > 1:
+        return product_sum.launch(out, out.new_ones(len(out)), key, stream, std)
+    return out[0] if key is None or spec.noise else gaussian.launch(out[0], key, stream, std)
 
 
 def runs(samples: int, tiles: int, processors: int) -> int:
@@ -105,7 +124,7 @@ def example(case, dtype, device, generator):
 
 FAMILY = Family(
     name="weighted_matmul",
-    schema="(Tensor x, Tensor g, Tensor weights) -> Tensor",
+    schema="(Tensor x, Tensor g, Tensor weights, Tensor? key=None, int stream=0, float std=0.0) -> Tensor",
     reference=reference,
     launch=launch,
     fake=fake,

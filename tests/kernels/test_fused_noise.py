@@ -1,0 +1,42 @@
+"""Noise that a sum adds by itself is, bit for bit, what add_noise would have added to it."""
+
+import pytest
+import torch
+from kernel_cases import arguments
+
+from flashdp_compile.kernels import FAMILIES, gaussian, tuning
+
+KEY = torch.tensor([-0x123456789ABCDEF0, 0x1F2345678])
+CASES = {
+    "product_sum": [(3, 5, 7), (5, 63, 65), (4, 130, 8), (0, 3, 4)],  # B, d, p
+    # B, T, d, p: rows of whole Philox blocks and not, one run of samples and several
+    "weighted_matmul": [(4, 5, 130, 72), (3, 9, 8, 4), (2, 5, 6, 7), (300, 1, 3, 8), (0, 4, 3, 4)],
+}
+POINTS = [pytest.param(name, case, id=f"{name}-{case}") for name, cases in CASES.items() for case in cases]
+
+
+@pytest.mark.parametrize("path", ["launch", "reference"])
+@pytest.mark.parametrize("name, case", POINTS)
+def test_the_same_bits_as_noise_apart(name, case, path, device):
+    family, key = FAMILIES[name], KEY.to(device)
+    args = arguments(family, case, device=device)
+    run = getattr(family, path)
+    apart = getattr(gaussian, path)(run(*args), key, 9, 0.7)
+    assert torch.equal(run(*args, key, 9, 0.7), apart)
+    assert not torch.equal(apart, run(*args))
+
+
+@pytest.mark.parametrize("processors", [1, 4, 64])
+def test_runs_of_samples_change_rounding_only(processors, device, monkeypatch):
+    monkeypatch.setattr(tuning, "processors", lambda device: processors)
+    family, key = FAMILIES["weighted_matmul"], KEY.to(device)
+    args = arguments(family, (7, 6, 70, 68), device=device)
+    torch.testing.assert_close(family.launch(*args, key, 3, 0.5), family.reference(*args, key, 3, 0.5))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_stream_is_a_word(name, device):
+    family = FAMILIES[name]
+    args = arguments(family, CASES[name][0], device=device)
+    with pytest.raises(ValueError, match="unsigned word of 32 bits"):
+        family.launch(*args, KEY.to(device), -1, 0.5)
