@@ -1,0 +1,96 @@
+"""The gate before every timing: the gradients of the very step that is timed, against a loop over samples.
+
+    expected_k = sum_i c_ik g_ik / B        c_ik = min(1, C_k / |g_ik|), or 1 for a step that is not private
+
+g_i is the gradient of sample i's own loss by plain autograd under the same autocast, one sample at a time. Groups k are
+one ("flat") or one for each module that owns parameters ("per_layer"), with C_k = max_grad_norm / sqrt(number of
+groups). Nothing of this is shared with flashdp_compile.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from math import isfinite, sqrt
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.workloads import Batch
+
+
+class CheckFailed(Exception):
+    """A step does not compute what it claims to; it must not be timed."""
+
+
+def expected_gradients(
+    model: nn.Module,
+    batch: Batch,
+    clipping: str | None,
+    max_grad_norm: float,
+    autocast: Callable[[], AbstractContextManager],
+) -> dict[str, Tensor]:
+    """{parameter name: its gradient, without noise}, in float32. `clipping` None stands for a plain mean.
+
+    Raises:
+        CheckFailed: a sample's gradient is not finite, so there is nothing to compare with.
+    """
+    parameters = dict(model.named_parameters())
+    groups = _groups(list(parameters), clipping)
+    names = sorted(set(groups.values()))
+    bound = max_grad_norm / sqrt(len(names))
+    total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
+    size = len(batch[0])
+    for i in range(size):
+        with autocast():
+            (loss,) = model(*(part[i : i + 1] for part in batch))
+        gradients = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
+        squares = dict.fromkeys(names, 0.0)
+        for name, gradient in gradients.items():
+            squares[groups[name]] += float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) ** 2
+        if not all(map(isfinite, squares.values())):
+            raise CheckFailed(f"the gradient of sample {i} of the reference is not finite")
+        for name, gradient in gradients.items():
+            norm = sqrt(squares[groups[name]])
+            factor = 1.0 if clipping is None or norm <= bound else bound / norm
+            total[name].add_(gradient, alpha=factor / size)
+    return total
+
+
+def _groups(names: list[str], clipping: str | None) -> dict[str, str]:
+    if clipping == "per_layer":
+        return {name: name.rpartition(".")[0] for name in names}
+    if clipping in ("flat", None):
+        return dict.fromkeys(names, "all")
+    raise ValueError(f"clipping={clipping!r} is none of 'flat', 'per_layer', None")
+
+
+SMALL = 1 / 200  # of the whole gradient's norm
+
+
+def gradient_errors(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
+    """{parameter: (|actual - expected|, the norm that this is compared with)}.
+
+    That norm is |expected|, but at least SMALL of the whole gradient's: in 16 bits, gradients that nearly cancel (of
+    queries and keys at the start of training) are mostly rounding.
+    """
+    norms = {name: float(torch.linalg.vector_norm(e, dtype=torch.float64)) for name, e in expected.items()}
+    floor = SMALL * sqrt(sum(norm**2 for norm in norms.values()))
+    return {
+        name: (float(torch.linalg.vector_norm(actual[name] - e, dtype=torch.float64)), max(norms[name], floor))
+        for name, e in expected.items()
+    }
+
+
+def check(
+    actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], rounding: Mapping[str, float], tolerance: float
+) -> float:
+    """The largest relative error of any parameter's gradient. `rounding` {parameter: norm} is allowed besides the
+    tolerance.
+
+    Raises:
+        CheckFailed: an error is larger than that, or not a number.
+    """
+    errors = gradient_errors(actual, expected)
+    for name, (error, norm) in errors.items():
+        if not error <= tolerance * norm + rounding[name]:
+            raise CheckFailed(f"the gradient of {name} is off by {error / norm:.2e}; allowed: {tolerance:.0e}")
+    return max(error / norm for error, norm in errors.values())

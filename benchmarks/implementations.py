@@ -1,0 +1,71 @@
+"""Who runs the workloads. Adding one is an entry here and, if its step is its own, a class like those in steps.py.
+
+FastDP and FlashDP's review code have no entry: neither is on a registry, and no checkout was at hand to try one with.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from benchmarks.settings import Settings
+from benchmarks.steps import FlashDPStep, Step
+
+Make = Callable[[nn.Module, int, Settings], Step]  # model, batch size, settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Implementation:
+    """`clipping` is "flat", "per_layer" or None (not private); `needs` names a module that must be importable."""
+
+    name: str
+    clipping: str | None
+    make: Make
+    needs: str | None = None
+    batched_positions: bool = False
+
+    def missing(self) -> str | None:
+        """Why it cannot run here, or None."""
+        if self.needs is not None and importlib.util.find_spec(self.needs) is None:
+            return f"{self.needs} is not installed"
+        return None
+
+
+def _eager(model: nn.Module, batch_size: int, settings: Settings) -> Step:
+    return Step(model, model, settings)
+
+
+def _compile(model: nn.Module, batch_size: int, settings: Settings) -> Step:
+    backend = "inductor" if settings.compiler == "inductor" else "aot_eager"
+    return Step(model, torch.compile(model, backend=backend, fullgraph=True, dynamic=False), settings)
+
+
+def _flashdp(clipping: str) -> Make:
+    return lambda model, batch_size, settings: FlashDPStep(model, clipping, batch_size, settings)
+
+
+def _opacus(name: str) -> Make:
+    def make(model: nn.Module, batch_size: int, settings: Settings) -> Step:
+        from benchmarks import opacus_steps  # late: needs opacus
+
+        return getattr(opacus_steps, name)(model, batch_size, settings)
+
+    return make
+
+
+_ALL = (
+    Implementation(name="eager", clipping=None, make=_eager),
+    Implementation(name="compile", clipping=None, make=_compile),
+    Implementation(name="flashdp-flat", clipping="flat", make=_flashdp("flat")),
+    Implementation(name="flashdp-per_layer", clipping="per_layer", make=_flashdp("per_layer")),
+    Implementation(
+        name="opacus-hooks", clipping="flat", make=_opacus("OpacusStep"), needs="opacus", batched_positions=True
+    ),
+    Implementation(
+        name="opacus-ghost", clipping="flat", make=_opacus("OpacusGhostStep"), needs="opacus", batched_positions=True
+    ),
+)
+IMPLEMENTATIONS = {implementation.name: implementation for implementation in _ALL}
+BASELINE = "compile"

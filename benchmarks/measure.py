@@ -1,0 +1,117 @@
+"""One implementation on one workload, in this process: check, then time."""
+
+import gc
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.check import CheckFailed, check, expected_gradients
+from benchmarks.environment import environment
+from benchmarks.implementations import IMPLEMENTATIONS
+from benchmarks.settings import Settings
+from benchmarks.steps import Step
+from benchmarks.workloads import WORKLOADS, Batch
+
+
+class Prepared(NamedTuple):
+    """A step that has compiled and passed its check."""
+
+    step: Step
+    batches: list[Batch]
+    first_step_s: float
+    error: float
+
+
+def prepare(workload: str, implementation: str, settings: Settings) -> Prepared:
+    """Builds the model, runs the first step, and compares its gradients with the reference.
+
+    Raises:
+        CheckFailed: the gradients are wrong.
+    """
+    its, maker = WORKLOADS[workload], IMPLEMENTATIONS[implementation]
+    model = its.model(batched_positions=maker.batched_positions, device=settings.device)
+    batches = its.batches(settings.pool, settings.device)
+    expected = expected_gradients(model, batches[0], maker.clipping, settings.max_grad_norm, settings.autocast)
+    step = maker.make(model, its.batch, settings)
+    seconds = _seconds(lambda: step.backward(batches[0]), settings)
+    observed = step.observe(batches[0])
+    error = check(observed.gradients, expected, observed.rounding, settings.tolerance)
+    return Prepared(step, batches, seconds, error)
+
+
+def measure(workload: str, implementation: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Times of `steps` steps after `warmup` others, and the peak of allocated memory during them."""
+    own = Settings(**settings)
+    step, batches, first_step_s, error = prepare(workload, implementation, own)
+    gc.collect()
+    if own.device == "cuda":
+        torch.cuda.empty_cache()  # of what the check has held; before the warm-up, which allocates again
+    run_steps(step, batches, own.warmup)
+    own.synchronise()
+    if own.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    step_ms, loss = timed_steps(step, batches, own)
+    if not bool(loss.isfinite()):
+        raise CheckFailed("the loss is not finite after the timed steps")
+    if complaint := step.complaint():
+        raise CheckFailed(complaint)
+    return {
+        "environment": environment(own.device),
+        "step_ms": [round(ms, 4) for ms in step_ms],
+        "median_ms": round(median(step_ms), 4),
+        "peak_bytes": torch.cuda.max_memory_allocated() if own.device == "cuda" else None,
+        "compile_s": round(first_step_s, 2),
+        "error": error,
+    }
+
+
+def first_step(workload: str, implementation: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of the first forward and backward alone: a start with warm caches, if an earlier process filled them."""
+    own = Settings(**settings)
+    its, maker = WORKLOADS[workload], IMPLEMENTATIONS[implementation]
+    model = its.model(batched_positions=maker.batched_positions, device=own.device)
+    (batch,) = its.batches(1, own.device)
+    # like the check of a full run, this starts the device's libraries, which is no part of compiling
+    expected_gradients(model, (batch[0][:1], batch[1][:1]), maker.clipping, own.max_grad_norm, own.autocast)
+    step = maker.make(model, its.batch, own)
+    return {"seconds": round(_seconds(lambda: step.backward(batch), own), 2)}
+
+
+def run_steps(step: Step, batches: list[Batch], count: int) -> None:
+    """`count` steps, on the batches in turn."""
+    for i in range(count):
+        step(batches[i % len(batches)])
+
+
+def timed_steps(step: Step, batches: list[Batch], settings: Settings) -> tuple[list[float], Tensor]:
+    """Milliseconds of each step, end to end: nothing that happens between two steps is left out."""
+    marks: list[Any] = [_mark(settings)]
+    for i in range(settings.steps):
+        loss = step(batches[i % len(batches)])
+        marks.append(_mark(settings))
+    settings.synchronise()
+    if settings.device == "cuda":
+        return [start.elapsed_time(end) for start, end in pairwise(marks)], loss
+    return [1000 * (end - start) for start, end in pairwise(marks)], loss
+
+
+def _mark(settings: Settings) -> Any:
+    """A moment: a CUDA event on the stream, or the time of day."""
+    if settings.device != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _seconds(call: Callable[[], object], settings: Settings) -> float:
+    settings.synchronise()
+    start = time.perf_counter()
+    call()
+    settings.synchronise()
+    return time.perf_counter() - start

@@ -1,0 +1,75 @@
+"""Whole training steps: implementations x workloads, one process each.
+
+    python -m benchmarks.step --workloads gpt2 gpt2-padded --implementations compile flashdp-flat --out results.json
+
+Every step's gradients are compared with a reference before it is timed; a step that fails has no times. Results are
+saved after every run. The exit status is 1 if one of them failed.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks import settings
+from benchmarks.implementations import IMPLEMENTATIONS
+from benchmarks.processes import call
+from benchmarks.results import Results, Run
+from benchmarks.tables import terminal
+from benchmarks.workloads import WORKLOADS
+
+
+def run(workload: str, implementation: str, own: settings.Settings, warm: bool, results: Results) -> Run:
+    """One run in a process with empty caches; `warm` adds a second process that finds them filled."""
+
+    def outcome(status: str, **content: Any) -> Run:
+        return Run(workload=workload, implementation=implementation, status=status, **content)
+
+    if (reason := IMPLEMENTATIONS[implementation].missing()) is not None:
+        return outcome("skipped", reason=reason)
+    arguments = {"workload": workload, "implementation": implementation, "settings": own.record()}
+    with tempfile.TemporaryDirectory(prefix="benchmark_caches_") as caches:
+        found = call("benchmarks.measure:measure", arguments, caches)
+        if "failed" in found:
+            return outcome("failed", reason=found["failed"])
+        environment = found.pop("environment")
+        if results.environment and results.environment | {"date": environment["date"]} != environment:
+            raise RuntimeError(f"device, versions or commit changed between runs: {results.environment}, {environment}")
+        results.environment = environment
+        if warm:
+            again = call("benchmarks.measure:first_step", arguments, caches)
+            if "failed" in again:
+                return outcome("failed", reason=f"warm start: {again['failed']}")
+            found["warm_s"] = again["seconds"]
+    return outcome("ok", shapes=WORKLOADS[workload].shapes(), **found)
+
+
+def main() -> None:
+    arguments = parse()
+    own = settings.from_arguments(arguments)
+    console = Console(width=None if sys.stdout.isatty() else 180)
+    results = Results(environment={}, settings=own.record())
+    for workload in arguments.workloads:
+        for implementation in arguments.implementations:
+            console.print(f"{workload}: {implementation}", highlight=False)
+            results.runs.append(run(workload, implementation, own, arguments.warm, results))
+            results.save(arguments.out)
+    console.print(terminal(results))
+    sys.exit(any(r.status == "failed" for r in results.runs))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workloads", nargs="+", required=True, choices=WORKLOADS, metavar="NAME")
+    parser.add_argument("--implementations", nargs="+", required=True, choices=IMPLEMENTATIONS, metavar="NAME")
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file")
+    parser.add_argument("--warm", action="store_true", help="also time the first step of a second process")
+    settings.add_arguments(parser)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

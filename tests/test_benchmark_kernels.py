@@ -1,0 +1,131 @@
+"""Kernel benchmarks and profiles on a CPU: wrong kernels that must be found, and traces that are sorted by category."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import kernels, profile, trace
+from benchmarks.kernel_cases import SHAPES, KernelCase, cases
+from benchmarks.settings import Settings
+
+QUICK = Settings(device="cpu", dtype="fp32", compiler="eager", steps=2, warmup=1, pool=2)
+
+
+def test_every_kernel_of_a_tiny_shape_is_right_and_timed():
+    found = [kernels.measure(case, 1e9, "cpu") for case in cases(SHAPES["tiny"], "cpu")]
+    assert {record["family"] for record in found} == {
+        "gram_sqnorm",
+        "outer_store",
+        "weighted_matmul",
+        "embedding_sqnorm",
+        "embedding_sum",
+        "add_noise",
+        "product_sum",
+    }
+    assert all(record["ms"] > 0 and record["share"] == record["floor_ms"] / record["ms"] for record in found)
+    content = {"environment": {"device": "", "torch": "", "triton": "", "commit": ""}, "copy_bandwidth": 1e9}
+    assert kernels.table(content | {"kernels": found}).row_count == len(found)
+
+
+@pytest.mark.parametrize("wrong", [lambda t: t * 1.01, lambda t: t * float("nan"), lambda t: t.roll(1)])
+def test_a_wrong_kernel_is_not_timed(wrong, monkeypatch):
+    for case in cases(SHAPES["tiny"], "cpu"):
+        family = kernels.FAMILIES[case.family]
+
+        def op(*arguments, family=family):
+            *others, last = kernels._results(family.op(*arguments))
+            return (*others, wrong(last))
+
+        monkeypatch.setitem(kernels.FAMILIES, case.family, SimpleNamespace(op=op, reference=family.reference))
+        record = kernels.measure(case, 1e9, "cpu")
+        if case.family not in ("gram_sqnorm", "embedding_sqnorm") or wrong(torch.ones(2))[0] != 1.01:
+            assert "failed" in record and "ms" not in record, case.family
+
+
+def test_floors():
+    compute = KernelCase("gram_sqnorm", "qkv", (), 1.3, flops=600e12, bytes=1)
+    memory = KernelCase("gram_sqnorm", "qkv", (), 1.3, flops=1, bytes=3e12)
+    copied = KernelCase("product_sum", "qkv", (), 1 / 0.8, bytes=8e12, memory_only=True)
+    assert [case.roofline_s(4e12) for case in (compute, memory, copied)] == [1, 1, 2]
+
+
+def _event(cat, name, ts, dur, external=None, tid=1):
+    return {
+        "ph": "X",
+        "cat": cat,
+        "name": name,
+        "ts": ts,
+        "dur": dur,
+        "tid": tid,
+        "pid": 1,
+        "args": {"External id": external},
+    }
+
+
+def test_kernels_are_put_down_to_the_ops_that_launched_them():
+    """Times on the device overlap nothing on the CPU; only the ids connect them."""
+    events = [
+        {"ph": "M", "name": "process_name"},
+        _event("user_annotation", "Optimizer.step#AdamW.step", 0, 10, 1),
+        _event("cpu_op", "aten::_fused_adamw_", 1, 8, 2),
+        _event("gpu_user_annotation", "Optimizer.step#AdamW.step", 1000, 500, 1),
+        _event("kernel", "multi_tensor_apply_kernel", 1000, 400, 2),
+        _event("cpu_op", "flashdp::gram_sqnorm", 20, 10, 3),
+        _event("cpu_op", "aten::sum", 25, 5, 4),
+        _event("kernel", "kernel", 1500, 300, 3),
+        _event("kernel", "reduce_kernel", 1800, 100, 4),
+        _event("cpu_op", "aten::mm", 20, 10, 5, tid=2),
+        _event("kernel", "sm90_xmma_gemm_bf16", 1900, 200, 5),
+        _event("kernel", "nvjet_tst_128x256", 2100, 50),
+        _event("cpu_op", "triton_poi_fused_add_0", 40, 5, 6),
+        _event("kernel", "triton_poi_fused_add_0", 2200, 70, 6),
+        _event("kernel", "triton_red_fused_norm_1", 2300, 30, 99),
+        _event("kernel", "void pytorch_flash::flash_fwd_kernel<...>", 2400, 20),
+        _event("gpu_memcpy", "Memcpy DtoD (Device -> Device)", 2500, 10),
+        _event("kernel", "something_else", 2600, 8),
+    ]
+    work = trace.work_of(events)
+    assert trace.by_category(work, steps=2) == pytest.approx(
+        {
+            "optimizer": 0.2,
+            "flashdp gram_sqnorm": 0.2,
+            "matmul": 0.125,
+            "inductor, pointwise": 0.035,
+            "inductor, reductions": 0.015,
+            "attention": 0.01,
+            "copies and fills": 0.005,
+            "other": 0.004,
+        }
+    )
+    first, second = trace.by_kernel(work, steps=2)[:2]
+    assert first == {"name": "multi_tensor_apply_kernel", "category": "optimizer", "calls": 0.5, "ms": 0.2}
+    assert (second["name"], second["category"]) == ("kernel", "flashdp gram_sqnorm")
+
+
+def test_without_a_gpu_an_op_counts_without_those_inside_it():
+    inner, outer = _event("cpu_op", "aten::mm", 2, 3, 2), _event("cpu_op", "flashdp::gram_sqnorm", 0, 10, 1)
+    beside = _event("cpu_op", "aten::mm", 4, 4, 3, tid=2)
+    assert trace.work_of([inner, outer, beside]) == [
+        trace.Work("aten::mm", ("aten::mm", "flashdp::gram_sqnorm"), 3),
+        trace.Work("flashdp::gram_sqnorm", ("flashdp::gram_sqnorm",), 7),
+        trace.Work("aten::mm", ("aten::mm",), 4),
+    ]
+
+
+def test_profile_of_a_tiny_step():
+    base, own = (profile.profile("tiny-gpt", name, QUICK.record()) for name in ("eager", "flashdp-flat"))
+    content = {
+        "names": {"workload": "tiny-gpt", "implementation": "flashdp-flat"},
+        "baseline": base,
+        "implementation": own,
+    }
+    rows = {name: (a, b) for name, a, b in profile.differences(content)}
+    assert rows["flashdp add_noise"][0] == 0 < rows["flashdp add_noise"][1]
+    assert rows["matmul"][0] > 0 and rows["optimizer"][0] > 0
+    assert sum(record["ms"] for record in own["kernels"]) == pytest.approx(
+        sum(own["categories"].values()) - own["categories"]["idle"]
+    )
+    assert profile.tables(content)[0].row_count == len(rows) + 1
+    json.dumps(content)

@@ -1,0 +1,237 @@
+"""The benchmarks on a CPU: tiny workloads, wrong gradients that must be found, files that become tables and plots."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import reference
+from benchmarks import check, measure, plot, step, tables
+from benchmarks.implementations import BASELINE, IMPLEMENTATIONS
+from benchmarks.processes import call
+from benchmarks.results import Results, Run
+from benchmarks.settings import Settings
+from benchmarks.steps import FlashDPStep, Step
+from benchmarks.targets import TARGETS, met
+from benchmarks.workloads import WORKLOADS
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICK = Settings(device="cpu", dtype="fp32", compiler="eager", steps=2, warmup=1, pool=2)
+TINY = WORKLOADS["tiny-gpt"]
+
+
+def expected(clipping, settings=QUICK, workload=TINY):
+    model, (batch,) = workload.model(), workload.batches(1, "cpu")
+    return check.expected_gradients(model, batch, clipping, settings.max_grad_norm, settings.autocast)
+
+
+@pytest.mark.parametrize(
+    "workload, implementation, dtype",
+    [
+        ("tiny-gpt", "compile", "fp32"),
+        ("tiny-vit", "flashdp-per_layer", "fp32"),
+        ("tiny-llama", "flashdp-per_layer", "bf16"),
+    ],
+)
+def test_a_right_step_is_timed(workload, implementation, dtype):
+    found = measure.measure(workload, implementation, replace(QUICK, dtype=dtype).record())
+    assert len(found["step_ms"]) == QUICK.steps and min(found["step_ms"]) > 0
+    assert found["environment"]["torch"] == torch.__version__
+    assert found["error"] < 2e-2
+    json.dumps(found)
+
+
+@pytest.mark.parametrize("name", ["tiny-gpt", "tiny-llama", "tiny-vit"])
+@pytest.mark.parametrize("clipping", ["flat", "per_layer", None])
+def test_the_reference_is_that_of_the_exactness_tests(name, clipping):
+    workload, bound = WORKLOADS[name], 0.9
+    model, (batch,) = workload.model(), workload.batches(1, "cpu")
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    per_sample = [torch.autograd.grad(loss, parameters, retain_graph=True) for loss in model(*batch)]
+    gradients = {n: torch.stack(parts).double() for n, parts in zip(names, zip(*per_sample, strict=True), strict=True)}
+    released = reference.release(gradients, clipping=clipping or "flat", max_grad_norm=bound if clipping else 1e9)
+    assert clipping is None or (released.factors < 1).any()
+    found = check.expected_gradients(model, batch, clipping, bound, QUICK.autocast)
+    assert max(reference.relative_errors(found, released.gradients).values()) < 1e-5
+
+
+def test_a_wrong_gradient_is_not_timed(monkeypatch):
+    """One small parameter of many, by a thousandth."""
+    gradients = Step.gradients
+
+    def wrong(self):
+        found = gradients(self)
+        return found | {"norm.bias": found["norm.bias"] * 1.001}
+
+    monkeypatch.setattr(Step, "gradients", wrong)
+    with pytest.raises(check.CheckFailed, match="norm.bias is off by 1.00e-03; allowed: 1e-04"):
+        measure.measure("tiny-gpt", "eager", QUICK.record())
+
+
+def test_a_gradient_that_is_missing_or_not_finite_is_found():
+    gradients = expected(None)
+    rounding = dict.fromkeys(gradients, 0.0)
+    assert check.check(gradients, gradients, rounding, 1e-6) == 0
+    for wrong in (0.0, float("nan")):
+        for name in gradients:
+            with pytest.raises(check.CheckFailed, match=name):
+                check.check(gradients | {name: gradients[name] * wrong}, gradients, rounding, 2e-2)
+
+
+def test_a_wrong_private_step_is_found(monkeypatch):
+    """The groups, the bound, the weights of samples and the noise of one compiled step, each against another claim."""
+    batch = TINY.batches(1, "cpu")[0]
+    private = FlashDPStep(TINY.model(), "per_layer", TINY.batch, QUICK)
+    observed = private.observe(batch)
+    right = expected("per_layer")
+    assert check.check(observed.gradients, right, observed.rounding, QUICK.tolerance) < 1e-3
+    first = TINY.batches(2, "cpu")[1]
+    other_batch = check.expected_gradients(TINY.model(), first, "per_layer", 1.0, QUICK.autocast)
+    for wrong in (
+        expected("flat"),
+        expected(None),
+        expected("per_layer", replace(QUICK, max_grad_norm=1.03)),
+        other_batch,
+    ):
+        with pytest.raises(check.CheckFailed):
+            check.check(observed.gradients, wrong, observed.rounding, 2e-2)
+    private.deviation *= 1.1
+    with pytest.raises(check.CheckFailed, match="the noise has deviation 0.25"):
+        private.observe(batch)
+
+
+def test_dropped_samples_are_found():
+    private = FlashDPStep(TINY.model(), "flat", TINY.batch, QUICK)
+    batch = TINY.batches(1, "cpu")[0]
+    private.observe(batch)
+    assert private.complaint() is None
+    (private.losses(batch) * float("inf")).sum().backward()
+    assert "samples were dropped" in private.complaint()
+
+
+def test_the_workloads_have_the_sizes_of_their_names():
+    """Parameters in millions; the head of a GPT-2 is counted beside its embedding."""
+    sizes = {"gpt2": 124.4 + 38.6, "gpt2-large": 774.0 + 64.3, "llama-1b": 953.2, "vit-b16": 86.6}
+    for name, millions in sizes.items():
+        model = WORKLOADS[name].model(device="meta")
+        assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
+    assert TARGETS.keys() == {name for name in WORKLOADS if not name.startswith("tiny")}
+    assert all(pair.keys() <= IMPLEMENTATIONS.keys() for pair in TARGETS.values())
+
+
+def test_batches_are_random_and_the_same_every_time():
+    for workload in (WORKLOADS[name] for name in ("tiny-gpt", "tiny-llama", "tiny-vit")):
+        first, second = workload.batches(2, "cpu")
+        again = workload.batches(2, "cpu")[1]
+        assert not torch.equal(first[0], second[0]) and first[0].count_nonzero() > 0.8 * first[0].numel()
+        assert all(torch.equal(a, b) for a, b in zip(second, again, strict=True))
+        assert workload.model()(*first).shape == (workload.batch,)
+
+
+@pytest.fixture
+def results():
+    """Two workloads; the second has no baseline."""
+    ok = {"status": "ok", "shapes": TINY.shapes(), "compile_s": 12.3, "warm_s": 4.56, "error": 3e-4}
+    gib = 2**30
+    return Results(
+        environment={"device": "a device", "torch": "2.11", "commit": "abc"},
+        settings=QUICK.record(),
+        runs=[
+            Run(
+                workload="gpt2", implementation=BASELINE, step_ms=[9.0, 10, 11], median_ms=10, peak_bytes=4 * gib, **ok
+            ),
+            Run(workload="gpt2", implementation="flashdp-flat", median_ms=12.5, peak_bytes=5 * gib, **ok),
+            Run(workload="gpt2", implementation="flashdp-per_layer", median_ms=10, peak_bytes=4 * gib, **ok),
+            Run(workload="gpt2", implementation="opacus-ghost", status="skipped", reason="opacus is not installed"),
+            Run(workload="vit-b16", implementation=BASELINE, status="failed", reason="CheckFailed: off"),
+            Run(workload="vit-b16", implementation="flashdp-flat", median_ms=5, peak_bytes=gib, **ok),
+        ],
+    )
+
+
+def test_json_becomes_table_and_plot(results, tmp_path):
+    results.save(tmp_path / "r.json")
+    loaded = Results.load(tmp_path / "r.json")
+    assert loaded == results
+    rows = tables.rows(loaded)
+    assert rows[0][2:] == ["10.0 ±0.8", "1.000", "-", "4.0", "1.00", "-", "12", "4.6", "3e-04"]
+    assert rows[1][2:8] == ["12.5", "0.800", "0.97", "5.0", "1.25", "1.20"]
+    assert [met(loaded, run) for run in loaded.runs] == [None, False, True, None, None, None]
+    assert rows[3][2] == "skipped: opacus is not installed"
+    assert rows[4][2] == "failed: CheckFailed: off" and not any(rows[4][3:])
+    assert rows[5][3] == rows[5][6] == "-", "no ratio without a baseline of the same workload"
+    assert tables.terminal(loaded).row_count == len(rows)
+    assert all(len(line) == len(tables.HEADER) for line in rows)
+
+    plot.draw(loaded, tmp_path / "r.svg")
+    picture = (tmp_path / "r.svg").read_text()
+    assert "0.80" in picture and "flashdp-flat" in picture and "vit-b16" not in picture
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ValueError, match="format 1"):
+        Results.load(tmp_path / "other.json")
+
+
+def test_a_failed_run_has_no_times(monkeypatch):
+    monkeypatch.setattr(step, "call", lambda *arguments: {"failed": "CheckFailed: off"})
+    found = step.run("tiny-gpt", "eager", QUICK, False, Results(environment={}, settings={}))
+    assert (found.status, found.reason, found.median_ms, found.step_ms) == ("failed", "CheckFailed: off", None, [])
+
+
+def test_figures_of_two_machines_do_not_meet(monkeypatch):
+    environments = iter(
+        [{"device": "one", "date": "1"}, {"device": "one", "date": "2"}, {"device": "two", "date": "2"}]
+    )
+    monkeypatch.setattr(step, "call", lambda *arguments: {"environment": next(environments), "median_ms": 1.0})
+    together = Results(environment={}, settings={})
+    for _ in range(2):
+        assert step.run("tiny-gpt", "eager", QUICK, False, together).status == "ok"
+    with pytest.raises(RuntimeError, match="changed between runs"):
+        step.run("tiny-gpt", "eager", QUICK, False, together)
+
+
+def test_the_command(monkeypatch, tmp_path):
+    """The step in one process, the warm start in a second; without code generation, which takes a minute here."""
+    out = tmp_path / "results.json"
+    names = ["--workloads", "tiny-gpt", "--implementations", "compile", "--compiler", "eager"]
+    options = ["--steps", "2", "--warmup", "1", "--device", "cpu", "--warm", "--out", str(out)]
+    monkeypatch.setattr("sys.argv", ["step", *names, *options])
+    with pytest.raises(SystemExit) as ended:
+        step.main()
+    assert ended.value.code == 0
+    (run,) = Results.load(out).runs
+    assert run.status == "ok" and len(run.step_ms) == 2 and run.shapes["vocabulary"] == 61
+    assert run.warm_s > 0 and run.compile_s > 0
+    assert run.error < 1e-4
+
+
+def test_a_process_tells_why_it_failed(tmp_path):
+    found = call("benchmarks.check:check", {"actual": {}}, tmp_path)
+    assert found["failed"].startswith("TypeError: check() missing")
+
+
+def test_an_implementation_that_is_not_installed_is_skipped(monkeypatch):
+    absent = replace(IMPLEMENTATIONS["opacus-ghost"], needs="no_such_module")
+    monkeypatch.setitem(IMPLEMENTATIONS, "opacus-ghost", absent)
+    found = step.run("tiny-gpt", "opacus-ghost", QUICK, False, Results(environment={}, settings={}))
+    assert (found.status, found.reason) == ("skipped", "no_such_module is not installed")
+
+
+@pytest.mark.parametrize("name", ["opacus-hooks", "opacus-ghost"])
+@pytest.mark.parametrize("workload", ["tiny-gpt", "tiny-vit"])
+def test_opacus(workload, name):
+    pytest.importorskip("opacus")
+    assert measure.measure(workload, name, QUICK.record())["error"] < 1e-4
+
+
+def test_the_page_shows_what_the_files_hold():
+    page = ROOT / "docs/performance.md"
+    text = page.read_text(encoding="utf-8")
+    assert (
+        text.count("<!-- table: ")
+        == text.count("<!-- end -->")
+        == 1 + len(list(page.parent.glob("performance/*.json")))
+    )
+    assert tables.fill(text, page.parent) == text, "python -m benchmarks.tables docs/performance.md writes it anew"
+    assert tables.fill(text.replace("| 75.3 |", "| 35.3 |"), page.parent) == text
