@@ -51,7 +51,7 @@ def clip_weights(
 
 
 def clip_weights_into(
-    counter: Tensor,
+    counter: Tensor | None,
     sqnorm: Tensor,
     bound: float,
     fn: str,
@@ -59,11 +59,15 @@ def clip_weights_into(
     divisor: float | Tensor,
     gamma: float = 0.01,
 ) -> Tensor:
-    """clip_weights that adds the count to `counter`, one int64 on the same device. One kernel on CUDA, no waiting."""
+    """clip_weights that adds the count to `counter`, one int64 on the same device. One kernel on CUDA, no waiting.
+
+    Without a counter nothing is counted.
+    """
     if sqnorm.is_cuda and sqnorm.dtype == torch.float32:
         return launch(counter, sqnorm, bound, fn, loss_scale, divisor, gamma)
     weights, dropped = clip_weights(sqnorm, bound, fn, loss_scale, divisor, gamma)
-    counter += dropped
+    if counter is not None:
+        counter += dropped
     return weights
 
 
@@ -72,6 +76,7 @@ class Spec:
     fn: str
     scale_tensor: bool
     divisor_tensor: bool
+    counts: bool = True
     block: int = 256
 
 
@@ -100,15 +105,17 @@ def kernel(sqnorm_ptr, sqnorm_s0, bound, gamma, scale_arg, divisor_arg, weight_p
     factor = tl.where(norm > 0.0, tl.div_rn(limit, norm), 0.0)
 {% endif %}
     tl.store(weight_ptr + b, tl.where(finite, tl.div_rn(factor * scale, divisor), 0.0), mask=b < B)
+{% if counts %}
     dropped = tl.sum(((b < B) & (finite == 0)).to(tl.int64))
     if dropped > 0:
         tl.atomic_add(counter_ptr, dropped)
+{% endif %}
 """,
 )
 
 
 def launch(
-    counter: Tensor,
+    counter: Tensor | None,
     sqnorm: Tensor,
     bound: float,
     fn: str,
@@ -119,10 +126,11 @@ def launch(
     """The Triton version of clip_weights_into, for float32 norms."""
     _check(bound, fn, gamma)
     scalars = [s if isinstance(s, Tensor) else float(s) for s in (loss_scale, divisor)]
-    spec = Spec(fn, *(isinstance(s, Tensor) for s in scalars))
+    spec = Spec(fn, *(isinstance(s, Tensor) for s in scalars), counts=counter is not None)
     (B,) = sqnorm.shape
     weights = sqnorm.new_empty(B)
-    arguments = (sqnorm, sqnorm.stride(0), bound * LOWERED, gamma, *scalars, weights, counter, B)
+    unused = weights if counter is None else counter  # a kernel that does not count never touches its counter
+    arguments = (sqnorm, sqnorm.stride(0), bound * LOWERED, gamma, *scalars, weights, unused, B)
     start(kernel(TEMPLATE, spec), cdiv(B, spec.block), sqnorm, *arguments)
     return weights
 

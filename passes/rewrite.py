@@ -7,7 +7,7 @@ gradient is no longer an output, so dead-code elimination removes whatever compu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -51,11 +51,10 @@ def rewrite(axes: Axes, plan: Plan, mechanism: Mechanism) -> None:
     """Replaces every parameter gradient of the joint graph, in place."""
     emit = Emitter(axes.joint)
     released: Released = []
-    for group in plan.groups:
-        prepared = _prepare(emit, axes, plan, group.name)
-        norms = [p.sqnorm for _, p in prepared if p.sqnorm is not None]
-        weights = emit(_clip(group.bound, mechanism), *norms)
-        released += [(g.gradient.position, p.finish(weights)) for g, p in prepared]
+    prepared = [_prepare(emit, axes, plan, group.name) for group in plan.groups]
+    norms = [[p.sqnorm for _, p in members if p.sqnorm is not None] for members in prepared]
+    for members, weights in zip(prepared, _clip(emit, plan.groups, norms, mechanism), strict=True):
+        released += [(g.gradient.position, p.finish(weights)) for g, p in members]
     _release(emit, axes.joint, released, mechanism, mechanism.std(plan.groups, plan.slack))
 
 
@@ -84,9 +83,8 @@ def rewrite_single(joint: JointGraph, groups: tuple[Group, ...], mechanism: Mech
     emit = Emitter(joint)
     private = {g.name: g for g in private_gradients(joint)}
     released: Released = []
-    for group in groups:
-        nodes = [private[name].node for name in group.members]
-        weights = emit(_clip(group.bound, mechanism), *[emit(_sqnorm_of_one, n) for n in nodes])
+    norms = [[emit(_sqnorm_of_one, private[name].node) for name in group.members] for group in groups]
+    for group, weights in zip(groups, _clip(emit, groups, norms, mechanism), strict=True):
         released += [(private[n].position, emit(_weigh_one, private[n].node, weights)) for n in group.members]
     _release(emit, joint, released, mechanism, mechanism.std(groups, 2.0**-20))
 
@@ -110,12 +108,29 @@ def private_gradients(joint: JointGraph) -> list[Gradient]:
     return [g for g in joint.gradients if joint.inputs[g.index].role != "sample"]
 
 
-def _clip(bound: float, mechanism: Mechanism) -> Callable[..., Tensor]:
-    def weights(*norms: Tensor) -> Tensor:
-        total = norms[0]
-        for norm in norms[1:]:
-            total = total + norm
-        return ops.clip_factors(total, bound, mechanism.clip_fn, mechanism.mean, mechanism.expected_batch_size)
+def _clip(
+    emit: Emitter, groups: tuple[Group, ...], norms: list[list[fx.Node]], mechanism: Mechanism
+) -> Iterator[fx.Node]:
+    """The weights of every group, from the squared norms of its members.
+
+    The first group, which backward reaches last as a rule, counts the samples that are not finite in any group; the
+    others need not wait for it.
+    """
+    totals = [emit(_added, *members) for members in norms]
+    for number, (group, total) in enumerate(zip(groups, totals, strict=True)):
+        yield emit(_weights(group.bound, mechanism, counts=number == 0), total, *([] if number else totals[1:]))
+
+
+def _added(first: Tensor, *rest: Tensor) -> Tensor:
+    for norm in rest:
+        first = first + norm
+    return first
+
+
+def _weights(bound: float, mechanism: Mechanism, counts: bool) -> Callable[..., Tensor]:
+    def weights(total: Tensor, *others: Tensor) -> Tensor:
+        policy = bound, mechanism.clip_fn, mechanism.mean, mechanism.expected_batch_size
+        return ops.clip_factors(total, *policy, counts, torch.stack(others, 1) if others else None)
 
     return weights
 

@@ -23,10 +23,11 @@ def prepare(device: torch.device | str) -> None:
 
 
 def nonfinite_samples() -> int:
-    """How many samples had a gradient norm that was not finite and were left out of their sums, in this process.
+    """How many samples had a gradient norm that was not finite and were left out of a sum, in this process.
 
     Since the start or the last reset_nonfinite(). Waits for every device. The number is not noised: it reveals a little
-    about the samples, so use it to debug and do not publish it.
+    about the samples, so use it to debug and do not publish it. A sample counts once for each backward of a compiled
+    graph, in however many clipping groups its norm is not finite.
     """
     return sum(int(counter.item()) for counter in list(_counters.values()))
 
@@ -38,12 +39,23 @@ def reset_nonfinite() -> None:
 
 
 @torch.library.custom_op("flashdp::clip_factors", mutates_args=())
-def clip_factors(sqnorm: Tensor, bound: float, fn: str, mean: bool, expected_batch_size: int | None) -> Tensor:
+def clip_factors(
+    sqnorm: Tensor,
+    bound: float,
+    fn: str,
+    mean: bool,
+    expected_batch_size: int | None,
+    counts: bool = True,
+    others: Tensor | None = None,
+) -> Tensor:
     """Weights [B] float32 from squared gradient norms [B] of the samples' terms in the loss; see kernels/clip.py.
 
     `mean`: the loss is a mean over the B samples, so a sample's own gradient is B times its term, and the weighted sum
     is divided by expected_batch_size, or by B where that is None (allowed only if B is public). Otherwise the loss is a
-    sum, and the result is not divided. Samples whose norm is not finite get weight 0 and are counted on the device.
+    sum, and the result is not divided. A sample whose norm is not finite gets weight 0.
+
+    `counts`: the samples with such a norm, here or in `others` [B, K-1], the squared norms of the other clipping
+    groups, are counted on the device. One call of a release counts for all groups, so that a sample counts once.
     """
     batch = max(sqnorm.shape[0], 1)
     counter = _counters.get(sqnorm.device)
@@ -55,9 +67,21 @@ def clip_factors(sqnorm: Tensor, bound: float, fn: str, mean: bool, expected_bat
     divisor = batch if expected_batch_size is None else expected_batch_size
     # squares of elements below 2^-74 are lost in float32: such a norm counts as 2^-60, more than 2^28 of them can have
     sqnorm = sqnorm.clamp_min(2.0**-120)
-    return clip_weights_into(counter, sqnorm, bound, fn, float(batch if mean else 1), float(divisor if mean else 1))
+    if counts and others is not None:
+        counter += (~(sqnorm.isfinite() & others.isfinite().all(1))).sum()
+        counts = False
+    scales = float(batch if mean else 1), float(divisor if mean else 1)
+    return clip_weights_into(counter if counts else None, sqnorm, bound, fn, *scales)
 
 
 @clip_factors.register_fake
-def _(sqnorm: Tensor, bound: float, fn: str, mean: bool, expected_batch_size: int | None) -> Tensor:
+def _(
+    sqnorm: Tensor,
+    bound: float,
+    fn: str,
+    mean: bool,
+    expected_batch_size: int | None,
+    counts: bool = True,
+    others: Tensor | None = None,
+) -> Tensor:
     return sqnorm.new_empty(sqnorm.shape, dtype=torch.float32)

@@ -37,7 +37,7 @@ def outer_store(site: Site, x: State, g: State) -> tuple[State, State]:
 
 def clip_factors(site: Site, norms: Batched, *policy: Any) -> State:
     """Weights that depend on each sample's own norm. From here on values are weighted by this node's weights."""
-    _leading(norms)
+    _leading(norms, *policy)  # the norms of other groups are among the policy: they are counted only
     return Batched(0, weight=site.node.name)
 
 

@@ -80,6 +80,12 @@ def test_the_counter_adds_up(device):
     assert counter == 2105
 
 
+def test_without_a_counter_nothing_is_counted(device):
+    sqnorm = torch.tensor([4.0, math.nan], device=device)
+    for function in (clip.clip_weights_into, clip.launch):
+        assert function(None, sqnorm, 1.0, "hard", 1.0, 1.0).tolist() == pytest.approx([0.5, 0.0], rel=1e-6)
+
+
 def test_float64_norms_give_float32_weights(device):
     sqnorm = torch.tensor([4.0, 1e-60, 1e60], dtype=torch.float64, device=device)
     weights, dropped = clip.clip_weights(sqnorm, 1.0, "hard", 1.0, 1.0)

@@ -113,11 +113,24 @@ def test_only_the_group_that_is_bad_is_dropped():
     assert flashdp_compile.nonfinite_samples() == 1
 
 
-@pytest.mark.xfail(strict=True, reason="every clipping group counts the sample once more")
-def test_a_sample_is_counted_once_whatever_the_groups():
+@pytest.mark.parametrize("compiler", ["eager", "inductor"])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_sample_is_counted_once_whatever_the_groups(batch, compiler):
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2))
     reset_nonfinite()
-    x = torch.randn(4, 3)
-    x[1] = math.nan
-    compiled(model, clipping="per_layer")(x).sum(1).mean().backward()
+    x = torch.randn(batch, 3)
+    x[-1] = math.nan
+    compiled(model, clipping="per_layer", compiler=compiler)(x).sum(1).mean().backward()
     assert flashdp_compile.nonfinite_samples() == 1
+
+
+def test_samples_that_are_bad_in_different_groups():
+    """Of five samples one is bad in both groups, and two in one of them each: three are counted."""
+    model = Model(lambda m, x: (m.a(x), m.b(x)), a=nn.Linear(3, 3), b=nn.Linear(3, 2))
+    reset_nonfinite()
+    one, two = compiled(model, clipping="per_layer", loss_reduction="sum")(torch.randn(5, 3))
+    of_a, of_b = torch.ones(5), torch.ones(5)
+    of_a[[0, 1]], of_b[[0, 2]] = math.nan, math.inf
+    (one.sum(1) * of_a + two.sum(1) * of_b).sum().backward()
+    assert flashdp_compile.nonfinite_samples() == 3
+    assert all(g.isfinite().all() and g.any() for g in gradients(model).values())

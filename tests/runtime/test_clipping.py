@@ -51,6 +51,17 @@ def test_nonfinite_samples_are_dropped_and_counted():
     assert clipping.nonfinite_samples() == 0
 
 
+def test_one_call_counts_for_all_groups():
+    nan, inf = float("nan"), float("inf")
+    own = torch.tensor([1.0, nan, 1.0, 1.0])
+    others = torch.tensor([[nan, 1.0], [inf, nan], [1.0, 1.0], [1.0, -1e-9]])  # a negative estimate is no nan
+    weights = clip_factors(own, 1.0, "hard", False, None, True, others)
+    assert weights[[0, 2, 3]].gt(0.99).all() and weights[1] == 0, "a group is clipped by its own norms alone"
+    assert clipping.nonfinite_samples() == 2
+    assert torch.equal(clip_factors(own, 1.0, "hard", False, None, False), weights)
+    assert clipping.nonfinite_samples() == 2
+
+
 def test_float64_norms_give_float32_weights():
     assert clip_factors(torch.ones(2, dtype=torch.float64), 1.0, "hard", False, None).dtype == torch.float32
 
@@ -69,19 +80,32 @@ def test_any_batch_size_in_one_graph():
 
 
 def test_the_operator_is_declared_correctly():
-    for arguments in [(torch.ones(3), 1.0, "hard", True, 4), (torch.ones(3), 1.0, "normalize", False, None)]:
+    for arguments in [
+        (torch.ones(3), 1.0, "hard", True, 4),
+        (torch.ones(3), 1.0, "normalize", False, None),
+        (torch.ones(3), 1.0, "normalize", False, None, True, torch.ones(3, 2)),
+    ]:
         torch.library.opcheck(clip_factors.default, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.gpu
-def test_captured_counts_go_on():
+@pytest.mark.parametrize("groups", [1, 3])
+def test_captured_counts_go_on(groups):
+    """A capture does not allow to wait for the device, so none of this waits."""
     clipping.prepare("cuda")
     sqnorm = torch.tensor([1.0, float("nan")], device="cuda")
-    clip_factors(sqnorm, 1.0, "hard", False, None)  # compiles the kernel
+    others = None if groups == 1 else torch.stack([sqnorm] * (groups - 1), 1)
+
+    def step():
+        clip_factors(sqnorm, 1.0, "hard", False, None, True, others)
+        for _ in range(groups - 1):
+            clip_factors(sqnorm, 1.0, "hard", False, None, False)
+
+    step()  # compiles the kernels
     clipping.reset_nonfinite()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        clip_factors(sqnorm, 1.0, "hard", False, None)
+        step()
     for _ in range(3):
         graph.replay()
     assert clipping.nonfinite_samples() == 3
