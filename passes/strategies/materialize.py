@@ -20,6 +20,7 @@ from flashdp_compile.passes.cost import Cost, contracted_axes, materialize_work
 from flashdp_compile.passes.emit import Emitter
 from flashdp_compile.passes.points import ParameterGradient
 from flashdp_compile.passes.strategies.base import Prepared, Strategy, split, weigh, widened
+from flashdp_compile.passes.strategies.batched_put import index_put
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -147,17 +148,17 @@ def _masked_index_put(node: fx.Node, table: Tensor, mask: Tensor, indices: list[
     rank = max(i.dim() for i in indices if i is not None)
     inside = mask.reshape(mask.shape[:rank]) if mask.dim() > rank else mask
     safe = [None if i is None else torch.where(inside, i, torch.zeros_like(i)) for i in indices]
-    return aten.index_put(table, safe, torch.where(mask, values, torch.zeros_like(values)), True)
+    return index_put(table, safe, torch.where(mask, values, torch.zeros_like(values)), True)
 
 
 def _embedding_backward(node: fx.Node, grad: Tensor, ids: Tensor, rows: Any, padding: int, scale: bool) -> Tensor:
     table = torch.zeros(rows, grad.shape[-1], dtype=grad.dtype, device=grad.device)
     kept = torch.where((ids != padding).unsqueeze(-1), grad, torch.zeros_like(grad))
-    return aten.index_put(table, [ids], kept, True)
+    return index_put(table, [ids], kept, True)
 
 
 def _index_put(node: fx.Node, table: Tensor, indices: list[Any], values: Tensor, accumulate: bool = False) -> Tensor:
-    return aten.index_put(table, indices, values, accumulate)
+    return index_put(table, indices, values, accumulate)
 
 
 def _trilinear(
