@@ -15,6 +15,8 @@ from torch._dynamo.exc import ShortenTraceback as UnwrappedCompilerError
 # A pass that Inductor runs on a graph and asks for its part of the cache key. 2.11, 2.13.
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
+from flashdp_compile.compat.graphs import decompositions
+
 __all__ = [
     "CustomGraphPass",
     "RestartAnalysis",
@@ -95,9 +97,8 @@ def partitioned_backend(partition: Callable[..., Any]) -> Callable[..., Any]:
     """A dynamo backend that runs forward and backward by an interpreter, split by `partition`. 2.11, 2.13."""
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
-    from torch._inductor.decomposition import select_decomp_table
 
     def interpret(gm: torch.fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
         return make_boxed_func(gm.forward)
 
-    return aot_autograd(fw_compiler=interpret, partition_fn=partition, decompositions=select_decomp_table())
+    return aot_autograd(fw_compiler=interpret, partition_fn=partition, decompositions=decompositions())

@@ -112,9 +112,15 @@ def graph_label(gm: torch.fx.GraphModule) -> str:
     return "a compiled region"
 
 
-def trace(function: Callable[..., Any], arguments: tuple[Any, ...]) -> torch.fx.GraphModule:
-    """The aten graph of `function` on fake tensors, decomposed as Inductor decomposes."""
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """The table by which Inductor decomposes aten ops. 2.11, 2.13."""
+    import torch._inductor.lowering  # noqa: F401  some decompositions (max_pool2d) use it without importing it
     from torch._inductor.decomposition import select_decomp_table
 
+    return select_decomp_table()
+
+
+def trace(function: Callable[..., Any], arguments: tuple[Any, ...]) -> torch.fx.GraphModule:
+    """The aten graph of `function` on fake tensors, decomposed as Inductor decomposes."""
     with enable_python_dispatcher():
-        return make_fx(function, decomposition_table=select_decomp_table(), tracing_mode="real")(*arguments)
+        return make_fx(function, decomposition_table=decompositions(), tracing_mode="real")(*arguments)

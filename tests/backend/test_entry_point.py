@@ -120,3 +120,16 @@ def test_modes_are_accepted(mode):
     model = nn.Linear(3, 2)
     call = torch.compile(model, backend="flashdp", options={**EAGER, "mode": mode})
     assert clipped(model, call, 1e3 * torch.randn(4, 3))
+
+
+def test_explain_in_a_process_that_has_not_loaded_inductor():
+    """The decomposition of max_pool2d uses a module of Inductor that it does not import."""
+    done = run(
+        """
+        import torch, flashdp_compile
+        model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.MaxPool2d(2))
+        report = flashdp_compile.explain(model, torch.randn(3, 1, 6, 6), quiet=True)
+        assert report.refusal is None
+        """
+    )
+    assert done.returncode == 0, done.stderr
