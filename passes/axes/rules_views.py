@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
+from torch import fx
 
 from flashdp_compile.compat import OpOverload, size_expression
 from flashdp_compile.passes.axes.domain import (
@@ -122,12 +122,16 @@ def slice_(site: Site, x: Batched, dim: int = 0, start: Any = None, end: Any = N
     before, after = site.arg_shape()[x.dim], site.shape()[x.dim]
     if step == 1 and same(before, after):
         return x
-    run = site.batch * x.inner
-    first = quotient(size_expression(start or 0), run) if isinstance(start or 0, (int, torch.SymInt)) else None
-    outer = quotient(after, run)
-    if step == 1 and x.outer != 1 and first is not None and outer is not None:
+    outer = quotient(after, site.batch * x.inner)
+    if step == 1 and x.outer != 1 and _starts_a_run(site, x, start) and outer is not None:
         return replace(x, outer=outer)
     raise Reject("it slices along the batch", "select data before it enters the model")
+
+
+def _starts_a_run(site: Site, x: Batched, start: Any) -> bool:
+    """Whether an index along the batch dimension is the first of sample 0's, in one of the outer runs."""
+    value = start.meta["val"] if isinstance(start, fx.Node) else start or 0
+    return quotient(size_expression(value), site.batch * x.inner) is not None
 
 
 @rule("aten.select.int", linear=True)
@@ -160,21 +164,27 @@ def split(site: Site, x: Batched, sizes: Any, dim: int = 0) -> State:
 
 @rule("aten.cat", linear=all_reduced)
 def cat(site: Site, tensors: list[State], dim: int = 0) -> State:
-    """Along another dimension all parts must agree. k equal parts along the batch dimension make k the outer factor."""
+    """Along another dimension all parts must agree; along the batch their outer factors add up.
+
+    Zeros may fill whole runs of B in either case: the backward of taking one chunk of several.
+    """
     dim %= len(site.shape())
     # torch.cat skips the empty 1-D tensor, an old way to start a list
     operands = [(n, s) for n, s in zip(site.node.args[0], tensors, strict=True) if not _legacy_empty(site, n)]
     batched = [s for _, s in operands if isinstance(s, Batched)]
     first = batched[0]
-    if any(not s.aligned(first) or s.weight != first.weight for s in batched):
+    along = dim == first.dim
+    if any(not s.aligned(replace(first, outer=s.outer) if along else first) for s in batched):
         raise Reject("it joins values that hold their samples in different places", "align the batch dimensions first")
-    if dim != first.dim:
-        constant_is_zero = all(s == ZERO for _, s in operands if not isinstance(s, Batched))
-        return first if constant_is_zero else replace(first, weight=None)
-    sizes = [site.shape(n)[dim] for n, _ in operands]
-    if len(batched) < len(operands) or not all(same(s, sizes[0]) for s in sizes):
+    constant_is_zero = all(s == ZERO for _, s in operands if not isinstance(s, Batched))
+    weights = {s.weight for s in batched}
+    weight = weights.pop() if constant_is_zero and len(weights) == 1 else None
+    if not along:
+        return replace(first, weight=weight)
+    outers = [quotient(site.shape(n)[dim], site.batch * first.inner) for n, _ in operands]
+    if not constant_is_zero or None in outers:
         raise Reject("it appends to the batch", "build the whole batch before it enters the model")
-    return replace(first, outer=first.outer * len(operands))
+    return replace(first, outer=sum(outers), weight=weight)
 
 
 def _legacy_empty(site: Site, node: Any) -> bool:
@@ -191,24 +201,41 @@ def stack(site: Site, tensors: list[State], dim: int = 0) -> State:
 
 
 @rule("aten.slice_scatter", linear=all_reduced)
-def slice_scatter(site: Site, x: State, source: State, dim: int = 0, *bounds: Any, **named: Any) -> State:
-    """Writing a slice of features keeps the axis that both sides share."""
-    return _scatter(site, x, source, dim % len(site.shape()), lambda s: s)
+def slice_scatter(
+    site: Site, x: State, source: State, dim: int = 0, start: Any = None, end: Any = None, step: Any = 1
+) -> State:
+    """Writing a slice of features keeps the axis that both sides share; along the batch, whole runs of B into zeros."""
+    dim %= len(site.shape())
+    whole = same(site.shape()[dim], site.arg_shape(1)[dim])
+    if isinstance(source, Batched) and source.dim == dim and step == 1 and _starts_a_run(site, source, start):
+        outer = quotient(site.shape()[dim], site.batch * source.inner)
+        if outer is not None and (x == ZERO or isinstance(x, Batched)):
+            source, whole = replace(source, outer=outer), True
+    return _scatter(x, source, () if whole else (dim,), list(range(len(site.shape()))))
 
 
 @rule("aten.select_scatter", linear=all_reduced)
 def select_scatter(site: Site, x: State, source: State, dim: int, index: Any) -> State:
     """Writing one element of a feature dimension keeps the axis that both sides share."""
     dim %= len(site.shape())
-    return _scatter(site, x, source, dim, lambda s: s.at(s.dim + (dim <= s.dim)))
+    return _scatter(x, source, (dim,), [d for d in range(len(site.shape())) if d != dim])
 
 
-def _scatter(site: Site, x: State, source: State, dim: int, lift: Any) -> State:
-    parts = [s for s in (x, lift(source) if isinstance(source, Batched) else source) if isinstance(s, Batched)]
+@rule("aten.diagonal_scatter", linear=all_reduced)
+def diagonal_scatter(site: Site, x: State, source: State, offset: int = 0, dim1: int = 0, dim2: int = 1) -> State:
+    """Writing the diagonal of two feature dimensions; in the source it is the last dimension."""
+    pair = (dim1 % len(site.shape()), dim2 % len(site.shape()))
+    return _scatter(x, source, pair, [d for d in range(len(site.shape())) if d not in pair] + [pair[0]])
+
+
+def _scatter(x: State, source: State, along: tuple[int, ...], places: list[int]) -> State:
+    """`along` are the dimensions of which a part is written, `places` where those of the source lie in the result."""
+    lifted = source.at(places[source.dim]) if isinstance(source, Batched) else source
+    parts = [s for s in (x, lifted) if isinstance(s, Batched)]
+    if any(p.dim in along for p in parts):
+        raise Reject("it writes along the batch", "write along a feature dimension")
     if any(not p.aligned(parts[0]) for p in parts):
         raise Reject("it writes samples over other samples", "write along a feature dimension")
-    if parts[0].dim == dim and not same(site.shape()[dim], site.arg_shape(1)[dim if lift(parts[0]) is parts[0] else 0]):
-        raise Reject("it writes along the batch", "write along a feature dimension")
     weights = {p.weight for p in parts}
     kept = (
         weights.pop() if len(weights) == 1 and all(s == ZERO or isinstance(s, Batched) for s in (x, source)) else None

@@ -52,6 +52,16 @@ KEPT = {
     "cat_of_features": (lambda m, h: torch.cat([h, h.sin()], -1), "dim 0 = B"),
     "cat_of_batches": (lambda m, h: torch.cat([h, h.sin()]), "dim 0 = 2*B"),
     "chunks_of_batches": (lambda m, h: torch.mul(*torch.cat([h, h.sin()]).chunk(2)), "dim 0 = B"),
+    "one_chunk_of_two": (lambda m, h: torch.cat([h, h.sin()]).chunk(2)[1] * 1, "dim 0 = B"),
+    "last_run_of_three": (lambda m, h: torch.cat([h, h.repeat(2, 1, 1)])[2 * B :] * 1, "dim 0 = B"),
+    "chunks_of_repeated_samples": (
+        lambda m, h: torch.cat([h.repeat_interleave(2, 0), h.sin().repeat_interleave(2, 0)]).chunk(2)[0] * 1,
+        "dim 0 = B*2",
+    ),
+    "diagonal": (lambda m, h: h.diagonal(0, 1, 2) * 1, "dim 0 = B"),
+    "diagonal_around_the_batch": (lambda m, h: h.transpose(0, 1).diagonal(1, 2, 0) * 1, "dim 0 = B"),
+    "diagonal_scatter": (lambda m, h: torch.diagonal_scatter(h, h.sum(2), 0, 2, 1), "dim 0 = B"),
+    "diag_embed": (lambda m, h: h[..., 0].diag_embed(), "dim 0 = B"),
     "repeat": (lambda m, h: h.repeat(2, 1, 1), "dim 0 = 2*B"),
     "repeat_interleave": (lambda m, h: h.repeat_interleave(2, 0), "dim 0 = B*2"),
     "stack": (lambda m, h: torch.stack([h, h.sin()]), "dim 1 = B"),
@@ -90,6 +100,13 @@ REFUSED = {
     "transposed_sum": (lambda m, h: h[:, :B, 0] + h[:, :B, 0].mT, "different places"),
     "gather": (lambda m, h: h.gather(0, h.argsort(1).clamp(max=B - 1)), "gathers along the batch"),
     "append": (lambda m, h: torch.cat([h, m.table[None, :T]]), "appends to the batch"),
+    "append_zeros": (lambda m, h: torch.cat([h, h.new_zeros(1, T, D)]), "appends to the batch"),
+    "orders": (lambda m, h: torch.cat([h.repeat(2, 1, 1), h.repeat_interleave(2, 0)]), "different places"),
+    "diagonal": (lambda m, h: h.diagonal() * 1, "diagonal through the batch"),
+    "diagonal_scatter": (lambda m, h: torch.diagonal_scatter(h, m.table[:D, :B]), "along the batch"),
+    "diagonal_of_samples": (lambda m, h: h.new_zeros(B, B).diagonal_scatter(h[:, 0, 0]), "along the batch"),
+    "select_scatter": (lambda m, h: h[:, :B].select_scatter(m.table[:B], 0, 1), "along the batch"),
+    "slice_scatter": (lambda m, h: h.slice_scatter(m.table[None, :T], 0, 0, 1), "along the batch"),
     "pad": (lambda m, h: F.pad(h, (0, 0, 0, 0, 0, 1)), "pads the batch"),
     "windows": (lambda m, h: h.unfold(0, 2, 1) * 1, "windows over the batch"),
     "filters": (lambda m, h: F.conv1d(m.table.view(1, 7, D), h.view(B, T, D)[:, :1].expand(B, 7, D)), "filters depend"),
@@ -181,6 +198,15 @@ def test_symbolic_batch_with_an_outer_factor():
     assert "dim 0 = 2*B" in {str(s) for s in axes.states.values()}
 
 
+def test_one_chunk_of_a_symbolic_batch():
+    x = torch.randn(5, 6)
+    torch._dynamo.mark_dynamic(x, 0)
+    for part in (lambda h: h.chunk(2)[1], lambda h: h[h.shape[0] // 2 :], lambda h: h[: h.shape[0] // 2]):
+        model = Model(lambda m, x, part=part: part(m.fc(torch.cat([x, x.sin()]))) * 1, fc=nn.Linear(6, 5))
+        axes = propagate(joint_graph(model, x))
+        assert [str(axes[n]) for n in axes.joint.outputs] == ["dim 0 = B"]
+
+
 def test_unbacked_batch():
     x = torch.randn(5, 4, 6)
     torch._dynamo.decorators.mark_unbacked(x, 0)
@@ -219,20 +245,6 @@ class TestSizes:
 
 class TestKnown:
     """Models that mix samples and are accepted, or the other way round. Who mends one takes its mark away."""
-
-    @pytest.mark.xfail(
-        strict=True, raises=pytest.fail.Exception, reason="one chunk alone: its backward joins zeros along the batch"
-    )
-    def test_one_chunk_of_two(self):
-        """Not unsound but refused for nothing; the zeros have the size of the samples' part."""
-        try:
-            assert state_of(lambda m, h: torch.cat([h, h.sin()]).chunk(2)[1] * 1) == "dim 0 = B"
-        except Refusal as refusal:
-            pytest.fail(str(refusal))
-
-    @pytest.mark.xfail(strict=True, raises=Refusal, reason="the backward of diagonal, diagonal_scatter, has no rule")
-    def test_a_diagonal_within_samples(self):
-        assert state_of(lambda m, h: h.diagonal(0, 1, 2) * 1) == "dim 0 = B"
 
     @pytest.mark.parametrize("own", [True, False])
     def test_bucketize_by_samples(self, own):

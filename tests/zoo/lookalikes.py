@@ -105,6 +105,12 @@ def plus_its_transpose(n: Sizes) -> Case:
     )
 
 
+@register("lookalike", equal=True)
+def diagonal_of_products(n: Sizes) -> Case:
+    """Token t times its own mirror image, by way of all pairs."""
+    return around(n, lambda y: (y @ y.flip(1).mT).diagonal(0, 1, 2), n.time)
+
+
 @register("lookalike", "may_refuse", equal=True)
 def distances_of_tokens(n: Sizes) -> Case:
     return around(n, lambda y: 0.3 * (y[:, :, None] - y[:, None]).square().sum(-1), n.time, n.time)
@@ -166,6 +172,16 @@ def two_views_through_one_encoder(n: Sizes) -> Case:
 
     return regression(
         lambda: Model(forward, encode=nn.Linear(n.width, n.out)), several(floats(n.width), floats(n.width)), (n.out,)
+    )
+
+
+@register("lookalike", equal=True)
+def one_view_of_two(n: Sizes) -> Case:
+    """As above, but the first view's encoding is not used: what it gets back is zeros, in front of the batch."""
+    return regression(
+        lambda: Model(lambda m, a, b: m.encode(torch.cat([a, b], 0)).chunk(2, 0)[1], encode=nn.Linear(n.width, n.out)),
+        several(floats(n.width), floats(n.width)),
+        (n.out,),
     )
 
 
