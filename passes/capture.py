@@ -139,8 +139,9 @@ def capture(graph: fx.Graph, inputs: tuple[Input, ...], batch_dim: int) -> Joint
             continue
         if "Token" in type(description).__name__:
             raise Refusal(
-                "flashdp cannot compile a region with ops that have side effects (torch orders them by tokens; checks "
-                "in torch.linalg are such ops). Keep them out of the model's training step."
+                "flashdp cannot compile a region with ops that have side effects (torch orders them by tokens). Keep "
+                "them out of the model's training step. Checks in torch.linalg are such ops, as one matrix that cannot "
+                "be factored would stop the whole step: use solve_ex, inv_ex and cholesky_ex, which do not check."
             )
         if not isinstance(description, PlainAOTInput):
             raise Refusal(

@@ -31,6 +31,7 @@ _POINT_OPS = {
     "_unsafe_masked_index_put_accumulate": "embedding",
     "_trilinear": "bilinear",
     "embedding_dense_backward": "embedding",
+    "_embedding_bag_backward": "embedding bag",
     "convolution_backward": "convolution",
 }
 

@@ -16,10 +16,12 @@ import torch
 from torch import fx
 
 import flashdp_compile.passes.axes.rules_attention
+import flashdp_compile.passes.axes.rules_bags
 import flashdp_compile.passes.axes.rules_conv
 import flashdp_compile.passes.axes.rules_fft
 import flashdp_compile.passes.axes.rules_flashdp
 import flashdp_compile.passes.axes.rules_index
+import flashdp_compile.passes.axes.rules_linalg
 import flashdp_compile.passes.axes.rules_matmul
 import flashdp_compile.passes.axes.rules_reduce
 import flashdp_compile.passes.axes.rules_views  # noqa: F401

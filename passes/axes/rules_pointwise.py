@@ -29,8 +29,7 @@ def broadcast(site: Site, *operands: Any) -> State:
     """The common batch axis of operands that are broadcast from the right; no weight."""
     rank = len(site.shape())
     result: Batched | None = None
-    nodes = _operand_nodes(site.node)
-    for node, state in zip(nodes, _states(operands), strict=True):
+    for node, state in operands_with_states(site, operands):
         if not isinstance(state, Batched):
             continue
         moved = Batched(state.dim + rank - len(site.shape(node)), state.outer, state.inner)
@@ -42,6 +41,11 @@ def broadcast(site: Site, *operands: Any) -> State:
         result = moved
     assert result is not None, "rules are asked only when an operand carries samples"
     return result
+
+
+def operands_with_states(site: Site, *operands: Any) -> list[tuple[fx.Node, State]]:
+    """The tensor operands of a node, each with its state; `operands` are all arguments that its rule was given."""
+    return list(zip(_operand_nodes(site.node), _states(operands), strict=True))
 
 
 def _operand_nodes(node: fx.Node) -> list[fx.Node]:

@@ -146,6 +146,11 @@ def select(site: Site, x: Batched, dim: int, index: Any) -> State:
 @rule("aten.unbind.int", linear=True)
 def unbind(site: Site, x: Batched, dim: int = 0) -> State:
     """As select, for every index."""
+    if dim % site.arg_rank() == x.dim:
+        raise Reject(
+            "it takes the batch apart, sample by sample",
+            "treat the whole batch at once; torch.vmap(f)(x) makes a function of one sample one of all",
+        )
     return (select(site, x, dim, 0),) * len(site.node.meta["val"])
 
 

@@ -157,6 +157,37 @@ def _embedding_backward(node: fx.Node, grad: Tensor, ids: Tensor, rows: Any, pad
     return index_put(table, [ids], kept, True)
 
 
+def _embedding_bag_backward(
+    node: fx.Node,
+    grad: Tensor,
+    ids: Tensor,
+    offsets: Any,
+    bag_of_id: Any,
+    size: Tensor,
+    maxima: Tensor,
+    rows: Any,
+    scale: bool,
+    mode: int,
+    sparse: bool,
+    weights: Tensor | None = None,
+    padding: int = -1,
+) -> Tensor:
+    """One bag: its gradient [1, d] goes to each id (sum), over their number (mean), or to the maxima's ids."""
+    table = torch.zeros(rows, grad.shape[-1], dtype=grad.dtype, device=grad.device)
+    if mode == _MAX:
+        column = torch.arange(grad.shape[-1], device=grad.device)
+        return index_put(table, [maxima[0].clamp_min(0), column], torch.where(size > 0, grad[0], 0.0), True)
+    each = grad.expand(ids.shape[0], -1)
+    if mode == _MEAN:
+        each = each / size.clamp_min(1)
+    if weights is not None:
+        each = each * weights.unsqueeze(-1)
+    return index_put(table, [ids], torch.where((ids != padding).unsqueeze(-1), each, 0.0), True)
+
+
+_MEAN, _MAX = 1, 2
+
+
 def _index_put(node: fx.Node, table: Tensor, indices: list[Any], values: Tensor, accumulate: bool = False) -> Tensor:
     return index_put(table, indices, values, accumulate)
 
@@ -199,6 +230,7 @@ _SPECIAL: dict[Any, Any] = {
     aten.index_put.default: _index_put,
     aten._unsafe_index_put.default: _index_put,
     aten.embedding_dense_backward.default: _embedding_backward,
+    aten._embedding_bag_backward.default: _embedding_bag_backward,
 }
 if hasattr(prims, "fma"):
     _SPECIAL[prims.fma.default] = lambda node, a, b, c: a * b + c

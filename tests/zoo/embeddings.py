@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.case import Case, Model, Sizes, register
-from zoo.problems import floats, regression, tagging, tokens
+from zoo.problems import floats, regression, several, tagging, tokens
 
 
 class TokensAndPositions(nn.Module):
@@ -86,9 +86,34 @@ def embedding_then_linear(n: Sizes) -> Case:
     )
 
 
-@register("peer", "may_refuse")
+@register("peer", equal=True)
 def embedding_bag_of_repeated_ids(n: Sizes) -> Case:
     return regression(lambda: nn.EmbeddingBag(n.vocab, n.width, mode="sum"), tokens(2, n.time), (n.width,))
+
+
+@register()
+def embedding_bag_of_means(n: Sizes) -> Case:
+    """Padding does not count in the mean."""
+    return regression(lambda: nn.EmbeddingBag(n.vocab, n.width, padding_idx=0), tokens(3, n.time), (n.width,))
+
+
+@register()
+def embedding_bag_of_maxima(n: Sizes) -> Case:
+    return regression(
+        lambda: nn.EmbeddingBag(n.vocab, n.width, mode="max", padding_idx=0), tokens(3, n.time), (n.width,)
+    )
+
+
+@register()
+def embedding_bag_with_weights(n: Sizes) -> Case:
+    """The weights of the ids belong to the sample as well."""
+    return regression(
+        lambda: Model(
+            lambda m, ids, w: m.bag(ids, per_sample_weights=w), bag=nn.EmbeddingBag(n.vocab, n.width, mode="sum")
+        ),
+        several(tokens(n.vocab, n.time), floats(n.time)),
+        (n.width,),
+    )
 
 
 @register()

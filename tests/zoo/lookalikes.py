@@ -208,7 +208,7 @@ def samples_tiled_over_the_batch(n: Sizes) -> Case:
 
 @register("lookalike", "may_refuse")
 def split_and_joined_batch(n: Sizes) -> Case:
-    """The batch unbound into samples, each run alone, and stacked again."""
+    """The batch unbound into samples, each run alone, and stacked again: exact or refused, it is refused."""
     return regression(
         lambda: Model(lambda m, x: torch.stack([m.body(row) for row in x.unbind(0)]), body=nn.Linear(n.width, n.out)),
         floats(n.width),
@@ -227,12 +227,60 @@ def spectrum_over_time(n: Sizes) -> Case:
     return around(n, lambda y: torch.fft.rfft(y, dim=1).abs(), n.time // 2 + 1, n.out)
 
 
-@register("lookalike", "may_refuse")
+@register("lookalike", equal=True)
 def per_sample_linear_solve(n: Sizes) -> Case:
     """Batched linear algebra: one small system per sample."""
 
     def forward(m: nn.Module, x: Tensor) -> Tensor:
         gram = x @ x.mT + torch.eye(n.time, device=x.device, dtype=x.dtype)
-        return torch.linalg.solve(gram, m.body(x))
+        return torch.linalg.solve_ex(gram, m.body(x)).result
 
     return regression(lambda: Model(forward, body=nn.Linear(n.width, n.out)), floats(n.time, n.width), (n.time, n.out))
+
+
+def factored(n: Sizes, function: Callable[[Tensor, Tensor], Tensor], *shape: int) -> Case:
+    """`function` of [B, T, T], symmetric and well conditioned, and of [B, T, out]; both depend on the weights."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        y = m.body(x).tanh()
+        return function(y @ y.mT + torch.eye(n.time, device=x.device, dtype=x.dtype), y)
+
+    return regression(
+        lambda: Model(forward, body=nn.Linear(n.width, n.out)), floats(n.time, n.width), shape or (n.time, n.out)
+    )
+
+
+@register("lookalike", equal=True)
+def solved_by_inverse(n: Sizes) -> Case:
+    return factored(n, lambda a, y: torch.linalg.inv_ex(a).inverse @ y)
+
+
+@register("lookalike", equal=True)
+def solved_for_a_vector(n: Sizes) -> Case:
+    return factored(n, lambda a, y: torch.linalg.solve_ex(a, y[..., 0]).result, n.time)
+
+
+@register("lookalike")
+def whitened_by_cholesky(n: Sizes) -> Case:
+    return factored(n, lambda a, y: torch.linalg.solve_triangular(torch.linalg.cholesky_ex(a).L, y, upper=False))
+
+
+@register("lookalike")
+def solved_by_cholesky(n: Sizes) -> Case:
+    return factored(n, lambda a, y: torch.cholesky_solve(y, torch.linalg.cholesky_ex(a).L))
+
+
+@register("lookalike")
+def log_determinant(n: Sizes) -> Case:
+    """A normalizing flow's volume: one number per sample."""
+    return factored(n, lambda a, y: torch.linalg.slogdet(a).logabsdet.unsqueeze(-1) + torch.linalg.det(a)[:, None], 1)
+
+
+@register("lookalike")
+def matrix_exponential(n: Sizes) -> Case:
+    return factored(n, lambda a, y: torch.linalg.matrix_exp(0.2 * a) @ y)
+
+
+@register("lookalike")
+def eigenvalues(n: Sizes) -> Case:
+    return factored(n, lambda a, y: torch.linalg.eigvalsh(a + torch.arange(n.time).to(a).diag()), n.time)

@@ -151,3 +151,37 @@ def _(fc, x):
 def _(fc, x):
     """Windows of three tokens on a time axis of four: every other window spans two samples."""
     return fc(x).reshape(-1, 3, WIDTH).tanh().mean(1)
+
+
+@refuse_layer("linear_system_over_the_batch", cube, "matrices", "batch")
+def _(fc, x):
+    """One system for each token, whose unknowns are the samples."""
+    y = fc(x).transpose(0, 1)
+    return torch.linalg.solve_ex(y @ y.mT + torch.eye(SIZE).to(x), y).result.transpose(0, 1)
+
+
+@refuse_layer("eigenvalues_of_the_products_of_samples", square, "mm", "product", "matrices")
+def _(fc, x):
+    y = fc(x)
+    return torch.linalg.eigvalsh(y + y.mT)
+
+
+class Bags(nn.Module):
+    """EmbeddingBag over the ids of all samples, from `shift` on in bags of `length`."""
+
+    def __init__(self, length: int, shift: int) -> None:
+        super().__init__()
+        self.length, self.shift, self.bag = length, shift, nn.EmbeddingBag(9, WIDTH, mode="sum")
+
+    def forward(self, ids):
+        flat = ids.flatten()
+        starts = torch.arange(0, len(flat) - self.shift, self.length)
+        return self.bag(flat, starts + self.shift if self.shift else starts).view(ids.shape[0], -1)
+
+
+def ids() -> tuple[torch.Tensor]:
+    return (torch.randint(0, 9, (SIZE, TIME)),)
+
+
+refuse("bags_that_begin_in_the_sample_before", lambda: Bags(TIME, 1), ids, "bag", mixes=False)
+refuse("bags_that_end_within_samples", lambda: Bags(2, 0), ids, "bag", mixes=False)
