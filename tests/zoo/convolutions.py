@@ -93,7 +93,7 @@ def conv2d_circular_padding(n: Sizes) -> Case:
     return regression(lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"), floats(2, 5, 5), (3, 5, 5))
 
 
-@register("peer", "may_refuse")
+@register("peer")
 def conv2d_reflect_padding(n: Sizes) -> Case:
     return regression(lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"), floats(2, 5, 5), (3, 5, 5))
 
@@ -117,7 +117,7 @@ def conv2d_weight_frozen(n: Sizes) -> Case:
     return regression(build, floats(2, 4, 4), (3, 2, 2))
 
 
-@register("peer", "may_refuse")
+@register("peer")
 def conv2d_transposed(n: Sizes) -> Case:
     return regression(
         lambda: nn.Sequential(nn.Conv2d(2, 3, 2, stride=2), nn.ConvTranspose2d(3, 2, 2, stride=2)),
@@ -126,12 +126,12 @@ def conv2d_transposed(n: Sizes) -> Case:
     )
 
 
-@register("may_refuse")
+@register()
 def conv3d(n: Sizes) -> Case:
     return regression(lambda: nn.Conv3d(2, 3, 2), floats(2, 3, 3, 3), (3, 2, 2, 2))
 
 
-@register("may_refuse")
+@register()
 def image_classifier(n: Sizes) -> Case:
     """Convolution, group norm, max pooling, average pooling, linear."""
     return classification(
@@ -180,7 +180,7 @@ def patches_by_reshape(n: Sizes) -> Case:
     return regression(lambda: Model(forward, fc=nn.Linear(4, n.out)), floats(1, 4, 6), (6, n.out))
 
 
-@register("may_refuse")
+@register()
 def unfolded_convolution(n: Sizes) -> Case:
     """A convolution written as unfold and matmul."""
     return regression(

@@ -219,7 +219,7 @@ def mask_token(n: Sizes) -> Case:
     )
 
 
-@register("may_refuse")
+@register()
 def relative_position_bias(n: Sizes) -> Case:
     """Attention scores plus a table indexed by the distance of two tokens, as in T5."""
 

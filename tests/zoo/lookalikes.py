@@ -59,12 +59,12 @@ def normalized_over_features(n: Sizes) -> Case:
     return around(n, lambda y: F.normalize(y, dim=-1))
 
 
-@register("lookalike", "may_refuse")
+@register("lookalike")
 def standard_deviation_over_time(n: Sizes) -> Case:
     return around(n, lambda y: y.std(1), n.out)
 
 
-@register("lookalike", "may_refuse")
+@register("lookalike")
 def median_over_time(n: Sizes) -> Case:
     return around(n, lambda y: y.median(1).values, n.out)
 
@@ -79,7 +79,7 @@ def sorted_over_time(n: Sizes) -> Case:
     return around(n, lambda y: y.sort(1).values)
 
 
-@register("lookalike", "may_refuse")
+@register("lookalike")
 def product_over_time(n: Sizes) -> Case:
     return around(n, lambda y: y.tanh().prod(1), n.out)
 
@@ -111,12 +111,12 @@ def diagonal_of_products(n: Sizes) -> Case:
     return around(n, lambda y: (y @ y.flip(1).mT).diagonal(0, 1, 2), n.time)
 
 
-@register("lookalike", "may_refuse", equal=True)
+@register("lookalike", equal=True)
 def distances_of_tokens(n: Sizes) -> Case:
     return around(n, lambda y: 0.3 * (y[:, :, None] - y[:, None]).square().sum(-1), n.time, n.time)
 
 
-@register("lookalike", "may_refuse")
+@register("lookalike")
 def running_product_over_time(n: Sizes) -> Case:
     return around(n, lambda y: (1 + 0.1 * y.tanh()).cumprod(1))
 
@@ -162,7 +162,7 @@ def bilinear_pooling(n: Sizes) -> Case:
     )  # fmt: skip
 
 
-@register("lookalike", "may_refuse", equal=True)
+@register("lookalike", equal=True)
 def two_views_through_one_encoder(n: Sizes) -> Case:
     """Two views of each sample stacked along the batch, encoded at once, split, and compared with each other."""
 
@@ -185,7 +185,7 @@ def one_view_of_two(n: Sizes) -> Case:
     )
 
 
-@register("lookalike", "may_refuse", equal=True)
+@register("lookalike", equal=True)
 def three_draws_of_each_sample(n: Sizes) -> Case:
     """Augmentation multiplicity: samples repeated in the batch, then averaged within each sample."""
 
@@ -196,7 +196,7 @@ def three_draws_of_each_sample(n: Sizes) -> Case:
     return regression(lambda: Model(forward, body=nn.Linear(n.width, n.out)), floats(n.width), (n.out,))
 
 
-@register("lookalike", "may_refuse", equal=True)
+@register("lookalike", equal=True)
 def samples_tiled_over_the_batch(n: Sizes) -> Case:
     """The same with `repeat`: the copies are the outer factor."""
 
@@ -222,7 +222,7 @@ def counted_within_a_sample(n: Sizes) -> Case:
     return around(n, lambda y: y * (y > 0).sum((1, 2), keepdim=True))
 
 
-@register("lookalike", "may_refuse")
+@register("lookalike")
 def spectrum_over_time(n: Sizes) -> Case:
     return around(n, lambda y: torch.fft.rfft(y, dim=1).abs(), n.time // 2 + 1, n.out)
 

@@ -42,7 +42,7 @@ def gain_and_bias_per_time_step(n: Sizes) -> Case:
     )  # fmt: skip
 
 
-@register("may_refuse", equal=True)
+@register(equal=True)
 def prelu(n: Sizes) -> Case:
     return regression(
         lambda: nn.Sequential(nn.Linear(n.width, n.out), nn.PReLU(n.out), nn.Linear(n.out, n.out), nn.PReLU()),
@@ -88,7 +88,7 @@ def weight_norm_by_hand(n: Sizes) -> Case:
     )  # fmt: skip
 
 
-@register("may_refuse")
+@register()
 def weight_norm_by_torch(n: Sizes) -> Case:
     return regression(lambda: weight_norm(nn.Linear(n.width, n.out)), floats(n.time, n.width), (n.time, n.out))
 

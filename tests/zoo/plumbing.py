@@ -144,7 +144,7 @@ def gather_along_time(n: Sizes) -> Case:
     )
 
 
-@register("lookalike", "may_refuse")
+@register("lookalike")
 def scatter_along_time(n: Sizes) -> Case:
     """Each sample adds its tokens into slots of its own choice."""
 

@@ -72,7 +72,7 @@ def dense_mixture_of_experts(n: Sizes) -> Case:
     )
 
 
-@register("may_refuse")
+@register()
 def top_1_of_two_experts(n: Sizes) -> Case:
     """Every expert runs on every token; which one counts is chosen by the data."""
 

@@ -35,7 +35,7 @@ def rnn_by_hand(n: Sizes) -> Case:
     )  # fmt: skip
 
 
-@register("may_refuse")
+@register()
 def rnn_cell(n: Sizes) -> Case:
     return regression(
         lambda: unrolled(lambda m, x, h: m.cell(x, h), size=n.hidden, cell=nn.RNNCell(n.width, n.hidden)),
@@ -44,7 +44,7 @@ def rnn_cell(n: Sizes) -> Case:
     )
 
 
-@register("may_refuse")
+@register()
 def gru_cell(n: Sizes) -> Case:
     return regression(
         lambda: unrolled(lambda m, x, h: m.cell(x, h), size=n.hidden, cell=nn.GRUCell(n.width, n.hidden)),
@@ -70,7 +70,7 @@ def gru_by_hand(n: Sizes) -> Case:
     )  # fmt: skip
 
 
-@register("may_refuse")
+@register()
 def lstm_language_model(n: Sizes) -> Case:
     def forward(m: nn.Module, ids: Tensor) -> Tensor:
         x = m.tokens(ids)
@@ -108,7 +108,7 @@ def learned_initial_state(n: Sizes) -> Case:
     )  # fmt: skip
 
 
-@register("may_refuse", equal=True)
+@register(equal=True)
 def gated_linear_scan(n: Sizes) -> Case:
     """A state-space layer: h_t = a_t h_(t-1) + b_t x_t by cumulative sums of logarithms."""
 

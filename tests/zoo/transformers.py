@@ -226,7 +226,7 @@ def checkpointed_mlp(n: Sizes) -> Case:
     )
 
 
-@register("may_refuse")
+@register()
 def sliding_window_attention(n: Sizes) -> Case:
     """Local attention by windows of two tokens: the window is merged with the batch."""
 
