@@ -76,7 +76,7 @@ class Options:
 
     clipping: str | Mapping[str, str] = "flat"
     """"flat": one norm over all parameters. "per_layer": one group for each module that owns parameters. {pattern:
-    group name}: groups by hand. K groups share a single C as C / sqrt(K) each."""
+    group name}: groups by hand. The K groups that a step releases share a single C as C / sqrt(K) each."""
 
     clip_fn: ClipFn = "hard"
     """Weight of a sample whose gradient has norm n: "hard" min(1, C / n), "automatic" C / (n + 0.01), "normalize"

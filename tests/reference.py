@@ -13,12 +13,12 @@ the batch's own size; under `sum` nothing is divided.
 
 Groups: `flat` is one; `per_layer` puts together the parameters that one module owns directly, where a tied parameter
 belongs to the first owner in the order of `named_parameters`; a mapping {fnmatch pattern: group} takes the first
-pattern that matches. K counts the groups that hold a trainable parameter of the model, used or not, and each bound is
+pattern that matches. K counts the groups of which this step releases a gradient, noise included, and each bound is
 max_grad_norm / sqrt(K). A mapping {pattern: bound} as `max_grad_norm` bounds each group by itself instead.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import sqrt
@@ -88,10 +88,12 @@ def first_match(name: str, patterns: Mapping):
     raise ValueError(f"no pattern of {list(patterns)} matches {name}")
 
 
-def bounds_of(group_of: dict[str, str], groups: tuple[str, ...], max_grad_norm: Bound) -> list[float]:
-    """C_k for every group."""
+def bounds_of(
+    group_of: dict[str, str], groups: tuple[str, ...], max_grad_norm: Bound, released: Collection[str]
+) -> list[float]:
+    """C_k for every group; nothing is clipped in a group without a released parameter, so its bound is of no matter."""
     if not isinstance(max_grad_norm, Mapping):
-        return [max_grad_norm / sqrt(len(groups))] * len(groups)
+        return [max_grad_norm / sqrt(max(1, len({group_of[name] for name in released})))] * len(groups)
     bounds = []
     for group in groups:
         found = {first_match(name, max_grad_norm) for name, its in group_of.items() if its == group}
@@ -122,8 +124,9 @@ def release(
     clip_fn: str = "hard",
     loss_reduction: str = "mean",
     expected_batch_size: int | None = None,
+    released: Collection[str] | None = None,
 ) -> Released:
-    """Clips and sums per-sample gradients {fqn: [B, *shape]}."""
+    """Clips and sums per-sample gradients {fqn: [B, *shape]}; `released` names the parameters that get one, or all."""
     if loss_reduction not in ("mean", "sum"):
         raise ValueError(f"loss_reduction={loss_reduction!r} is neither 'mean' nor 'sum'")
     first = next(iter(gradients.values()))
@@ -134,16 +137,16 @@ def release(
     for name, gradient in gradients.items():
         squares[:, groups.index(group_of[name])] += gradient.reshape(size, gradient[:1].numel()).square().sum(1)
     norms = squares.sqrt()
-    bounds = first.new_tensor(bounds_of(group_of, groups, max_grad_norm))
+    bounds = first.new_tensor(bounds_of(group_of, groups, max_grad_norm, gradients if released is None else released))
     factors = clip_factors(norms, bounds, clip_fn)
 
     divisor = 1 if loss_reduction == "sum" else expected_batch_size or max(size, 1)
-    released = {}
+    sums = {}
     for name, gradient in gradients.items():
         weights = factors[:, groups.index(group_of[name])].reshape(size, *[1] * (gradient.dim() - 1))
         # 0 * nan is nan: a sample of weight zero is left out, not multiplied away
-        released[name] = torch.where(weights == 0, 0.0, weights * gradient).sum(0) / divisor
-    return Released(released, norms, factors, groups, bounds)
+        sums[name] = torch.where(weights == 0, 0.0, weights * gradient).sum(0) / divisor
+    return Released(sums, norms, factors, groups, bounds)
 
 
 def reference_gradients(case: Case, model: nn.Module, batch: Batch, **options) -> Released:

@@ -8,10 +8,12 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from flashdp_compile.passes.groups import form_groups
 from privacy.attacks import MODELS, attacks
 from privacy.steps import CLIP_FNS, SINGLE_SLACK, STRATEGIES, compiled, flat, gradients, recorded_plans
+from zoo import Model
 
 BATCH = 3
 EPS = torch.finfo(torch.float32).eps
@@ -111,6 +113,22 @@ def test_every_group_has_its_own_bound(name, clipping, batch):
     assert len(groups) > 1
     assert math.isclose(sum(g.bound**2 for g in groups), victim.bound**2)
     assert [p.groups for p in plans] == ([] if batch == 1 else [groups])
+
+
+@pytest.mark.parametrize("batch", [1, BATCH])
+def test_the_groups_of_a_step_share_the_bound(batch):
+    """A layer that a step does not use takes no share; with or without it the sensitivity is max_grad_norm."""
+    model = Model(lambda m, x, both: m.a(x) + m.b(x) if both else m.a(x), a=nn.Linear(4, 3), b=nn.Linear(4, 3))
+    module = compiled(model, clipping="per_layer", loss_reduction="sum", max_grad_norm=0.5)
+    x, weights = 1e3 * torch.randn(batch, 4), torch.eye(batch)[0]
+    for both in (False, True, False):
+        (module(x, both).sum(1) * weights).sum().backward()
+        assert (model.b.weight.grad is not None) == both
+        released = gradients(model)
+        for name in ("a", "b") if both else ("a",):
+            norm = flat({n: g for n, g in released.items() if n.startswith(name)}).norm()
+            assert math.isclose(norm, 0.5 / math.sqrt(1 + both), rel_tol=1e-3)
+        assert 0.499 < flat(released).norm() <= 0.5 * (1 + 2.0**-9)
 
 
 def test_bounds_given_by_name():

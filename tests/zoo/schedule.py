@@ -85,10 +85,6 @@ def runs_of(case: Case, index: int) -> Iterator[Run]:
         first = index % 3 if len(chosen) == 1 else 0  # a single run is at B = 5, 2 or 8
         pairs = [(pair, case.batch_sizes[(first + k) % len(case.batch_sizes)]) for k, pair in enumerate(chosen)]
     for turn, ((clipping, place), size) in enumerate(pairs):
-        if "idle" in case.tags:
-            clipping = (
-                "flat"  # how many groups share the bound is not told by the gradients of a layer that is not used
-            )
         yield Run(
             case.name,
             clipping,
