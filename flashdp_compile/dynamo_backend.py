@@ -12,7 +12,7 @@ from flashdp_compile.debug import writer
 from flashdp_compile.errors import FlashDPError, InternalError, Refusal
 from flashdp_compile.options import Options
 from flashdp_compile.passes.capture import describe_inputs
-from flashdp_compile.pipeline import FlashDPPass
+from flashdp_compile.pipeline import FlashDPPass, OwnMemoryPass
 from flashdp_compile.runtime import clipping, guard, noise
 
 
@@ -74,11 +74,11 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
     label = compat.graph_label(gm)
     report = writer(options.debug_folder, label) if options.debug_folder is not None else None
     rewriting = FlashDPPass(inputs, options, report)
-    compiled = (
-        compat.compile_with_interpreter(gm, example_inputs, rewriting)
-        if options.compiler == "eager"
-        else compat.compile_with_inductor(gm, example_inputs, rewriting, options.mode, options.inductor)
-    )
+    if options.compiler == "eager":
+        compiled = compat.compile_with_interpreter(gm, example_inputs, rewriting)
+    else:
+        settings = (options.mode, options.inductor)
+        compiled = compat.compile_with_inductor(gm, example_inputs, rewriting, OwnMemoryPass(), *settings)
     return guard.wrap(compiled, guard.ReleaseInfo(label=label))
 
 

@@ -86,11 +86,9 @@ def run(graph: fx.Graph, record: Record) -> None:
     if record.axes is None:
         whole_batch = rewrite_single if record.joint.batch == 1 else rewrite_empty
         whole_batch(record.joint, record.plan.groups, mechanism)
-        own_memory(graph)
         return
     before = Before.of(record.joint, {g.gradient.position for g in record.gradients})
     rewrite(record.axes, record.plan, mechanism)
-    own_memory(graph)
     record.verified = verify(record.joint, record.plan, before, mechanism.noise_multiplier > 0)
 
 
@@ -127,6 +125,17 @@ class FlashDPPass(CustomGraphPass):
         described = [(i.name, i.role) for i in self._inputs]
         key = json.dumps([self._options.policy(), described, sources_digest(), versions()], sort_keys=True)
         return hashlib.sha256(key.encode()).hexdigest()
+
+
+class OwnMemoryPass(CustomGraphPass):
+    """What Inductor runs on the graphs of forward and backward, before it makes their writes in place."""
+
+    def __call__(self, graph: fx.Graph) -> None:
+        own_memory(graph)
+
+    def uuid(self) -> Any:
+        """The key of compile caches."""
+        return sources_digest()
 
 
 @cache

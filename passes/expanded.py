@@ -1,14 +1,23 @@
-"""Gives values that are written into by index memory of their own.
+"""Gives tensors that are written into by index memory of their own, in graphs that Inductor is about to generate.
 
-An expanded tensor has stride 0: its rows are one row in memory. Inductor (2.13, on a CPU) turns functional writes such
-as index_put into writes in place, and then all rows of an expanded operand become one: samples would mix after they
-were proved to be apart. A copy in front of the write keeps them apart, whoever wrote the op.
+Inductor turns functional writes such as index_put into writes in place. The rows of an expanded tensor are one row in
+memory, so a write in place puts every sample's values into all the others: samples mix after they were proved to be
+apart, in the forward as well as in the backward (2.13, every device). A copy in front of the write keeps them apart,
+whoever wrote the op.
+
+This runs behind every pass that simplifies graphs, as the last one before writes are made in place: Inductor drops
+`+ 0` and `* 1` and a copy that looks superfluous, and what was a dense tensor in the joint graph is then an expanded
+one. For the same reason it believes no strides, which such passes leave as they were: it copies whatever is a view.
 """
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import fx
+
+from flashdp_compile.compat import OpOverload, returns_views
 
 _WRITES = frozenset(
     "index_put _unsafe_index_put _unsafe_masked_index_put_accumulate index_add index_copy index_fill index_reduce "
@@ -18,13 +27,13 @@ _WRITES = frozenset(
 
 
 def own_memory(graph: fx.Graph) -> int:
-    """Inserts a copy before every write into an expanded tensor, in place; returns how many."""
+    """Inserts a copy before every write into a view, in place; returns how many."""
     count = 0
     for node in list(graph.nodes):
         if node.op != "call_function" or getattr(node.target, "_opname", None) not in _WRITES:
             continue
         target = node.args[0]
-        if isinstance(target, fx.Node) and _expanded(target.meta.get("val")):
+        if isinstance(target, fx.Node) and _is_view(target):
             with graph.inserting_before(node):
                 copy = graph.call_function(
                     torch.ops.aten.clone.default, (target,), {"memory_format": torch.contiguous_format}
@@ -36,9 +45,10 @@ def own_memory(graph: fx.Graph) -> int:
     return count
 
 
-def _expanded(value: object) -> bool:
-    """Whether several elements share memory. A stride of 0 on a dimension of size one is harmless."""
-    if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
-        return False
-    strides = zip(value.shape, value.stride(), strict=True)
-    return any(isinstance(s, int) and s == 0 and not (isinstance(n, int) and n <= 1) for n, s in strides)
+def _is_view(node: fx.Node) -> bool:
+    """Whether a value may share memory with another; so may the result of anything that is not an op of torch."""
+    if node.op != "call_function":
+        return False  # inputs are never written into: the graph has no writes of the user's left
+    if node.target is operator.getitem:
+        return _is_view(node.args[0])
+    return not isinstance(node.target, OpOverload) or returns_views(node.target)

@@ -67,14 +67,21 @@ def compile_with_inductor(
     gm: torch.fx.GraphModule,
     example_inputs: Any,
     joint_pass: CustomGraphPass,
+    last_pass: CustomGraphPass,
     mode: str | None,
     settings: Any,
 ) -> Callable[..., Any]:
-    """Inductor, with a pass over the joint graph before all of its own. 2.11 takes one pass object, 2.13 also lists."""
+    """Inductor, with a pass over the joint graph before all of its own, and one over the graphs of forward and backward
+    after all but those that make writes in place. 2.11 takes one pass object, 2.13 also lists."""
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
-    patches = {**(list_mode_options(mode) if mode else {}), **settings, "joint_custom_pre_pass": joint_pass}
+    patches = {
+        **(list_mode_options(mode) if mode else {}),
+        **settings,
+        "joint_custom_pre_pass": joint_pass,
+        "post_grad_custom_post_pass": last_pass,
+    }
     compiled: Any = compile_fx(gm, example_inputs, config_patches=patches)
     return compiled
 

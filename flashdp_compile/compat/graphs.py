@@ -42,6 +42,7 @@ __all__ = [
     "is_argument",
     "is_python_float",
     "live_tensor",
+    "returns_views",
     "size_expression",
     "size_hint",
     "source_name",
@@ -110,6 +111,12 @@ def graph_label(gm: torch.fx.GraphModule) -> str:
             file, line, function = own[0]
             return f"{function} ({file}:{line})"
     return "a compiled region"
+
+
+def returns_views(op: OpOverload) -> bool:
+    """Whether results of an op may share memory with its arguments: so its schema says, or Inductor takes it for a
+    view. 2.11, 2.13."""
+    return op._opname == "_unsafe_view" or any(r.alias_info is not None for r in op._schema.returns)
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:

@@ -28,7 +28,7 @@ def test_by_name_in_a_process_that_never_imports_flashdp():
         x = torch.zeros(4, 3)
         # the options are what is tested here: Inductor itself is spared
         from flashdp_compile import compat
-        compat.compile_with_inductor = lambda gm, inputs, joint_pass, mode, settings: compat.compile_with_interpreter(
+        compat.compile_with_inductor = lambda gm, inputs, joint_pass, *rest: compat.compile_with_interpreter(
             gm, inputs, joint_pass
         )
         for _ in range(2):

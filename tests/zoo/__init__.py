@@ -23,6 +23,7 @@ from zoo import (  # noqa: F401  (imported for their cases)
     refused_statistics,
     sharing,
     transformers,
+    writes,
 )
 from zoo.adversarial import REFUSED, Refused
 from zoo.case import REGISTRY as CASES
