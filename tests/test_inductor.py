@@ -1,0 +1,88 @@
+"""The gradients of code that Inductor generates, against a float64 loop over samples; noise off.
+
+Everything is proved on the joint graph, and Inductor comes after it: what it simplifies, fuses and writes in place is
+judged here. One model for each family of ops by default; the whole zoo, on whatever device there is, with
+
+    pytest -m whole_zoo tests/test_inductor.py
+
+(25 minutes on one core, and less with `-n`). Cases that may be refused are expected failures where they are.
+"""
+
+import pytest
+import torch
+
+from flashdp_compile.errors import Refusal
+from reference import bound_between, per_sample_gradients, relative_errors, release
+from zoo import CASES
+from zoo.training import compiled_gradients
+
+# where the loss is follows from the clipping, so that both are seen in both
+PLACES = {"flat": "outside", "per_layer": "inside"}
+
+FAMILIES = {
+    "matrix products": ("linear_3d", "linear_of_transpose", "bilinear"),
+    "convolutions": ("conv1d_grouped", "conv2d"),
+    "lookups": ("embedding_with_padding", "position_table", "ids_from_buckets", "tied_embedding_and_head"),
+    "norms": ("layer_norm_without_bias", "rms_norm_by_hand", "group_norm"),
+    "attention": ("causal_attention",),
+    "recurrence": ("rnn_cell",),
+    "reductions": ("max_over_time", "median_over_time", "log_of_sum_over_time"),
+    "scans and sorts": ("cumsum_over_time", "sorted_over_time"),
+    "transforms": ("spectrum_over_time",),
+    "reads by index": ("gather_along_time", "last_token_of_each_sample"),
+    "writes by index": (
+        "scatter_along_time",
+        "added_into_expanded_zeros",
+        "added_into_an_expanded_value_plus_zeros",
+        "assigned_to_an_expanded_value",
+    ),
+    "views": ("merged_time_major_and_split", "plus_its_transpose"),
+    "branches": ("huber_and_likelihood", "mask_token"),
+    "weights that are computed": ("weight_norm_by_torch", "parameter_repeated_over_the_batch"),
+}
+SELECTED = [name for names in FAMILIES.values() for name in names]
+
+
+def check(name: str, clipping: str) -> None:
+    case = CASES[name]
+    model, batch = case.model(), case.batch(case.batch_sizes[0])
+    per_sample = per_sample_gradients(case, model, batch)
+    bound = bound_between(release(per_sample, clipping=clipping).norms)
+    expected = release(per_sample, clipping=clipping, max_grad_norm=bound)
+    options = {"clipping": clipping, "max_grad_norm": bound, "noise_multiplier": 0.0, "compiler": "inductor"}
+    try:
+        actual = compiled_gradients(case, model, batch, PLACES[clipping], **options)
+    except Refusal as refusal:
+        if "may_refuse" in case.tags:
+            pytest.xfail(f"refused, which is right too: {refusal}")
+        raise
+    errors = relative_errors(actual, expected.gradients)
+    wrong = {parameter: error for parameter, error in errors.items() if not error < 1e-5}
+    assert not wrong, f"relative errors {wrong}, all others under 1e-5"
+
+
+@pytest.mark.parametrize("name", SELECTED)
+def test_one_model_of_each_family(name):
+    check(name, ("flat", "per_layer")[SELECTED.index(name) % 2])
+
+
+@pytest.mark.whole_zoo
+@pytest.mark.parametrize("clipping", PLACES)
+@pytest.mark.parametrize("name", CASES)
+def test_every_model(name, clipping):
+    if clipping == "per_layer" and "idle" in CASES[name].tags:
+        pytest.skip("how many groups share the bound is not told by the gradients of a layer that is not used")
+    check(name, clipping)
+
+
+@pytest.mark.parametrize("name", ["added_into_expanded_zeros", "assigned_to_an_expanded_value"])
+def test_samples_stay_apart_in_the_outputs(name):
+    """One sample is changed, and no other sample's output moves."""
+    case = CASES[name]
+    model, batch, other = case.model(), case.batch(5), case.batch(5, seed=1)
+    options = {"noise_multiplier": 0.0, "compiler": "inductor"}
+    module = torch.compile(model, backend="flashdp", fullgraph=True, options=options)
+    before = module(*batch.args).detach()
+    after = module(*batch.with_sample(2, other).args).detach()
+    moved = (before - after).flatten(1).abs().amax(1) > 0
+    assert moved.tolist() == [False, False, True, False, False]
