@@ -20,6 +20,7 @@ from flashdp_compile.passes.groups import Group, sensitivity
 from flashdp_compile.passes.plan import Plan
 from flashdp_compile.passes.points import ParameterGradient
 from flashdp_compile.passes.strategies.base import Prepared
+from flashdp_compile.passes.strategies.materialize import MATERIALIZE
 from flashdp_compile.passes.strategies.shared import prepare_shared
 
 ops = torch.ops.flashdp
@@ -86,7 +87,7 @@ def rewrite_single(joint: JointGraph, groups: tuple[Group, ...], mechanism: Mech
     norms = [[emit(_sqnorm_of_one, private[name].node) for name in group.members] for group in groups]
     for group, weights in zip(groups, _clip(emit, groups, norms, mechanism), strict=True):
         released += [(private[n].position, emit(_weigh_one, private[n].node, weights)) for n in group.members]
-    _release(emit, joint, released, mechanism, mechanism.std(groups, 2.0**-20))
+    _release(emit, joint, released, mechanism, mechanism.std(groups, MATERIALIZE.slack))
 
 
 def _zeros(gradient: Tensor) -> Tensor:
@@ -155,8 +156,13 @@ def _as(emit: Emitter, node: fx.Node, dtype: torch.dtype) -> fx.Node:
 
 
 def _noised(emit: Emitter, joint: JointGraph, released: Released, mechanism: Mechanism, std: float) -> Released:
-    """Noise from one key for the whole release; `stream` numbers its parameters."""
-    key = emit(lambda anchor: ops.draw_key(anchor, mechanism.seed), released[0][1])
+    """Noise from one key for the whole release; `stream` numbers its parameters.
+
+    The key hangs on a value of the backward pass, so that a second backward draws another one. The sum over no samples
+    is a constant, and would let the key be drawn in the forward pass.
+    """
+    anchor = next(iter(joint.tangents)) if joint.batch == 0 else released[0][1]
+    key = emit(lambda anchor: ops.draw_key(anchor, mechanism.seed), anchor)
     if not mechanism.divides_by_batch:
         return [(at, emit(_noise(stream, std), node, key)) for stream, (at, node) in enumerate(released)]
     if isinstance(joint.batch, int):
