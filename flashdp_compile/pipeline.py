@@ -19,14 +19,17 @@ from flashdp_compile.errors import FlashDPError, InternalError
 from flashdp_compile.options import Options
 from flashdp_compile.passes.axes.engine import Axes, propagate
 from flashdp_compile.passes.axes.rules_flashdp import register_runtime_ops
+from flashdp_compile.passes.before import Before
 from flashdp_compile.passes.capture import Input, JointGraph, capture
 from flashdp_compile.passes.dump import graph_text
 from flashdp_compile.passes.expanded import own_memory
 from flashdp_compile.passes.groups import form_groups
+from flashdp_compile.passes.guarantee import Guarantee
 from flashdp_compile.passes.plan import Plan, make_plan
 from flashdp_compile.passes.points import ParameterGradient, check_single, find_points
 from flashdp_compile.passes.rewrite import Mechanism, private_gradients, rewrite, rewrite_empty, rewrite_single
-from flashdp_compile.passes.verify import Before, verify
+from flashdp_compile.passes.strategies.materialize import MATERIALIZE
+from flashdp_compile.passes.verify import verify
 from flashdp_compile.runtime import clipping, noise  # noqa: F401  registers the ops that the rewrite inserts
 
 register_runtime_ops()
@@ -58,6 +61,20 @@ def mechanism_of(options: Options) -> Mechanism:
     )
 
 
+def guarantee_of(options: Options, before: Before, slack: float) -> Guarantee:
+    """What must leave a graph, from the options and the gradients that it had."""
+    names = [g.name for g in before.released.values()]
+    return Guarantee(
+        groups=form_groups(names, options.clipping, options.max_grad_norm),
+        clip_fn=options.clip_fn,
+        noise_multiplier=options.noise_multiplier,
+        mean=options.loss_reduction == "mean",
+        expected_batch_size=options.expected_batch_size,
+        slack=slack,
+        seed=options.seed,
+    )
+
+
 def analyse(graph: fx.Graph, record: Record) -> None:
     """Everything up to the plan, entered into `record`; the graph is not changed."""
     options = record.options
@@ -83,13 +100,17 @@ def run(graph: fx.Graph, record: Record) -> None:
     if record.joint is None or record.plan is None:
         return
     mechanism = mechanism_of(record.options)
-    if record.axes is None:
-        whole_batch = rewrite_single if record.joint.batch == 1 else rewrite_empty
-        whole_batch(record.joint, record.plan.groups, mechanism)
-        return
-    before = Before.of(record.joint, {g.gradient.position for g in record.gradients})
-    rewrite(record.axes, record.plan, mechanism)
-    record.verified = verify(record.joint, record.plan, before, mechanism.noise_multiplier > 0)
+    before = Before.of(record.joint, record.axes)
+    if record.axes is not None:
+        rewrite(record.axes, record.plan, mechanism)
+        slack = record.plan.slack
+    elif record.joint.batch == 1:
+        rewrite_single(record.joint, record.plan.groups, mechanism)
+        slack = MATERIALIZE.slack
+    else:
+        rewrite_empty(record.joint, record.plan.groups, mechanism)
+        slack = 0.0
+    record.verified = verify(record.joint, guarantee_of(record.options, before, slack), before)
 
 
 class FlashDPPass(CustomGraphPass):

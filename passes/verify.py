@@ -1,86 +1,259 @@
-"""The finished graph, judged again: every gradient that leaves it is a clipped sum with noise, all else is as it was.
+"""The finished graph, judged again: every gradient that leaves it is what the guarantee says, all else is as it was.
 
-The axes pass runs a second time, over the rewritten graph. It knows clip weights by the node that made them and follows
-them through products and sums, so a gradient whose samples are not all weighted by its own group's weights is found,
-whichever strategy wrote it. That the weights come from the right norms is for the tests to show.
+Nothing is taken over from the rewrite. For every gradient of a parameter the graph itself must show
+
+    release    rounding to the parameter's dtype, noise, a clipped sum, and nothing in between
+    noise      the stated deviation, on a stream of its own, from one key that every backward pass draws anew
+    sum        over samples, all weighted by one clip_factors node, samples of weight 0 left out (`clipped.py`)
+    weights    bound, clip function and divisor as stated; one node for each group, used by its members only
+    norms      the squared norms of exactly what the group's members sum, each once (`norms.py`)
+    operands   values that the plain gradient was computed from, some at each of its points; no weights, no noise
+
+and that no node of the model was changed. The axes pass runs a second time over the result: it proves that samples
+stay apart, and finds weights by their node name in a second way.
+
+What the graph cannot show is left to tests: that kernels compute what their names say, within their slack; that the
+shares that are clipped and summed are the right function of those operands (wrong ones would be bounded all the same,
+so they cost utility, not privacy); the factor R in the rounding guard of tied embeddings; and how the loss outside of
+the region was formed, which no graph holds.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import math
+import operator
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, NoReturn
 
 import torch
 from torch import fx
 
+from flashdp_compile.compat import OpOverload, size_expression
 from flashdp_compile.errors import FlashDPError, InternalError
-from flashdp_compile.passes.axes.domain import Batched, Constant, Reduced
+from flashdp_compile.passes.axes.domain import Batched, Constant, Reduced, same
 from flashdp_compile.passes.axes.engine import Axes, propagate
+from flashdp_compile.passes.before import Before, has
 from flashdp_compile.passes.capture import JointGraph
-from flashdp_compile.passes.plan import Plan
+from flashdp_compile.passes.clipped import NotProved, Reader, Share, is_zero
+from flashdp_compile.passes.groups import Group
+from flashdp_compile.passes.guarantee import Guarantee
+from flashdp_compile.passes.norms import squared_norms
+from flashdp_compile.passes.values import Values
+
+aten, prims, flashdp = torch.ops.aten, torch.ops.prims, torch.ops.flashdp
 
 
-@dataclass(frozen=True)
-class Before:
-    """What must not change: the forward outputs and the gradients of inputs that hold samples, by position."""
+def verify(joint: JointGraph, guarantee: Guarantee, before: Before) -> Axes | None:
+    """The axes of the rewritten graph; None for a batch of one sample or none, where no samples can mix.
 
-    kept: dict[int, Any]
-
-    @staticmethod
-    def of(joint: JointGraph, rewritten: set[int]) -> Before:
-        """The outputs of a graph that is about to be rewritten, but for the positions that will be."""
-        results = joint.output.args[0]
-        return Before({i: n for i, n in enumerate(results) if i not in rewritten})
-
-
-def verify(joint: JointGraph, plan: Plan, before: Before, noise: bool) -> Axes:
-    """The axes of the rewritten graph. Raises `InternalError` if any output is not what it must be."""
+    Raises `InternalError` if anything is not as the module's docstring says.
+    """
+    axes = None
+    if joint.batch not in (0, 1):
+        try:
+            axes = propagate(joint)
+        except FlashDPError as error:
+            _fail(str(error))
     try:
-        axes = propagate(joint)
-    except FlashDPError as error:
-        raise InternalError(
-            f"the rewritten graph failed its own verification; nothing was released.\n{error}"
-        ) from None
-    results = joint.output.args[0]
-    for position, node in before.kept.items():
-        if results[position] is not node:
-            _fail(f"output {position} was replaced, which is no gradient of a parameter")
-    owner: dict[str, str] = {}
-    streams: set[int] = set()
-    for group in plan.groups:
-        for choice in plan.choices[group.name]:
-            node = results[choice.gradient.gradient.position]
-            name = choice.gradient.name
-            state = axes[node]
-            if not isinstance(state, Reduced) or state.weight is None:
-                _fail(f"the gradient of {name} is not a clipped sum ({state})")
-            if owner.setdefault(state.weight, group.name) != group.name:
-                _fail(f"the gradient of {name} is weighted by the weights of group {owner[state.weight]}")
-            if noise:
-                stream = _noise_stream(node, name)
-                if stream in streams:
-                    _fail(f"the gradient of {name} would get the noise of another parameter")
-                streams.add(stream)
-    for position, node in before.kept.items():
-        if position >= len(joint.outputs) and isinstance(node, fx.Node) and node in axes.states:
-            if not isinstance(axes[node], (Batched, Constant)):
-                _fail(f"output {position} ({node}) carries a sum over samples that was not clipped")
+        _Proof(joint, guarantee, before, axes).run()
+    except NotProved as reason:
+        _fail(str(reason))
     return axes
 
 
-_AFTER_NOISE = (torch.ops.aten.div.Tensor, torch.ops.aten.mul.Tensor, torch.ops.prims.convert_element_type.default)
+class _Proof:
+    """One rewritten graph against one guarantee."""
+
+    def __init__(self, joint: JointGraph, guarantee: Guarantee, before: Before, axes: Axes | None) -> None:
+        self.joint, self.guarantee, self.before, self.axes = joint, guarantee, before, axes
+        self.results = joint.output.args[0]
+        added = [n for n in joint.graph.nodes if n not in before.nodes and n.op != "output"]
+        self.clips, self.keys, self.noises = (
+            [n for n in added if n.target is op.default]
+            for op in (flashdp.clip_factors, flashdp.draw_key, flashdp.add_noise)
+        )
+        # a key that does not depend on a tangent could be drawn in the forward pass, once for several backward passes
+        self.backward = _downstream(joint.graph, joint.tangents)
+        tainted = _downstream(joint.graph, [*self.clips, *self.keys, *self.noises])
+        self.streams: dict[int, int] = {}
+        self.reader = Reader(Values(joint.graph), tainted, single=joint.batch == 1)
+
+    def run(self) -> None:
+        self._nothing_else_changed()
+        named: dict[str, list[int]] = {}
+        for position, gradient in self.before.released.items():
+            named.setdefault(gradient.name, []).append(position)
+        members = [name for group in self.guarantee.groups for name in dict.fromkeys(group.members)]
+        if sorted(members) != sorted(named):
+            raise NotProved(f"the groups hold {sorted(members)}, the gradients are those of {sorted(named)}")
+        sums = {p: self._unnoised(p) for p in self.before.released}
+        if len(self.noises) != len(self.streams):
+            raise NotProved("there is noise that belongs to no gradient")
+        if self.joint.batch == 0:
+            self._all_zero(sums)
+            return
+        owner: dict[fx.Node, str] = {}
+        shares: dict[str, Counter[Share]] = {group.name: Counter() for group in self.guarantee.groups}
+        for group in self.guarantee.groups:
+            for position in (p for name in dict.fromkeys(group.members) for p in named[name]):
+                weights, share = self._share(position, sums[position])
+                if owner.setdefault(weights, group.name) != group.name:
+                    name = self.before.released[position].name
+                    raise NotProved(f"the gradient of {name} is weighted by the weights of group {owner[weights]}")
+                shares[group.name][share] += 1
+        for position, summed in sums.items():
+            self._same_operands(position, summed)
+        for group in self.guarantee.groups:
+            weights, *more = [w for w, name in owner.items() if name == group.name]
+            if more:
+                raise NotProved(f"the gradients of group {group.name} have several weights: {weights}, {more}")
+            self._clips(group, weights, shares[group.name])
+        if len(owner) != len(self.clips):
+            raise NotProved("there are clip weights that belong to no group")
+        if self.reader.slack > self.guarantee.slack:
+            raise NotProved(f"norms may be off by {self.reader.slack}, the noise allows {self.guarantee.slack}")
+
+    def _nothing_else_changed(self) -> None:
+        """The model's nodes, the other outputs, and no op beside them that would write somewhere."""
+        known = self.before.nodes
+        if len(self.results) != len(self.before.kept) + len(self.before.released):
+            raise NotProved("the number of outputs has changed")
+        for position, node in self.before.kept.items():
+            if self.results[position] is not node:
+                raise NotProved(f"output {position} was replaced, which is no gradient of a parameter")
+            if self.axes is None or not isinstance(node, fx.Node):
+                continue
+            a_gradient = any(g.position == position for g in self.joint.gradients)
+            if a_gradient and not isinstance(self.axes[node], (Batched, Constant)):
+                raise NotProved(f"output {position} ({node}) carries a sum over samples that was not clipped")
+        for node in self.joint.graph.nodes:
+            if node in known:
+                args, kwargs = fx.map_arg((node.args, node.kwargs), self._uncopied)
+                if (node.target, args, kwargs) != known[node]:
+                    raise NotProved(f"{node}, a node of the model, was changed")
+            elif node.op != "output" and not _is_pure(node):
+                raise NotProved(f"{node} ({node.target}) may do more than return a value")
+
+    def _uncopied(self, node: fx.Node) -> fx.Node:
+        """Behind the copies that `expanded.own_memory` puts in front of the model's own nodes."""
+        copied = node not in self.before.nodes and node.target is aten.clone.default
+        return node.args[0] if copied else node
+
+    def _unnoised(self, position: int) -> fx.Node:
+        """The clipped sum behind a release, which must have the right noise."""
+        node, gradient = self.results[position], self.before.released[position]
+        name, dtype = gradient.name, gradient.node.meta["val"].dtype
+        if node.target is prims.convert_element_type.default and node.args[1] == dtype:
+            node = node.args[0]
+        if node.meta["val"].dtype not in (torch.float32, torch.float64):
+            raise NotProved(f"the gradient of {name} was rounded to {node.meta['val'].dtype} before its noise")
+        if self.guarantee.noise_multiplier == 0:
+            return node
+        divisor, over = self.guarantee.divisor(self.joint.batch), None
+        if divisor is None:
+            node, over = self._scaled(node, aten.div.Tensor, name)
+        if node.target is not flashdp.add_noise.default:
+            raise NotProved(f"the gradient of {name} leaves the graph without noise (it ends in {node.target})")
+        summed, key, stream, deviation = node.args
+        if [key] != self.keys or key.args[1] != self.guarantee.seed or key.args[0] not in self.backward:
+            raise NotProved(f"the noise of {name} is not drawn from the one key of this release")
+        if stream not in range(2**32):  # Philox would take it modulo 2^32
+            raise NotProved(f"the noise of {name} has the stream {stream}")
+        if self.streams.setdefault(stream, position) != position:
+            raise NotProved(f"the gradient of {name} would get the noise of another parameter")
+        stated = self.guarantee.deviation / (divisor or 1)
+        if not math.isclose(deviation, stated, rel_tol=1e-12):
+            raise NotProved(f"the noise of {name} has the deviation {deviation}, not {stated}")
+        if over is not None:
+            summed, again = self._scaled(summed, aten.mul.Tensor, name)
+            if self.reader.values[over] != self.reader.values[again]:
+                raise NotProved(f"the gradient of {name} is not divided by what it was multiplied by")
+        return summed
+
+    def _scaled(self, node: fx.Node, target: Any, name: str) -> tuple[fx.Node, fx.Node]:
+        """(value, B) of value / B or value * B, for a B that is max(size of the batch, 1)."""
+        if node.target is target and not node.kwargs and len(node.args) == 2:
+            value, by = node.args
+            size = by.args[0] if isinstance(by, fx.Node) and by.target is torch.sym_max and by.args[1] == 1 else None
+            if size is not None and same(size_expression(size.meta["val"]), self.joint.batch):
+                return value, by
+        raise NotProved(f"the gradient of {name} is not divided by the size of the batch behind its noise")
+
+    def _share(self, position: int, summed: fx.Node) -> tuple[fx.Node, Share]:
+        name = self.before.released[position].name
+        if self.axes is not None:
+            state = self.axes[summed]
+            if not isinstance(state, Reduced) or state.weight is None:
+                raise NotProved(f"the gradient of {name} is not a clipped sum ({state})")
+        try:
+            weights, share = self.reader.clipped_sum(summed)
+        except NotProved as reason:
+            raise NotProved(f"the gradient of {name} is not a clipped sum: {reason}") from None
+        if self.axes is not None and self.axes[summed].weight != weights.name:
+            raise NotProved(f"the gradient of {name} is weighted by {self.axes[summed].weight}, not by {weights}")
+        return weights, share
+
+    def _same_operands(self, position: int, summed: fx.Node) -> None:
+        """A clipped sum is made of what its plain gradient was made of, with something from each point."""
+        points, name = self.before.operands[position], self.before.released[position].name
+        found, seen, queue = set(), {summed}, [summed]
+        while queue:
+            node = queue.pop()
+            if node in self.before.nodes:
+                if self.axes is None or has(self.axes.states.get(node), Batched):
+                    found.add(node)
+            elif node not in self.clips and not isinstance(node.meta.get("val"), (int, torch.SymInt)):
+                further = [n for n in node.all_input_nodes if n not in seen]
+                seen.update(further)
+                queue.extend(further)
+        strange = found - frozenset().union(*points)
+        if strange:
+            raise NotProved(f"the gradient of {name} is made of {strange}, which its plain gradient is not")
+        if not all(point & found for point in points):
+            raise NotProved(f"a part of the gradient of {name} is missing: one of {points} is not read")
+
+    def _clips(self, group: Group, weights: fx.Node, shares: Counter[Share]) -> None:
+        """Weights from the norms of just these shares, by the stated bound, function and divisor."""
+        norms, *policy = weights.args
+        stated = [group.bound, self.guarantee.clip_fn, self.guarantee.mean, self.guarantee.expected_batch_size]
+        if policy != stated:
+            raise NotProved(f"the weights of group {group.name} have the bound and policy {policy}, not {stated}")
+        try:
+            found = squared_norms(self.reader, norms)
+        except NotProved as reason:
+            raise NotProved(f"the weights of group {group.name} do not come from its norms: {reason}") from None
+        if found != shares:
+            raise NotProved(
+                f"the weights of group {group.name} come from other norms than those of its gradients: "
+                f"missing {dict(shares - found)}, in excess {dict(found - shares)}"
+            )
+
+    def _all_zero(self, sums: dict[int, fx.Node]) -> None:
+        """Without samples the sum is zero, whatever the graph would compute."""
+        for position, node in sums.items():
+            root, _ = self.reader.values.layout(node)
+            if not is_zero(root):
+                raise NotProved(f"the gradient of {self.before.released[position].name} is not zero without samples")
 
 
-def _noise_stream(node: fx.Node, name: str) -> int:
-    """The stream of the noise op that a gradient ends in; only scaling by constants may follow it."""
-    while node.target in _AFTER_NOISE and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    if node.target is not torch.ops.flashdp.add_noise.default:
-        _fail(f"the gradient of {name} leaves the graph without noise (it ends in {node.target})")
-    return node.args[2]
+def _downstream(graph: fx.Graph, sources: Iterable[fx.Node]) -> set[fx.Node]:
+    """The sources and all that depends on them."""
+    found = set(sources)
+    for node in graph.nodes:
+        if any(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found
 
 
-def _fail(what: str) -> None:
+def _is_pure(node: fx.Node) -> bool:
+    """An op of torch that writes nowhere, a part of its result, or arithmetic on sizes."""
+    if isinstance(node.target, OpOverload):
+        return not node.target._schema.is_mutable
+    return node.target is operator.getitem or isinstance(node.meta.get("val"), (int, torch.SymInt))
+
+
+def _fail(what: str) -> NoReturn:
     raise InternalError(
         f"the rewritten graph failed its own verification: {what}. Nothing was released. This is a bug in "
         "flashdp_compile; please report it with the folder that options={'debug': True} writes."

@@ -10,12 +10,15 @@ from torch import Tensor, fx, nn
 
 import flashdp_compile.pipeline  # noqa: F401  registers the ops that a rewrite inserts
 from flashdp_compile.passes.axes.engine import Axes, propagate
+from flashdp_compile.passes.before import Before
 from flashdp_compile.passes.capture import JointGraph
 from flashdp_compile.passes.dump import table
+from flashdp_compile.passes.groups import form_groups
+from flashdp_compile.passes.guarantee import Guarantee
 from flashdp_compile.passes.plan import Plan, make_plan
 from flashdp_compile.passes.points import ParameterGradient, find_points
 from flashdp_compile.passes.rewrite import Mechanism, rewrite
-from flashdp_compile.passes.verify import Before, verify
+from flashdp_compile.passes.verify import verify
 from flashdp_compile.testing import joint_graph
 
 SILENT = Mechanism(noise_multiplier=0.0, clip_fn="hard", mean=False, expected_batch_size=None, seed=0)
@@ -57,9 +60,9 @@ def released_by(
     inputs = random_inputs(graph)
     before = run(graph, inputs)
     plan = make_plan(gradients, axes, clipping, bound, strategy)
-    untouched = Before.of(axes.joint, {g.gradient.position for g in gradients})
+    untouched = Before.of(axes.joint, axes)
     rewrite(axes, plan, mechanism)
-    verify(axes.joint, plan, untouched, mechanism.noise_multiplier > 0)
+    verify(axes.joint, guarantee(untouched, clipping, bound, mechanism, plan.slack), untouched)
     after = run(graph, inputs)
     places = {g.name: g.gradient.position for g in gradients}
     return {n: before[i] for n, i in places.items()}, {n: after[i] for n, i in places.items()}
@@ -79,6 +82,19 @@ def columns(text: str, *names: str) -> str:
     return table(cells[0], cells[1:])
 
 
+def guarantee(before: Before, clipping: object, bound: object, mechanism: Mechanism, slack: float) -> Guarantee:
+    """What verify() is to find behind these settings."""
+    return Guarantee(
+        groups=form_groups([g.name for g in before.released.values()], clipping, bound),
+        clip_fn=mechanism.clip_fn,
+        noise_multiplier=mechanism.noise_multiplier,
+        mean=mechanism.mean,
+        expected_batch_size=mechanism.expected_batch_size,
+        slack=slack,
+        seed=mechanism.seed,
+    )
+
+
 @dataclass(frozen=True)
 class Rewritten:
     """A rewritten graph and what verify() compares it with."""
@@ -87,6 +103,7 @@ class Rewritten:
     plan: Plan
     before: Before
     gradients: tuple[ParameterGradient, ...]
+    guarantee: Guarantee
 
     def result(self, name: str) -> fx.Node:
         """The node that leaves the graph as the gradient of a parameter."""
@@ -101,8 +118,8 @@ class Rewritten:
         results[position] = node
         self.joint.output.args = (tuple(results),)
 
-    def verify(self, noise: bool = True) -> Axes:
-        return verify(self.joint, self.plan, self.before, noise)
+    def verify(self) -> Axes | None:
+        return verify(self.joint, self.guarantee, self.before)
 
 
 def rewritten(
@@ -118,6 +135,6 @@ def rewritten(
     axes = propagate(joint_graph(model, *args, **options))
     gradients = find_points(axes)
     plan = make_plan(gradients, axes, clipping, bound, strategy)
-    before = Before.of(axes.joint, {g.gradient.position for g in gradients})
+    before = Before.of(axes.joint, axes)
     rewrite(axes, plan, mechanism)
-    return Rewritten(axes.joint, plan, before, gradients)
+    return Rewritten(axes.joint, plan, before, gradients, guarantee(before, clipping, bound, mechanism, plan.slack))
