@@ -24,7 +24,9 @@ def test_refused(name):
         pytest.fail(f"{name} was compiled and gave gradients")
     text = str(caught.value)
     assert type(caught.value).__name__ in ("Refusal", "InputError")
-    assert any(word in text.lower() for word in refused.words), text
+    # the line "where" quotes the model, which may hold the very words that are looked for
+    said = "\n".join(line for line in text.lower().splitlines() if not line.startswith("  where"))
+    assert any(word in said for word in refused.words), text
     if "refused_" in (refused.build().function.__code__.co_filename if hasattr(model, "function") else ""):
         assert "refused_" in text, f"the refusal does not name the user's line:\n{text}"
     assert all(parameter.grad is None for parameter in model.parameters())

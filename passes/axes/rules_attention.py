@@ -8,6 +8,8 @@ import torch
 
 from flashdp_compile.passes.axes.domain import CONSTANT, Batched, Reject, Site
 from flashdp_compile.passes.axes.registry import rule
+from flashdp_compile.passes.axes.rules_pointwise import operands_with_states
+from flashdp_compile.passes.axes.uniform import same_for_all
 
 
 @rule(
@@ -28,7 +30,9 @@ def attention(site: Site, *operands: Any, **options: Any) -> Any:
 
     Dimension 1 is the heads, 2 the tokens; results of rank 3 and more are per sample, random states are not.
     """
-    for state in (*operands, *options.values()):
+    for node, state in operands_with_states(site, operands, options):
+        if len(site.shape(node)) >= 3:
+            same_for_all(site, node, state, Batched(0))
         if isinstance(state, Batched) and not state.aligned(Batched(0)):
             raise Reject(
                 "it attends over a dimension that holds samples",

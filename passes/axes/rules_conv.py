@@ -6,6 +6,8 @@ from typing import Any
 
 from flashdp_compile.passes.axes.domain import Batched, Reject, Site, State
 from flashdp_compile.passes.axes.registry import rule
+from flashdp_compile.passes.axes.rules_pointwise import operands_with_states
+from flashdp_compile.passes.axes.uniform import same_for_all
 
 _FIX = "give the layer a tensor whose first dimension is the batch"
 
@@ -32,6 +34,7 @@ def convolution_backward(site: Site, grad: State, x: State, weight: State, *rest
     if isinstance(weight, Batched) or not isinstance(grad, Batched):
         raise Reject("its filters depend on samples, or its gradient does not", "per-sample filters are not supported")
     _first(grad, x)
+    same_for_all(site, site.node.args[1], x, Batched(0))
     return Batched(0), site.point(1, grad.weight), site.point(2, grad.weight)
 
 
@@ -59,8 +62,7 @@ def convolution_backward(site: Site, grad: State, x: State, weight: State, *rest
 )
 def spatial(site: Site, *operands: Any, **options: Any) -> Any:
     """Acts on the last dimensions of each sample; unbatched input has the batch among them and is rejected."""
-    states = [s for s in operands if isinstance(s, (Batched,))]
-    _first(*states)
+    _all_first(site, operands, options)
     _needs_batch(site)
     return _each_result(site)
 
@@ -79,8 +81,14 @@ def spatial(site: Site, *operands: Any, **options: Any) -> Any:
 )
 def spatial_backward(site: Site, *operands: Any, **options: Any) -> Any:
     """As the forward op: every sample's own gradient."""
-    _first(*[s for s in operands if isinstance(s, Batched)])
+    _all_first(site, operands, options)
     return _each_result(site)
+
+
+def _all_first(site: Site, *operands: Any) -> None:
+    for node, state in operands_with_states(site, operands):
+        _first(state)
+        same_for_all(site, node, state, Batched(0))
 
 
 def _needs_batch(site: Site) -> None:

@@ -10,7 +10,8 @@ from torch import fx
 
 from flashdp_compile.passes.axes.domain import ZERO, Batched, Constant, Reduced, Reject, Site, State, same
 from flashdp_compile.passes.axes.registry import LINEAR, rule
-from flashdp_compile.passes.axes.rules_pointwise import broadcast
+from flashdp_compile.passes.axes.rules_pointwise import broadcast, operands_with_states
+from flashdp_compile.passes.axes.uniform import same_for_all
 
 _FIX = "index a feature dimension, or a constant table, with the sample's own indices"
 
@@ -59,6 +60,13 @@ def indexing(site: Site, nodes: list[Any], indices: list[State | None], rank_of_
     return Indexing(nodes, start, rank, slots, places, axes.pop() if axes else None)
 
 
+def _same_for_all(site: Site, layout: Indexing, indices: list[State | None], axis: Batched, but: int = -1) -> None:
+    """Constant indices beside those of samples must not tell the samples apart; `axis` is one of their dimensions."""
+    for slot, (node, state) in enumerate(zip(layout.nodes, indices, strict=True)):
+        if node is not None and slot != but:
+            same_for_all(site, node, state, axis.at(axis.dim + len(site.shape(node)) - layout.rank))
+
+
 _RESHAPES = (
     torch.ops.aten.unsqueeze.default,
     torch.ops.aten.view.default,
@@ -90,6 +98,7 @@ def read(site: Site, x: State, indices: list[State | None], nodes: list[Any]) ->
     layout = indexing(site, nodes, indices, len(sizes))
     if not isinstance(x, Batched):
         assert layout.axis is not None
+        _same_for_all(site, layout, indices, layout.axis)
         return layout.axis.at(layout.axis.dim + layout.start)
     if x.dim in layout.slots:
         if layout.axis is not None:
@@ -100,6 +109,7 @@ def read(site: Site, x: State, indices: list[State | None], nodes: list[Any]) ->
         raise Reject("it indexes along the batch, so samples read one another", _FIX)
     if layout.axis not in (None, counting[1]):
         raise Reject("its indices hold their samples in different places", _FIX)
+    _same_for_all(site, layout, indices, counting[1], but=counting[0])
     return counting[1].at(counting[1].dim + layout.start)
 
 
@@ -108,8 +118,14 @@ def write(site: Site, x: State, indices: list[State | None], values: State, node
     sizes = site.arg_shape()
     layout = indexing(site, nodes, indices, len(sizes))
     axis = None
+    value_node = site.node.args[3] if site.node.target in _MASKED else site.node.args[2]
+
+    def check_values(place: Batched) -> None:
+        """`place`: the samples' axis in what is written, x[indices]."""
+        rank = len(layout.places) + layout.rank
+        same_for_all(site, value_node, values, place.at(place.dim + len(site.shape(value_node)) - rank))
+
     if isinstance(values, Batched):
-        value_node = site.node.args[3] if site.node.target in _MASKED else site.node.args[2]
         axis = values.at(values.dim + len(layout.places) + layout.rank - len(site.shape(value_node)))
     among_indices = axis is not None and layout.start <= axis.dim < layout.start + layout.rank
     runs = axis.at(axis.dim - layout.start) if axis is not None and among_indices else None
@@ -119,18 +135,24 @@ def write(site: Site, x: State, indices: list[State | None], values: State, node
         slot, own = counting
         target = x.dim == slot and (x.outer, x.inner) == (1, 1) if isinstance(x, Batched) else True
         if target and layout.axis in (None, own) and (axis is None or (runs is not None and runs.aligned(own))):
+            same_for_all(site, site.node.args[0], x, Batched(slot))
+            _same_for_all(site, layout, indices, own, but=slot)
+            check_values(own.at(own.dim + layout.start))
             return Batched(slot)
     if layout.axis is None and not among_indices:  # constant places, the same for every sample
         place = layout.slot(axis.dim) if axis is not None else None
         if isinstance(x, Batched) and x.dim in layout.slots and place in (None, x.dim):
             moved = axis.at(x.dim) if axis is not None else x
             if moved.aligned(x):
+                check_values(x.at(layout.place(x.dim)))
                 return Batched(x.dim, x.outer, x.inner)
         elif isinstance(x, Constant) and place is not None and axis is not None:
+            same_for_all(site, site.node.args[0], x, axis.at(place))
             return Batched(place, axis.outer, axis.inner)
     if isinstance(x, Constant) and runs is not None and adds and (layout.axis is None or layout.axis.aligned(runs)):
         if x != ZERO:
             raise Reject("it adds samples into a table that is not zero")
+        _same_for_all(site, layout, indices, runs)
         return site.point(weight=values.weight if isinstance(values, Batched) else None)
     raise Reject("it writes samples' values at places that other samples share", _FIX)
 
@@ -143,6 +165,8 @@ _MASKED = (
 
 
 def _mask_agrees(site: Site, mask: State, with_state: State, rank: int) -> None:
+    if isinstance(with_state, Batched):
+        same_for_all(site, site.node.args[1], mask, with_state.at(with_state.dim + site.arg_rank(1) - rank))
     if isinstance(mask, Batched) and isinstance(with_state, Batched):
         if not mask.at(mask.dim + rank - site.arg_rank(1)).aligned(with_state):
             raise Reject("its mask holds the samples in another place", _FIX)
@@ -212,13 +236,18 @@ def gather(site: Site, x: State, dim: int, indices: State, **options: Any) -> St
 
 
 @rule("aten.scatter.src", "aten.scatter_add", "aten.scatter.value", "aten.scatter_reduce.two")
-def scatter(site: Site, x: State, dim: int, indices: State, source: Any = ZERO, *rest: Any, **options: Any) -> State:
+def scatter(site: Site, x: State, dim: int, indices: State, source: Any = None, *rest: Any, **options: Any) -> State:
     """Each sample writes along a feature dimension at its own indices."""
     batched = [s for s in (x, indices, source) if isinstance(s, Batched)]
     if any(not s.aligned(batched[0]) for s in batched):
         raise Reject("its operands hold their samples in different places", _FIX)
     if batched[0].dim == dim % len(site.shape()):
         raise Reject("it scatters along the batch", _FIX)
+    for node, state in operands_with_states(site, x, indices, source):
+        if site.shape(node):
+            same_for_all(site, node, state, batched[0])
+    if not same(site.arg_shape(2)[batched[0].dim], site.shape()[batched[0].dim]):
+        raise Reject("it scatters into a part of the batch", _FIX)
     return Batched(batched[0].dim, batched[0].outer, batched[0].inner)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from flashdp_compile.passes.axes.domain import Batched, Reject, Site
 from flashdp_compile.passes.axes.registry import rule
 from flashdp_compile.passes.axes.rules_pointwise import operands_with_states
+from flashdp_compile.passes.axes.uniform import same_for_all
 
 
 @rule(
@@ -45,6 +46,9 @@ def matrices(site: Site, *operands: Any, **options: Any) -> Any:
         if axis not in (None, moved):
             raise Reject("its matrices hold their samples in different places", "align the batch dimensions first")
         axis = moved
+    assert axis is not None
+    for node, state in given:
+        same_for_all(site, node, state, axis.at(axis.dim + len(site.shape(node)) - _own(site, node) - lead))
     return (axis,) * len(results) if isinstance(results, (tuple, list)) else axis
 
 

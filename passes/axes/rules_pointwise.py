@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from flashdp_compile.passes.axes.domain import ZERO, Batched, Constant, Reduced, Reject, Site, State
+from flashdp_compile.passes.axes.domain import CONSTANT, ZERO, Batched, Constant, Reduced, Reject, Site, State
 from flashdp_compile.passes.axes.registry import LINEAR, first_reduced, no_data, one_reduced, rule
+from flashdp_compile.passes.axes.uniform import same_for_all
 
 _COPIES = (
     "aten.clone",
@@ -39,6 +40,8 @@ def broadcast(site: Site, *operands: Any) -> State:
                 "keep the batch in one dimension; a product or sum of two samples cannot be trained privately",
             )
         result = moved
+    for node, state in operands_with_states(site, operands) if result is not None else ():
+        same_for_all(site, node, state, result.at(result.dim + len(site.shape(node)) - rank))
     assert result is not None, "rules are asked only when an operand carries samples"
     return result
 
@@ -68,7 +71,6 @@ def _states(values: Any) -> list[State]:
     "aten.dropout",
     "aten.polar",
     "aten.complex",
-    "aten.copy",
     "aten.rsub",
     "aten.pow",
     "aten.masked_fill",
@@ -77,6 +79,14 @@ def pointwise(site: Site, *operands: Any, **options: Any) -> Any:
     """An elementwise op keeps the batch axis. Every op that torch tags as pointwise has this rule."""
     state, results = broadcast(site, operands, options), site.node.meta["val"]
     return (state,) * len(results) if isinstance(results, (tuple, list)) else state
+
+
+@rule("aten.copy")
+def overwrite(site: Site, x: State, source: State, *rest: Any) -> State:
+    """What is overwritten lends its shape only."""
+    if not isinstance(source, Batched):
+        return CONSTANT
+    return Batched(source.dim + site.arg_rank(0) - site.arg_rank(1), source.outer, source.inner)
 
 
 @rule("aten.bucketize.Tensor")

@@ -6,6 +6,7 @@ from typing import Any
 
 from flashdp_compile.passes.axes.domain import Batched, Mixed, Reject, Site, State
 from flashdp_compile.passes.axes.registry import first_reduced, rule
+from flashdp_compile.passes.axes.uniform import same_for_all
 
 
 def _dims(dims: Any, rank: int) -> set[int]:
@@ -119,6 +120,8 @@ def softmax_backward(site: Site, grad: Any, output: Any, dim: int, dtype: Any) -
     states = [s for s in (grad, output) if isinstance(s, Batched)]
     if any(not s.aligned(states[0]) for s in states):
         raise Reject("its operands hold their samples in different places")
+    for node, state in zip(site.node.args, (grad, output), strict=False):
+        same_for_all(site, node, state, states[0])
     return _along(site, states[0], dim)
 
 

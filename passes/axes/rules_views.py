@@ -13,45 +13,20 @@ from flashdp_compile.passes.axes.domain import (
     Batched,
     Reject,
     Site,
-    Size,
     State,
     product,
     quotient,
     same,
 )
 from flashdp_compile.passes.axes.registry import all_reduced, rule
-
-
-def reshaped(site: Site, x: Batched, old: list[Size], new: list[Size]) -> Batched:
-    """The axis of `x` after a reshape: the new dimension that still has whole samples in its strides.
-
-    In the flattened tensor sample b owns the elements whose index, divided by the stride S of one step along the
-    batch, is b modulo B. A new dimension holds the axis if S is a whole multiple of that dimension's stride and the
-    product of everything outside of the batch is unchanged.
-    """
-    stride = x.inner * product(old[x.dim + 1 :])
-    outside = product(old[: x.dim]) * x.outer
-    for dim, size in enumerate(new):
-        inner = quotient(stride, product(new[dim + 1 :]))
-        outer = None if inner is None else quotient(size, site.batch * inner)
-        if inner is None or outer is None:
-            continue
-        if same(product(new[:dim]) * outer, outside):
-            return replace(x, dim=dim, outer=outer, inner=inner)
-    raise Reject(
-        f"reshaping {_sizes(old)} to {_sizes(new)} cuts the batch axis ({x})",
-        "reshape within a sample only, and keep the batch a whole dimension or factor of one",
-    )
-
-
-def _sizes(shape: list[Size]) -> str:
-    return "[" + ", ".join(map(str, shape)) + "]"
+from flashdp_compile.passes.axes.reshape import reshaped
+from flashdp_compile.passes.axes.uniform import same_for_all
 
 
 @rule("aten.view.default", "aten._unsafe_view", "aten.reshape", "aten.flatten.using_ints", "prims.reshape", linear=True)
 def view(site: Site, x: Batched, *sizes: Any) -> State:
     """Row-major order is kept, so the axis is found again by its stride."""
-    return reshaped(site, x, site.arg_shape(), site.shape())
+    return reshaped(site.batch, x, site.arg_shape(), site.shape())
 
 
 @rule("aten.as_strided", linear=True)
@@ -65,7 +40,7 @@ def as_strided(site: Site, x: Batched, *layout: Any) -> State:
         and offset in (None, 0)
         and same(product(site.arg_shape()), product(site.shape()))
     ):
-        return reshaped(site, x, site.arg_shape(), site.shape())
+        return reshaped(site.batch, x, site.arg_shape(), site.shape())
     raise Reject("as_strided reads memory out of the order of the samples", "use view, permute or slicing instead")
 
 
@@ -104,7 +79,7 @@ def unsqueeze(site: Site, x: Batched, dim: int) -> State:
 @rule("aten.squeeze", linear=True)
 def squeeze(site: Site, x: Batched, dims: Any = None) -> State:
     """Dimensions of size one vanish; a batch of one sample keeps its dimension's meaning through a reshape."""
-    return reshaped(site, x, site.arg_shape(), site.shape()) if site.shape() else _vanished()
+    return reshaped(site.batch, x, site.arg_shape(), site.shape()) if site.shape() else _vanished()
 
 
 def _vanished() -> State:
@@ -185,6 +160,8 @@ def cat(site: Site, tensors: list[State], dim: int = 0) -> State:
     weights = {s.weight for s in batched}
     weight = weights.pop() if constant_is_zero and len(weights) == 1 else None
     if not along:
+        for n, s in operands:
+            same_for_all(site, n, s, first)
         return replace(first, weight=weight)
     outers = [quotient(site.shape(n)[dim], site.batch * first.inner) for n, _ in operands]
     if not constant_is_zero or None in outers:
@@ -202,6 +179,8 @@ def stack(site: Site, tensors: list[State], dim: int = 0) -> State:
     batched = [s for s in tensors if isinstance(s, Batched)]
     if any(s != batched[0] for s in batched):
         raise Reject("it stacks values that hold their samples in different places", "align the batch dimensions first")
+    for n, s in zip(site.node.args[0], tensors, strict=True):
+        same_for_all(site, n, s, batched[0])
     return batched[0].at(batched[0].dim + (dim % len(site.shape()) <= batched[0].dim))
 
 
@@ -216,24 +195,24 @@ def slice_scatter(
         outer = quotient(site.shape()[dim], site.batch * source.inner)
         if outer is not None and (x == ZERO or isinstance(x, Batched)):
             source, whole = replace(source, outer=outer), True
-    return _scatter(x, source, () if whole else (dim,), list(range(len(site.shape()))))
+    return _scatter(site, x, source, () if whole else (dim,), list(range(len(site.shape()))))
 
 
 @rule("aten.select_scatter", linear=all_reduced)
 def select_scatter(site: Site, x: State, source: State, dim: int, index: Any) -> State:
     """Writing one element of a feature dimension keeps the axis that both sides share."""
     dim %= len(site.shape())
-    return _scatter(x, source, (dim,), [d for d in range(len(site.shape())) if d != dim])
+    return _scatter(site, x, source, (dim,), [d for d in range(len(site.shape())) if d != dim])
 
 
 @rule("aten.diagonal_scatter", linear=all_reduced)
 def diagonal_scatter(site: Site, x: State, source: State, offset: int = 0, dim1: int = 0, dim2: int = 1) -> State:
     """Writing the diagonal of two feature dimensions; in the source it is the last dimension."""
     pair = (dim1 % len(site.shape()), dim2 % len(site.shape()))
-    return _scatter(x, source, pair, [d for d in range(len(site.shape())) if d not in pair] + [pair[0]])
+    return _scatter(site, x, source, pair, [d for d in range(len(site.shape())) if d not in pair] + [pair[0]])
 
 
-def _scatter(x: State, source: State, along: tuple[int, ...], places: list[int]) -> State:
+def _scatter(site: Site, x: State, source: State, along: tuple[int, ...], places: list[int]) -> State:
     """`along` are the dimensions of which a part is written, `places` where those of the source lie in the result."""
     lifted = source.at(places[source.dim]) if isinstance(source, Batched) else source
     parts = [s for s in (x, lifted) if isinstance(s, Batched)]
@@ -241,6 +220,9 @@ def _scatter(x: State, source: State, along: tuple[int, ...], places: list[int])
         raise Reject("it writes along the batch", "write along a feature dimension")
     if any(not p.aligned(parts[0]) for p in parts):
         raise Reject("it writes samples over other samples", "write along a feature dimension")
+    same_for_all(site, site.node.args[0], x, parts[0])
+    if parts[0].dim in places:
+        same_for_all(site, site.node.args[1], source, parts[0].at(places.index(parts[0].dim)))
     weights = {p.weight for p in parts}
     kept = (
         weights.pop() if len(weights) == 1 and all(s == ZERO or isinstance(s, Batched) for s in (x, source)) else None

@@ -2,10 +2,12 @@
 
 It knows nothing about the rules. A claim is wrong if a run of the graph contradicts it:
 
-    Constant    the value stays when a sample is replaced; `zero`: all of it is zero
-    Batched     only the indices (o, j, i) of its dimension move when sample j is replaced
-    Reduced     what replacing sample j changes does not depend on the other samples, and the value is linear in the
-                sums at the points: f(p + q) = f(p) + f(q) when these are overwritten
+    Constant    the value stays when a sample is replaced, or when samples trade places; `zero`: all of it is zero
+    Batched     only the indices (o, j, i) of its dimension move when sample j is replaced, and samples that trade
+                places take their indices along
+    Reduced     the value stays when samples trade places, what replacing sample j changes does not depend on the other
+                samples, and the value is linear in the sums at the points: f(p + q) = f(p) + f(q) when these are
+                overwritten
     Mixed       claims nothing
 """
 
@@ -62,7 +64,27 @@ class Oracle:
             others_moved = self._run(self._joined(second, replacement, j))
             for name, state in self.states.items():
                 self._check(name, state, j, values[name], moved[name], others[name], others_moved[name])
+        self._check_places(first, values)
         self._check_linear(first, values)
+
+    def _check_places(self, inputs: list, values: dict) -> None:
+        """The last sample moves to the front: whoever stands elsewhere must be treated as before."""
+        order = [self.batch - 1, *range(self.batch - 1)]
+        moved = self._run([self._reordered(v, self.axes[n], order) for n, v in self._each(inputs)])
+        for name, state in self.states.items():
+            states, before, after = (
+                v if isinstance(state, tuple) else (v,) for v in (state, values[name], moved[name])
+            )
+            for s, old, new in zip(states, before, after, strict=True):
+                if isinstance(old, Tensor) and isinstance(s, (Batched, Reduced, Constant)):
+                    claim = f"{name} {list(old.shape)} is claimed to be '{s}', but depends on the places of the samples"
+                    _equal(self._reordered(old, s, order), new, claim)
+
+    def _reordered(self, value: object, state: object, order: list[int]) -> object:
+        if not isinstance(state, Batched):
+            return value
+        moved = _slices(value, state, self.batch).index_select(state.dim + 1, torch.tensor(order))
+        return value.clone().copy_(moved.flatten(state.dim, state.dim + 2))  # strides as they were
 
     def _each(self, *inputs: list) -> zip:
         return zip(self.placeholders, *inputs, strict=True)

@@ -173,9 +173,9 @@ def with_constant(b: Builder, v: Value, wild: bool) -> bool:
         n for n, c in constants.items()
         if c.dim() <= v.rank and all(s == t for s, t in zip(c.shape[::-1], v.tensor.shape[::-1], strict=False))
     ]  # fmt: skip
-    # a parameter that is laid out along the batch has a gradient for every sample: that is refused, rightly
+    # a constant that is laid out along the batch tells the samples' places: that is refused, rightly
     if not wild and isinstance(v.axis, tuple):
-        fits = [n for n in fits if "p" not in n or v.axis[0] < v.rank - constants[n].dim()]
+        fits = [n for n in fits if v.axis[0] < v.rank - constants[n].dim()]
     if not fits:
         return False
     return b.add(b.pick(["{} * {}", "{} + {}", "{} - {}"]).format(v.name, b.pick(fits)), v.axis)

@@ -1,5 +1,7 @@
 """Where the axes pass says the samples are, rule by rule, and what it says when it refuses."""
 
+import re
+
 import expecttest
 import pytest
 import torch
@@ -30,6 +32,7 @@ class Net(nn.Module):
         self.register_buffer("table", torch.randn(7, D))
         self.register_buffer("back", torch.arange(T - 1, -1, -1))
         self.register_buffer("antidiagonal", torch.eye(size).flip(0).bool())
+        self.register_buffer("rows", torch.randn(B, T, D))
 
     def forward(self, x):
         return self.function(self, x)
@@ -85,9 +88,16 @@ def test_samples_are_followed(name):
     assert found.startswith("sum over samples at") if name == "loss" else found == state
 
 
+def what_is_refused(function) -> str:
+    """The reason, without the line of the test that the refusal quotes: it may hold the very words looked for."""
+    with pytest.raises(Refusal) as caught:
+        state_of(function)
+    return next(line for line in str(caught.value).splitlines() if line.startswith("  what"))
+
+
 REFUSED = {
     "statistic": (lambda m, h: h - h.mean(0), "computed from the whole batch"),
-    "softmax": (lambda m, h: h.softmax(0), "runs along the batch"),
+    "softmax": (lambda m, h: h.softmax(0), "runs along the batch|amax.default is taken over the batch"),
     "cumsum": (lambda m, h: h.cumsum(0), "runs along the batch"),
     "flip": (lambda m, h: h.flip(0), "reverses the batch"),
     "roll": (lambda m, h: h.roll(1, 0), "batch"),
@@ -117,8 +127,83 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_mixing_is_refused(name):
     function, words = REFUSED[name]
-    with pytest.raises(Refusal, match=words):
-        state_of(function)
+    assert re.search(words, what_is_refused(function))
+
+
+# constants along the batch; `m.rows` is [B, T, D]
+PLACES = {
+    "factor": lambda m, h: h * torch.arange(B)[:, None, None],
+    "flattened": lambda m, h: h.flatten(0, 1) * torch.arange(B).repeat_interleave(T)[:, None],
+    "buffer": lambda m, h: h + m.rows,
+    "fused": lambda m, h: torch.addcmul(h, h, m.rows),
+    "mask": lambda m, h: torch.where(torch.arange(B)[:, None, None] > 0, h, 0.0),
+    "order": lambda m, h: h * torch.randperm(B)[:, None, None],
+    "weights": lambda m, h: (h.sum((1, 2)) * torch.arange(B)).sum(),
+    "weighted_sum": lambda m, h: m.rows[:, 0, 0] @ h[:, 0],
+    "cat": lambda m, h: torch.cat([h, m.rows], -1),
+    "products": lambda m, h: m.rows @ h.mT,
+    "bias": lambda m, h: torch.addmm(m.rows[:, 0], h[:, 0], m.w),
+    "bias_of_products": lambda m, h: torch.baddbmm(m.rows[:, :, :T], h, h.mT),
+    "product_under_samples": lambda m, h: torch.addmm(h[:, 0], m.rows[:, 0], m.w.detach()),
+    "attention_mask": lambda m, h: F.scaled_dot_product_attention(
+        h[:, None], h[:, None], h[:, None], attn_mask=m.rows[:, None, :, :T]
+    ),
+    "index": lambda m, h: h[torch.arange(B), torch.arange(B)],
+    "table": lambda m, h: m.rows[torch.arange(B), (h.sum((1, 2)) > 0).long()] * h[:, 0],
+    "gather": lambda m, h: h.gather(1, torch.arange(B)[:, None, None].expand(B, 1, D)),
+    "scatter": lambda m, h: h.scatter(1, torch.arange(B)[:, None, None].expand(B, 1, D), 0.0),
+    "scatter_into_one": lambda m, h: h.scatter(1, torch.zeros(1, 1, D, dtype=torch.long), 0.0),
+    "index_put": lambda m, h: h.index_put([torch.arange(B), torch.arange(B)], torch.zeros(()).double()),
+    "values_of_index_put": lambda m, h: h.index_put([torch.arange(B), torch.tensor(1)], m.rows[:, 0]),
+    "slice_scatter": lambda m, h: h.slice_scatter(m.rows[:, :1], 1, 0, 1),
+    "into_a_constant": lambda m, h: m.rows.slice_scatter(h[:, :1], 1, 0, 1),
+    "linear_system": lambda m, h: torch.linalg.solve_ex(m.rows[:, :, :T] + 5 * torch.eye(T), h)[0],
+    "bilinear": lambda m, h: F.bilinear(h[:, 0], m.rows[:, 0], m.w.detach()[None]) * 1,
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_a_sample_does_not_depend_on_its_place(name):
+    assert re.search("on its place in the batch|into a part of the batch", what_is_refused(PLACES[name]))
+
+
+# the same ops with constants that are equal for all samples
+NO_PLACES = {
+    "time": lambda m, h: h * torch.arange(T)[:, None],
+    "expanded": lambda m, h: h * m.rows[:1].expand(B, T, D),
+    "expanded_and_flattened": lambda m, h: h.flatten(0, 1) * m.rows[:1].expand(B, T, D).reshape(B * T, D),
+    "tiled": lambda m, h: h.flatten(0, 1) * torch.arange(T).repeat(B)[:, None],
+    "runs": lambda m, h: h.repeat(2, 1, 1) * torch.arange(2).repeat_interleave(B)[:, None, None],
+    "ones": lambda m, h: (torch.ones(B, dtype=torch.float64) @ h[:, 0]).sum(),
+    "appended": lambda m, h: torch.cat([h, m.table[:1, None].expand(B, 1, D)], 1),
+    "computed": lambda m, h: h[:, 0] + (m.rows[:1, 0].expand(B, D) @ m.rows[0].mT).softmax(-1).sum(-1, True),
+    "looked_up": lambda m, h: h + F.embedding(torch.arange(T).expand(B, T), m.table),
+    "indexed": lambda m, h: h[torch.arange(B), torch.ones(B, dtype=torch.long)],
+    "query": lambda m, h: F.scaled_dot_product_attention(m.rows[:1, None].expand(B, 1, T, D), h[:, None], h[:, None]),
+    "bias": lambda m, h: torch.addmm(h[:, 0], m.rows[:1, 0].expand(B, D), m.w.detach()),
+    "size": lambda m, h: h / h.shape[0],
+    "recurrent": lambda m, h: h[:, 0] + (h.new_zeros(B, D) @ m.w.detach()).chunk(2, 1)[0].repeat(1, 2),
+}
+
+
+@pytest.mark.parametrize("name", NO_PLACES)
+def test_constants_that_are_the_same_for_all_samples(name):
+    state_of(NO_PLACES[name])
+
+
+def test_drawn_numbers_know_no_place():
+    for function in (lambda m, x: F.dropout(x @ m.w, 0.5), lambda m, x: x @ m.w * torch.rand(x.shape[0], 1, 1)):
+        propagate(joint_graph(Model(function, w=nn.Parameter(torch.randn(D, D))), torch.randn(B, T, D)))
+
+
+def test_places_in_a_symbolic_batch():
+    x = torch.randn(5, T, D)
+    torch._dynamo.mark_dynamic(x, 0)
+    fc = nn.Linear(D, D)
+    with pytest.raises(Refusal, match="place in the batch"):
+        propagate(joint_graph(Model(lambda m, x: m.fc(x) * torch.arange(x.shape[0])[:, None, None], fc=fc), x))
+    for index in (lambda x: torch.arange(T).expand(x.shape[0], T), lambda x: torch.arange(T).repeat(x.shape[0], 1)):
+        propagate(joint_graph(Model(lambda m, x, index=index: m.fc(x) * index(x)[..., None], fc=fc), x))
 
 
 @pytest.mark.parametrize("name", ["flatten_tokens_first", "own_index", "cat_of_features", "norm"])

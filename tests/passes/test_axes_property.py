@@ -97,6 +97,8 @@ def _claim(function, state_of_result) -> Axes:
     [
         (lambda h: h - h.mean(0), lambda n: Batched(0)),
         (lambda h: h.t() + 0, lambda n: Batched(0)),
+        (lambda h: h * torch.arange(3)[:, None], lambda n: Batched(0)),
+        (lambda h: (h * torch.arange(3)[:, None]).sum(0), lambda n: _sum_at(n)),
         (lambda h: h.flip(0), lambda n: Batched(0)),
         (lambda h: h + 0, lambda n: Constant()),
         (lambda h: h * 0 + 1, lambda n: Constant(zero=True)),

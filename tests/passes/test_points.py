@@ -171,20 +171,25 @@ class TestTerms:
         assert [g.name for g in points(nn.Linear(6, 5), x)] == ["weight", "bias"]
 
 
+# apart from the words that are looked for: a refusal quotes the line of its model
+FUNCTIONS = {
+    "beside_every_sample": lambda m, x: (x @ m.w).square() + m.w.square().sum(),
+    "as_an_output": lambda m, x: ((x @ m.w).sum(-1), m.w.square().sum()),
+    "of_an_idle_parameter": lambda m, x: ((x @ m.w).sum(-1), m.extra.square().sum()),
+    "rows_of_a_parameter": lambda m, x: x * m.per_sample + (x @ m.w),
+}
+
+
 class TestRefusals:
     """Gradients that are no sums over samples."""
 
     @pytest.mark.parametrize(
         "function, reason, fix",
         [
-            (lambda m, x: (x @ m.w).square() + m.w.square().sum(), "one part per sample|not a sum over samples", None),
-            (
-                lambda m, x: ((x @ m.w).sum(-1), m.w.square().sum()),
-                "term that does not depend on the samples",
-                "optimizer",
-            ),
-            (lambda m, x: x * m.per_sample + (x @ m.w), "has one part per sample", "shared by all samples"),
-            (lambda m, x: ((x @ m.w).sum(-1), m.extra.square().sum()), "does not depend on any sample", "optimizer"),
+            (FUNCTIONS["beside_every_sample"], "one part per sample|not a sum over samples", None),
+            (FUNCTIONS["as_an_output"], "term that does not depend on the samples", "optimizer"),
+            (FUNCTIONS["rows_of_a_parameter"], "depends on its place in the batch", "let all samples share it"),
+            (FUNCTIONS["of_an_idle_parameter"], "does not depend on any sample", "optimizer"),
         ],
         ids=["decay_beside_every_sample", "decay_as_an_output", "parameter_per_sample", "decay_of_an_idle_parameter"],
     )

@@ -5,6 +5,7 @@ A difference of two releases also carries the rounding of both sums to float32, 
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -72,6 +73,20 @@ def attack_all(victim, batch, plans=None, slack=SINGLE_SLACK, prepare=lambda ten
             wrong += [(attack.name, "difference", k, n) for k, n in found.items() if not n <= most]
     assert not wrong, wrong
     assert reached >= 6
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_sample_that_takes_no_part(name):
+    """The neighbouring batch is one sample shorter, and those behind the missing one move up."""
+    victim = Victim(name)
+    attack = next(attacks(BATCH, victim.width))
+    everyone = victim.release(attack, torch.ones(BATCH))
+    for missing in range(BATCH):
+        kept = [b for b in range(BATCH) if b != missing]
+        rest = replace(attack, x=attack.x[kept], ids=attack.ids[kept], coefficients=attack.coefficients[kept])
+        without = victim.release(rest, torch.ones(BATCH - 1))
+        difference = flat({n: everyone[n].double() - without[n].double() for n in without})
+        assert difference.norm() <= victim.bound * (1 + 2.0**-9 + 4 * BATCH * EPS)
 
 
 # a norm and a convolution have one strategy only

@@ -40,7 +40,7 @@ def _(fc, x):
     return torch.bmm(fc(x).transpose(0, 2), x.transpose(0, 2))
 
 
-@refuse_layer("attention_over_the_batch", cube, "attention")
+@refuse_layer("attention_over_the_batch", cube, "attends", "a product over the batch")
 def _(fc, x):
     y = fc(x).transpose(0, 1)
     return F.scaled_dot_product_attention(y, y, y)

@@ -34,7 +34,7 @@ def _(fc, x):
     return (fc(x).square().mean() - 0.4).abs()
 
 
-@refuse_layer("product_over_the_batch", rows, "prod")
+@refuse_layer("product_over_the_batch", rows, "prod", "slices along the batch")
 def _(fc, x):
     return fc(x).sum(1).prod()
 

@@ -1,8 +1,10 @@
-"""Refused: one sample is read at the place of another."""
+"""Refused: one sample is read at the place of another, or treated by its own place in the batch."""
 
 import torch
+from torch import nn
 
-from zoo.adversarial import SIZE, WIDTH, refuse_layer, rows, sequences
+from zoo.adversarial import SIZE, WIDTH, refuse, refuse_layer, rows, sequences
+from zoo.case import Model
 
 
 @refuse_layer("flip_over_the_batch", rows, "flip", "rev")
@@ -129,3 +131,34 @@ def _(fc, x, mask):
 def _(fc, x):
     y = fc(x)
     return torch.diff(y, dim=0).square().sum()
+
+
+@refuse_layer("weights_by_place", rows, "depends on its place", mixes=False)
+def _(fc, x):
+    """Removing the first sample would move all others to other weights."""
+    return fc(x) * torch.arange(1, x.shape[0] + 1, device=x.device)[:, None]
+
+
+@refuse_layer("losses_weighted_by_place", rows, "depends on its place", mixes=False)
+def _(fc, x):
+    return (fc(x).square().sum(1) * torch.linspace(0, 1, x.shape[0], device=x.device)).sum()
+
+
+@refuse_layer("every_other_sample_masked", sequences, "depends on its place", mixes=False)
+def _(fc, x):
+    return fc(x).masked_fill((torch.arange(x.shape[0], device=x.device) % 2 == 0)[:, None, None], 0.0)
+
+
+@refuse_layer("a_token_chosen_by_place", sequences, "depends on its place", mixes=False)
+def _(fc, x):
+    places = torch.arange(x.shape[0], device=x.device)
+    return fc(x)[places, places % x.shape[1]]
+
+
+refuse(
+    "a_buffer_with_one_row_per_place",
+    lambda: Model(lambda m, x: m.fc(x) + m.offsets, fc=nn.Linear(WIDTH, WIDTH), offsets=torch.randn(SIZE, WIDTH)),
+    rows,
+    "depends on its place",
+    mixes=False,
+)

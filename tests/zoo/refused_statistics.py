@@ -81,12 +81,12 @@ def _(fc, x):
     return torch.minimum(y, y.quantile(0.5, dim=0))
 
 
-@refuse_layer("softmax_over_the_batch", rows, "softmax")
+@refuse_layer("softmax_over_the_batch", rows, "softmax", "amax")
 def _(fc, x):
     return fc(x).softmax(0)
 
 
-@refuse_layer("softmax_over_the_batch_of_sequences", sequences, "softmax")
+@refuse_layer("softmax_over_the_batch_of_sequences", sequences, "softmax", "amax")
 def _(fc, x):
     return fc(x).log_softmax(0)
 

@@ -1,0 +1,241 @@
+"""Constants that are the same for every sample, wherever in the batch it stands.
+
+Sample b meets element b of a constant that runs along the batch. If these elements differ, what a sample contributes
+depends on its place, and removing one sample, which moves the places of those behind it, changes what they contribute:
+far more than one clipped gradient. So a constant may meet the batch only where it is shown to be uniform.
+
+The proof goes backwards: each function of the table below names the operands that must be uniform for a result to be.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from flashdp_compile.compat import OpOverload, size_expression
+from flashdp_compile.passes.axes.domain import ZERO, Batched, Constant, Reject, Site, Size, same
+from flashdp_compile.passes.axes.reshape import reshaped
+
+Needs = list[tuple[fx.Node, Batched]]
+Step = Callable[[fx.Node, Batched, Size], Needs | None]
+STEPS: dict[str, Step] = {}
+
+
+def same_for_all(site: Site, node: Any, state: Any, axis: Batched) -> None:
+    """Rejects an operand that is a constant and may differ along `axis`, which is given in its own dimensions."""
+    if isinstance(state, Constant) and state != ZERO and not uniform(node, axis, site.batch):
+        raise Reject(
+            f"it joins sample b with element b of a constant or parameter ({node}), so what a sample contributes "
+            "depends on its place in the batch",
+            "let all samples share it, or pass its rows as an input, with the samples",
+        )
+
+
+def uniform(node: fx.Node, axis: Batched, batch: Size) -> bool:
+    """Whether the elements (o, b, i) of a constant's dimension `axis.dim` are shown to be equal for all b.
+
+    A negative dimension is one that broadcasting adds. False for whatever is not known.
+    """
+    if axis.dim < 0 or not isinstance(node.meta.get("val"), torch.Tensor) or same(_sizes(node)[axis.dim], 1):
+        return True
+    source = node.args[0] if node.target is operator.getitem else node
+    if not isinstance(source, fx.Node) or not isinstance(source.target, OpOverload):
+        return False
+    if source is not node and source.target._opname not in _SEVERAL:
+        return False
+    step = STEPS.get(source.target._opname)
+    if step is None and torch.Tag.pointwise in source.target.tags:
+        step = _pointwise
+    needs = None if step is None else step(source, axis, batch)
+    return needs is not None and all(uniform(n, a, batch) for n, a in needs)
+
+
+_SEVERAL = ("native_dropout", "split", "split_with_sizes", "unbind")  # each of their results needs the same
+
+
+def _sizes(node: fx.Node) -> list[Size]:
+    return [size_expression(s) for s in node.meta["val"].shape]
+
+
+def _rank(node: fx.Node) -> int:
+    return len(node.meta["val"].shape)
+
+
+def _tensors(node: fx.Node) -> list[fx.Node]:
+    return [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+
+
+def _step(*names: str) -> Callable[[Step], Step]:
+    def register(function: Step) -> Step:
+        STEPS.update(dict.fromkeys(names, function))
+        return function
+
+    return register
+
+
+@_step(*"full zeros ones empty full_like zeros_like ones_like empty_like".split())
+@_step(*"new_full new_zeros new_ones new_empty new_empty_strided".split())
+def _filled(node: fx.Node, axis: Batched, batch: Size) -> Needs:
+    """One number everywhere; or nothing yet, and what is read before it is written means nothing anyway."""
+    return []
+
+
+@_step(*"rand randn randint rand_like randn_like randint_like".split())
+def _drawn(node: fx.Node, axis: Batched, batch: Size) -> Needs:
+    """Independent draws: any place is as good as any other. (A permutation of the places is not of this kind.)"""
+    return []
+
+
+@_step("native_dropout")
+def _dropped(node: fx.Node, axis: Batched, batch: Size) -> Needs:
+    return [(node.args[0], axis)]
+
+
+@_step("bernoulli", "device_put", "clone", "alias", "detach", "_to_copy", "convert_element_type", "where", "pow")
+def _pointwise(node: fx.Node, axis: Batched, batch: Size) -> Needs:
+    return [(n, axis.at(axis.dim + _rank(n) - _rank(node))) for n in _tensors(node)]
+
+
+@_step("copy")
+def _overwritten(node: fx.Node, axis: Batched, batch: Size) -> Needs:
+    source = node.args[1]
+    return [(source, axis.at(axis.dim + _rank(source) - _rank(node)))]
+
+
+@_step("expand")
+def _expand(node: fx.Node, axis: Batched, batch: Size) -> Needs:
+    """What expand repeats has size one, or no dimension at all."""
+    return _pointwise(node, axis, batch)
+
+
+@_step("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze")
+def _reshape(node: fx.Node, axis: Batched, batch: Size) -> Needs | None:
+    try:
+        return [(node.args[0], reshaped(batch, axis, _sizes(node), _sizes(node.args[0])))]
+    except Reject:
+        return None
+
+
+@_step("permute")
+def _permute(node: fx.Node, axis: Batched, batch: Size) -> Needs:
+    return [(node.args[0], axis.at(node.args[1][axis.dim] % _rank(node)))]
+
+
+@_step("t", "transpose")
+def _transpose(node: fx.Node, axis: Batched, batch: Size) -> Needs:
+    a, b = (d % _rank(node) for d in (node.args[1:] or (-2, -1)))
+    return [(node.args[0], axis.at({a: b, b: a}.get(axis.dim, axis.dim)))]
+
+
+@_step("repeat")
+def _repeat(node: fx.Node, axis: Batched, batch: Size) -> Needs | None:
+    """A dimension of size i that is repeated o*B times has the samples outside of it."""
+    dim = axis.dim + _rank(node.args[0]) - _rank(node)
+    if dim < 0 or same(_sizes(node.args[0])[dim], axis.inner):
+        return []
+    return [(node.args[0], axis.at(dim))] if node.args[1][axis.dim] == 1 else None
+
+
+@_step(*"slice flip roll constant_pad_nd cumsum _softmax _log_softmax tril triu".split())
+def _beside(node: fx.Node, axis: Batched, batch: Size) -> Needs | None:
+    """Something happens along dimensions that the axis is none of, and the axis keeps its size."""
+    rank, name = _rank(node), node.target._opname
+    if name == "slice" and same(_sizes(node)[axis.dim], _sizes(node.args[0])[axis.dim]):
+        return [(node.args[0], axis)]
+    if name in ("flip", "roll"):
+        dims = node.args[-1] if len(node.args) > (name == "roll") + 1 else range(rank)
+    elif name == "constant_pad_nd":
+        dims = [rank - 1 - k // 2 for k, p in enumerate(node.args[1]) if p != 0]
+    else:
+        dims = (-2, -1) if name in ("tril", "triu") else [node.args[1] if len(node.args) > 1 else 0]
+    return None if axis.dim in [d % rank for d in dims] else [(node.args[0], axis)]
+
+
+@_step("split", "split_with_sizes")
+def _split(node: fx.Node, axis: Batched, batch: Size) -> Needs | None:
+    dim = node.args[2] if len(node.args) > 2 else 0
+    return None if axis.dim == dim % _rank(node.args[0]) else [(node.args[0], axis)]
+
+
+@_step("unbind")
+def _unbind(node: fx.Node, axis: Batched, batch: Size) -> Needs:
+    dim = node.args[1] % _rank(node.args[0]) if len(node.args) > 1 else 0
+    return [(node.args[0], axis.at(axis.dim + (dim <= axis.dim)))]
+
+
+@_step("slice_scatter", "select_scatter")
+def _scattered(node: fx.Node, axis: Batched, batch: Size) -> Needs | None:
+    x, source = node.args[:2]
+    dim = node.args[2] % _rank(x) if len(node.args) > 2 else 0
+    if dim == axis.dim:
+        return None
+    dropped = _rank(source) < _rank(x) and dim < axis.dim
+    return [(x, axis), (source, axis.at(axis.dim - dropped))]
+
+
+@_step("select")
+def _select(node: fx.Node, axis: Batched, batch: Size) -> Needs:
+    dim = node.args[1] % _rank(node.args[0])
+    return [(node.args[0], axis.at(axis.dim + (dim <= axis.dim)))]
+
+
+@_step("sum", "mean", "amax", "amin", "any", "all", "argmax", "argmin", "prod", "var", "linalg_vector_norm")
+def _reduce(node: fx.Node, axis: Batched, batch: Size) -> Needs | None:
+    rank, own = _rank(node.args[0]), _rank(node)
+    if own == rank:
+        return [(node.args[0], axis)]
+    dims = next((a for a in node.args[1:] if isinstance(a, (list, tuple))), None)
+    if not dims:
+        dims = [node.args[1]] if len(node.args) > 1 and isinstance(node.args[1], int) else None
+    kept = [d for d in range(rank) if dims is not None and d not in [e % rank for e in dims]]
+    return [(node.args[0], axis.at(kept[axis.dim]))] if len(kept) == own else None
+
+
+@_step("cat")
+def _cat(node: fx.Node, axis: Batched, batch: Size) -> Needs | None:
+    dim = node.args[1] % _rank(node) if len(node.args) > 1 else 0
+    return None if dim == axis.dim else [(n, axis) for n in node.args[0]]
+
+
+@_step("stack")
+def _stack(node: fx.Node, axis: Batched, batch: Size) -> Needs | None:
+    dim = node.args[1] % _rank(node) if len(node.args) > 1 else 0
+    return None if dim == axis.dim else [(n, axis.at(axis.dim - (dim < axis.dim))) for n in node.args[0]]
+
+
+@_step("mm", "bmm")
+def _product(node: fx.Node, axis: Batched, batch: Size) -> Needs:
+    """Rows come from the left factor, columns from the right, and the leading dimension of bmm from both."""
+    a, b = node.args[:2]
+    row, column = _rank(node) - 2, _rank(node) - 1
+    return [(n, axis) for n, other in ((a, column), (b, row)) if axis.dim != other]
+
+
+@_step("addmm")
+def _addmm(node: fx.Node, axis: Batched, batch: Size) -> Needs:
+    bias, a, b = node.args[:3]
+    return [(bias, axis.at(axis.dim + _rank(bias) - 2)), (b, axis) if axis.dim else (a, axis)]
+
+
+@_step("embedding")
+def _embedding(node: fx.Node, axis: Batched, batch: Size) -> Needs:
+    table, ids = node.args[:2]
+    return [(ids, axis)] if axis.dim < _rank(ids) else [(table, axis.at(1))]
+
+
+@_step("index", "_unsafe_index")
+def _index(node: fx.Node, axis: Batched, batch: Size) -> Needs | None:
+    """One index, with its dimensions where the indexed dimension was; or several that start at the first dimension."""
+    x, indices = node.args[:2]
+    places = [i for i, n in enumerate(indices) if n is not None]
+    rank = max(_rank(indices[i]) for i in places)
+    if len(places) > 1 and places != list(range(len(places))):
+        return None
+    start = places[0]
+    if start <= axis.dim < start + rank:
+        return [(indices[i], axis.at(axis.dim - start + _rank(indices[i]) - rank)) for i in places]
+    return [(x, axis.at(axis.dim if axis.dim < start else axis.dim - rank + len(places)))]
