@@ -126,7 +126,7 @@ def launch(
     """The Triton version of clip_weights_into, for float32 norms."""
     _check(bound, fn, gamma)
     scalars = [s if isinstance(s, Tensor) else float(s) for s in (loss_scale, divisor)]
-    spec = Spec(fn, *(isinstance(s, Tensor) for s in scalars), counts=counter is not None)
+    spec = Spec(fn, isinstance(loss_scale, Tensor), isinstance(divisor, Tensor), counter is not None)
     (B,) = sqnorm.shape
     weights = sqnorm.new_empty(B)
     unused = weights if counter is None else counter  # a kernel that does not count never touches its counter

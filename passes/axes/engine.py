@@ -24,6 +24,7 @@ import flashdp_compile.passes.axes.rules_index
 import flashdp_compile.passes.axes.rules_linalg
 import flashdp_compile.passes.axes.rules_matmul
 import flashdp_compile.passes.axes.rules_reduce
+import flashdp_compile.passes.axes.rules_scatter
 import flashdp_compile.passes.axes.rules_views  # noqa: F401
 from flashdp_compile.compat import OpOverload, size_expression
 from flashdp_compile.passes.axes.domain import (

@@ -98,12 +98,12 @@ def slice_(site: Site, x: Batched, dim: int = 0, start: Any = None, end: Any = N
     if step == 1 and same(before, after):
         return x
     outer = quotient(after, site.batch * x.inner)
-    if step == 1 and x.outer != 1 and _starts_a_run(site, x, start) and outer is not None:
+    if step == 1 and x.outer != 1 and starts_a_run(site, x, start) and outer is not None:
         return replace(x, outer=outer)
     raise Reject("it slices along the batch", "select data before it enters the model")
 
 
-def _starts_a_run(site: Site, x: Batched, start: Any) -> bool:
+def starts_a_run(site: Site, x: Batched, start: Any) -> bool:
     """Whether an index along the batch dimension is the first of sample 0's, in one of the outer runs."""
     value = start.meta["val"] if isinstance(start, fx.Node) else start or 0
     return quotient(size_expression(value), site.batch * x.inner) is not None
@@ -182,52 +182,6 @@ def stack(site: Site, tensors: list[State], dim: int = 0) -> State:
     for n, s in zip(site.node.args[0], tensors, strict=True):
         same_for_all(site, n, s, batched[0])
     return batched[0].at(batched[0].dim + (dim % len(site.shape()) <= batched[0].dim))
-
-
-@rule("aten.slice_scatter", linear=all_reduced)
-def slice_scatter(
-    site: Site, x: State, source: State, dim: int = 0, start: Any = None, end: Any = None, step: Any = 1
-) -> State:
-    """Writing a slice of features keeps the axis that both sides share; along the batch, whole runs of B into zeros."""
-    dim %= len(site.shape())
-    whole = same(site.shape()[dim], site.arg_shape(1)[dim])
-    if isinstance(source, Batched) and source.dim == dim and step == 1 and _starts_a_run(site, source, start):
-        outer = quotient(site.shape()[dim], site.batch * source.inner)
-        if outer is not None and (x == ZERO or isinstance(x, Batched)):
-            source, whole = replace(source, outer=outer), True
-    return _scatter(site, x, source, () if whole else (dim,), list(range(len(site.shape()))))
-
-
-@rule("aten.select_scatter", linear=all_reduced)
-def select_scatter(site: Site, x: State, source: State, dim: int, index: Any) -> State:
-    """Writing one element of a feature dimension keeps the axis that both sides share."""
-    dim %= len(site.shape())
-    return _scatter(site, x, source, (dim,), [d for d in range(len(site.shape())) if d != dim])
-
-
-@rule("aten.diagonal_scatter", linear=all_reduced)
-def diagonal_scatter(site: Site, x: State, source: State, offset: int = 0, dim1: int = 0, dim2: int = 1) -> State:
-    """Writing the diagonal of two feature dimensions; in the source it is the last dimension."""
-    pair = (dim1 % len(site.shape()), dim2 % len(site.shape()))
-    return _scatter(site, x, source, pair, [d for d in range(len(site.shape())) if d not in pair] + [pair[0]])
-
-
-def _scatter(site: Site, x: State, source: State, along: tuple[int, ...], places: list[int]) -> State:
-    """`along` are the dimensions of which a part is written, `places` where those of the source lie in the result."""
-    lifted = source.at(places[source.dim]) if isinstance(source, Batched) else source
-    parts = [s for s in (x, lifted) if isinstance(s, Batched)]
-    if any(p.dim in along for p in parts):
-        raise Reject("it writes along the batch", "write along a feature dimension")
-    if any(not p.aligned(parts[0]) for p in parts):
-        raise Reject("it writes samples over other samples", "write along a feature dimension")
-    same_for_all(site, site.node.args[0], x, parts[0])
-    if parts[0].dim in places:
-        same_for_all(site, site.node.args[1], source, parts[0].at(places.index(parts[0].dim)))
-    weights = {p.weight for p in parts}
-    kept = (
-        weights.pop() if len(weights) == 1 and all(s == ZERO or isinstance(s, Batched) for s in (x, source)) else None
-    )
-    return replace(parts[0], weight=kept)
 
 
 @rule("aten.constant_pad_nd")

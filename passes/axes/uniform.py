@@ -20,8 +20,8 @@ from flashdp_compile.compat import OpOverload, size_expression
 from flashdp_compile.passes.axes.domain import ZERO, Batched, Constant, Reject, Site, Size, same
 from flashdp_compile.passes.axes.reshape import reshaped
 
-Needs = list[tuple[fx.Node, Batched]]
-Step = Callable[[fx.Node, Batched, Size], Needs | None]
+Needs = list[tuple[Any, Batched]]
+Step = Callable[[Any, Batched, Size], Needs | None]
 STEPS: dict[str, Step] = {}
 
 
@@ -35,7 +35,7 @@ def same_for_all(site: Site, node: Any, state: Any, axis: Batched) -> None:
         )
 
 
-def uniform(node: fx.Node, axis: Batched, batch: Size) -> bool:
+def uniform(node: Any, axis: Batched, batch: Size) -> bool:
     """Whether the elements (o, b, i) of a constant's dimension `axis.dim` are shown to be equal for all b.
 
     A negative dimension is one that broadcasting adds. False for whatever is not known.
@@ -79,41 +79,41 @@ def _step(*names: str) -> Callable[[Step], Step]:
 
 @_step(*"full zeros ones empty full_like zeros_like ones_like empty_like".split())
 @_step(*"new_full new_zeros new_ones new_empty new_empty_strided".split())
-def _filled(node: fx.Node, axis: Batched, batch: Size) -> Needs:
+def _filled(node: Any, axis: Batched, batch: Size) -> Needs:
     """One number everywhere; or nothing yet, and what is read before it is written means nothing anyway."""
     return []
 
 
 @_step(*"rand randn randint rand_like randn_like randint_like".split())
-def _drawn(node: fx.Node, axis: Batched, batch: Size) -> Needs:
+def _drawn(node: Any, axis: Batched, batch: Size) -> Needs:
     """Independent draws: any place is as good as any other. (A permutation of the places is not of this kind.)"""
     return []
 
 
 @_step("native_dropout")
-def _dropped(node: fx.Node, axis: Batched, batch: Size) -> Needs:
+def _dropped(node: Any, axis: Batched, batch: Size) -> Needs:
     return [(node.args[0], axis)]
 
 
 @_step("bernoulli", "device_put", "clone", "alias", "detach", "_to_copy", "convert_element_type", "where", "pow")
-def _pointwise(node: fx.Node, axis: Batched, batch: Size) -> Needs:
+def _pointwise(node: Any, axis: Batched, batch: Size) -> Needs:
     return [(n, axis.at(axis.dim + _rank(n) - _rank(node))) for n in _tensors(node)]
 
 
 @_step("copy")
-def _overwritten(node: fx.Node, axis: Batched, batch: Size) -> Needs:
+def _overwritten(node: Any, axis: Batched, batch: Size) -> Needs:
     source = node.args[1]
     return [(source, axis.at(axis.dim + _rank(source) - _rank(node)))]
 
 
 @_step("expand")
-def _expand(node: fx.Node, axis: Batched, batch: Size) -> Needs:
+def _expand(node: Any, axis: Batched, batch: Size) -> Needs:
     """What expand repeats has size one, or no dimension at all."""
     return _pointwise(node, axis, batch)
 
 
 @_step("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze")
-def _reshape(node: fx.Node, axis: Batched, batch: Size) -> Needs | None:
+def _reshape(node: Any, axis: Batched, batch: Size) -> Needs | None:
     try:
         return [(node.args[0], reshaped(batch, axis, _sizes(node), _sizes(node.args[0])))]
     except Reject:
@@ -121,18 +121,18 @@ def _reshape(node: fx.Node, axis: Batched, batch: Size) -> Needs | None:
 
 
 @_step("permute")
-def _permute(node: fx.Node, axis: Batched, batch: Size) -> Needs:
+def _permute(node: Any, axis: Batched, batch: Size) -> Needs:
     return [(node.args[0], axis.at(node.args[1][axis.dim] % _rank(node)))]
 
 
 @_step("t", "transpose")
-def _transpose(node: fx.Node, axis: Batched, batch: Size) -> Needs:
+def _transpose(node: Any, axis: Batched, batch: Size) -> Needs:
     a, b = (d % _rank(node) for d in (node.args[1:] or (-2, -1)))
     return [(node.args[0], axis.at({a: b, b: a}.get(axis.dim, axis.dim)))]
 
 
 @_step("repeat")
-def _repeat(node: fx.Node, axis: Batched, batch: Size) -> Needs | None:
+def _repeat(node: Any, axis: Batched, batch: Size) -> Needs | None:
     """A dimension of size i that is repeated o*B times has the samples outside of it."""
     dim = axis.dim + _rank(node.args[0]) - _rank(node)
     if dim < 0 or same(_sizes(node.args[0])[dim], axis.inner):
@@ -141,7 +141,7 @@ def _repeat(node: fx.Node, axis: Batched, batch: Size) -> Needs | None:
 
 
 @_step(*"slice flip roll constant_pad_nd cumsum _softmax _log_softmax tril triu".split())
-def _beside(node: fx.Node, axis: Batched, batch: Size) -> Needs | None:
+def _beside(node: Any, axis: Batched, batch: Size) -> Needs | None:
     """Something happens along dimensions that the axis is none of, and the axis keeps its size."""
     rank, name = _rank(node), node.target._opname
     if name == "slice" and same(_sizes(node)[axis.dim], _sizes(node.args[0])[axis.dim]):
@@ -156,19 +156,19 @@ def _beside(node: fx.Node, axis: Batched, batch: Size) -> Needs | None:
 
 
 @_step("split", "split_with_sizes")
-def _split(node: fx.Node, axis: Batched, batch: Size) -> Needs | None:
+def _split(node: Any, axis: Batched, batch: Size) -> Needs | None:
     dim = node.args[2] if len(node.args) > 2 else 0
     return None if axis.dim == dim % _rank(node.args[0]) else [(node.args[0], axis)]
 
 
 @_step("unbind")
-def _unbind(node: fx.Node, axis: Batched, batch: Size) -> Needs:
+def _unbind(node: Any, axis: Batched, batch: Size) -> Needs:
     dim = node.args[1] % _rank(node.args[0]) if len(node.args) > 1 else 0
     return [(node.args[0], axis.at(axis.dim + (dim <= axis.dim)))]
 
 
 @_step("slice_scatter", "select_scatter")
-def _scattered(node: fx.Node, axis: Batched, batch: Size) -> Needs | None:
+def _scattered(node: Any, axis: Batched, batch: Size) -> Needs | None:
     x, source = node.args[:2]
     dim = node.args[2] % _rank(x) if len(node.args) > 2 else 0
     if dim == axis.dim:
@@ -178,13 +178,13 @@ def _scattered(node: fx.Node, axis: Batched, batch: Size) -> Needs | None:
 
 
 @_step("select")
-def _select(node: fx.Node, axis: Batched, batch: Size) -> Needs:
+def _select(node: Any, axis: Batched, batch: Size) -> Needs:
     dim = node.args[1] % _rank(node.args[0])
     return [(node.args[0], axis.at(axis.dim + (dim <= axis.dim)))]
 
 
 @_step("sum", "mean", "amax", "amin", "any", "all", "argmax", "argmin", "prod", "var", "linalg_vector_norm")
-def _reduce(node: fx.Node, axis: Batched, batch: Size) -> Needs | None:
+def _reduce(node: Any, axis: Batched, batch: Size) -> Needs | None:
     rank, own = _rank(node.args[0]), _rank(node)
     if own == rank:
         return [(node.args[0], axis)]
@@ -196,19 +196,19 @@ def _reduce(node: fx.Node, axis: Batched, batch: Size) -> Needs | None:
 
 
 @_step("cat")
-def _cat(node: fx.Node, axis: Batched, batch: Size) -> Needs | None:
+def _cat(node: Any, axis: Batched, batch: Size) -> Needs | None:
     dim = node.args[1] % _rank(node) if len(node.args) > 1 else 0
     return None if dim == axis.dim else [(n, axis) for n in node.args[0]]
 
 
 @_step("stack")
-def _stack(node: fx.Node, axis: Batched, batch: Size) -> Needs | None:
+def _stack(node: Any, axis: Batched, batch: Size) -> Needs | None:
     dim = node.args[1] % _rank(node) if len(node.args) > 1 else 0
     return None if dim == axis.dim else [(n, axis.at(axis.dim - (dim < axis.dim))) for n in node.args[0]]
 
 
 @_step("mm", "bmm")
-def _product(node: fx.Node, axis: Batched, batch: Size) -> Needs:
+def _product(node: Any, axis: Batched, batch: Size) -> Needs:
     """Rows come from the left factor, columns from the right, and the leading dimension of bmm from both."""
     a, b = node.args[:2]
     row, column = _rank(node) - 2, _rank(node) - 1
@@ -216,19 +216,19 @@ def _product(node: fx.Node, axis: Batched, batch: Size) -> Needs:
 
 
 @_step("addmm")
-def _addmm(node: fx.Node, axis: Batched, batch: Size) -> Needs:
+def _addmm(node: Any, axis: Batched, batch: Size) -> Needs:
     bias, a, b = node.args[:3]
     return [(bias, axis.at(axis.dim + _rank(bias) - 2)), (b, axis) if axis.dim else (a, axis)]
 
 
 @_step("embedding")
-def _embedding(node: fx.Node, axis: Batched, batch: Size) -> Needs:
+def _embedding(node: Any, axis: Batched, batch: Size) -> Needs:
     table, ids = node.args[:2]
     return [(ids, axis)] if axis.dim < _rank(ids) else [(table, axis.at(1))]
 
 
 @_step("index", "_unsafe_index")
-def _index(node: fx.Node, axis: Batched, batch: Size) -> Needs | None:
+def _index(node: Any, axis: Batched, batch: Size) -> Needs | None:
     """One index, with its dimensions where the indexed dimension was; or several that start at the first dimension."""
     x, indices = node.args[:2]
     places = [i for i, n in enumerate(indices) if n is not None]
