@@ -22,6 +22,7 @@ from flashdp_compile.compat import (
     TangentAOTInput,
     is_argument,
     is_python_float,
+    known_size,
     size_expression,
     source_name,
 )
@@ -189,7 +190,9 @@ def _batch_size(samples: dict[fx.Node, Input], batch_dim: int) -> Size:
         value = node.meta["val"]
         if not -value.dim() <= batch_dim < value.dim():
             raise InputError(_undecided(described, f"has no dimension {batch_dim}", batch_dim))
-        sizes[node] = size_expression(value.shape[batch_dim])
+        size = value.shape[batch_dim]
+        # none and one are cases of their own, even where a symbol still stands for them
+        sizes[node] = next((n for n in (0, 1) if known_size(size, n)), size_expression(size))
     if not sizes:
         raise InputError(
             "flashdp found no input that holds samples: the compiled region takes no tensor besides parameters and "

@@ -65,6 +65,26 @@ def test_reference_is_autograd_when_nothing_is_clipped(name):
 
 
 @every_case
+def test_the_case_is_well_conditioned(name):
+    """Rounding the parameters to float32, half an ulp at most, moves exact gradients far less than the backend may.
+
+    A case that fails this would be off by 1e-5 in any program that computes in float32, on one machine or another.
+    """
+    case = CASES[name]
+    model, batch = case.model(), case.batch(case.batch_sizes[0])
+    exact = per_sample_gradients(case, model, batch)
+    options = {"clipping": "per_layer", "max_grad_norm": bound_between(release(exact, clipping="per_layer").norms)}
+    expected = release(exact, **options)
+    for _ in range(2):
+        moved = copy.deepcopy(model).double()
+        with torch.no_grad():
+            for parameter in moved.parameters():
+                parameter.mul_(1 + 2**-24 * torch.empty_like(parameter).uniform_(-1, 1))
+        actual = release(per_sample_gradients(case, moved, batch), **options)
+        assert max(relative_errors(actual.gradients, expected.gradients).values()) < 1e-6
+
+
+@every_case
 def test_float32_resolves_the_case(name):
     """float32 alone stays well inside the 1e-5 that the backend is held to, with samples clipped."""
     case = CASES[name]

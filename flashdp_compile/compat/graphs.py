@@ -41,6 +41,7 @@ __all__ = [
     "graph_label",
     "is_argument",
     "is_python_float",
+    "known_size",
     "live_tensor",
     "returns_views",
     "size_expression",
@@ -56,6 +57,15 @@ def size_expression(size: int | torch.SymInt) -> int | sympy.Expr:
         expression = size.node.expr
         return int(expression) if expression.is_number else expression
     return int(size)
+
+
+def known_size(size: int | torch.SymInt, value: int) -> bool:
+    """Whether torch knows, or has made it a condition of this compilation, that a size is `value`. With
+    torch.fx.experimental._config.backed_size_oblivious a symbol can stay where torch has already gone on with a number.
+    2.11, 2.13."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return bool(statically_known_true(size == value))
 
 
 def size_hint(size: int | torch.SymInt, default: int) -> int:

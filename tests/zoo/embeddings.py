@@ -21,11 +21,14 @@ class TokensAndPositions(nn.Module):
 
 
 class PatchesWithClassToken(nn.Module):
-    """The front of a vision transformer: [B, T, d] -> [B, T + 1, d], a class token in front, positions added."""
+    """The front of a vision transformer: [B, T, d] -> [B, T + 1, d], a class token in front, positions added.
+
+    The token is as large as a patch. A norm would blow a token near zero up, and its rounding as well.
+    """
 
     def __init__(self, time: int, width: int) -> None:
         super().__init__()
-        self.token = nn.Parameter(torch.zeros(1, 1, width))
+        self.token = nn.Parameter(torch.randn(1, 1, width))
         self.positions = nn.Parameter(torch.zeros(1, time + 1, width))
 
     def forward(self, x: Tensor) -> Tensor:
