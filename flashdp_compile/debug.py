@@ -42,10 +42,11 @@ def _files(record: Record) -> dict[str, str]:
     files = {"00_joint.py": record.before, "00_inputs.txt": dump.inputs_table(record.inputs, record.options.batch_dim)}
     if record.axes is not None:
         files["01_axes.txt"] = dump.axes_table(record.axes)
+    if record.gradients:
         files["02_points.txt"] = dump.points_table(record.gradients)
     if record.plan is not None:
         files["03_plan.txt"] = dump.plan_table(record.plan)
-    if record.joint is not None and record.error is None:
+    if record.joint is not None and record.rewritten:
         files["04_rewritten.py"] = dump.graph_text(record.joint.graph)
         for name, text in dump.kernel_sources(record.joint.graph).items():
             files[f"kernels/{name}"] = text

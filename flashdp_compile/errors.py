@@ -31,4 +31,4 @@ class UnprotectedGradientError(FlashDPError):
 
 
 class InternalError(FlashDPError):
-    """A rewritten graph failed its own verification. Nothing was released; this is a bug in flashdp_compile."""
+    """flashdp failed, or a rewritten graph failed its own verification. Nothing was released; this is a bug in it."""

@@ -89,7 +89,7 @@ def explain(
 def _assumptions(record: Record) -> tuple[str, ...]:
     found = []
     joint, axes = record.joint, record.axes
-    if joint is not None and axes is not None:
+    if joint is not None and axes is not None and record.plan is not None:
         outside = [n for n in joint.tangents.values() if isinstance(axes[n], Batched)]
         if outside:
             found.append(

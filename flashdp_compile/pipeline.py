@@ -1,4 +1,4 @@
-"""The passes in order: capture, axes, points, plan, rewrite, verify."""
+"""The passes in order: capture, axes, points, plan, rewrite, verify. And what runs after Inductor's own passes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from flashdp_compile.passes.axes.rules_flashdp import register_runtime_ops
 from flashdp_compile.passes.before import Before
 from flashdp_compile.passes.capture import Input, JointGraph, capture
 from flashdp_compile.passes.dump import graph_text
-from flashdp_compile.passes.expanded import own_memory
+from flashdp_compile.passes.own_memory import own_memory
 from flashdp_compile.passes.groups import form_groups
 from flashdp_compile.passes.guarantee import Guarantee
 from flashdp_compile.passes.plan import Plan, make_plan
@@ -45,6 +45,7 @@ class Record:
     axes: Axes | None = None
     gradients: tuple[ParameterGradient, ...] = ()
     plan: Plan | None = None
+    rewritten: bool = False
     verified: Axes | None = None
     before: str = ""
     error: Exception | None = None
@@ -87,7 +88,8 @@ def analyse(graph: fx.Graph, record: Record) -> None:
             check_single(record.joint)
         record.plan = Plan(form_groups(names, options.clipping, options.max_grad_norm), {})
         return
-    record.axes = propagate(record.joint)
+    record.axes = Axes(record.joint, {})
+    propagate(record.joint, record.axes.states)
     record.gradients = find_points(record.axes)
     record.plan = make_plan(
         record.gradients, record.axes, options.clipping, options.max_grad_norm, options.norm_strategy
@@ -110,6 +112,7 @@ def run(graph: fx.Graph, record: Record) -> None:
     else:
         rewrite_empty(record.joint, record.plan.groups, mechanism)
         slack = 0.0
+    record.rewritten = True
     record.verified = verify(record.joint, guarantee_of(record.options, before, slack), before)
 
 

@@ -42,7 +42,7 @@ class Family:
     supports    whether launch can take these arguments (their device aside)
     specialise  the frozen dataclass of settings that the template is rendered with
     template    jinja2 text of the Triton source
-    cases       shapes for tests and benchmarks; what the numbers mean is the family's own affair
+    cases       shapes for tests; what the numbers mean is the family's own affair
     example     (case, dtype, device, generator) -> arguments
     """
 

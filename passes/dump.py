@@ -94,7 +94,7 @@ def plan_table(plan: Plan) -> str:
         for c in plan.choices.get(group.name, ())
     ]
     header = ("parameter", "group", "bound", "strategy", "FLOPs", "bytes moved", "predicted")
-    runs = [f"{', '.join(run)} share one input" for shared in plan.shared.values() for run in shared]
+    runs = [f"{', '.join(run.names)} share one input" for shared in plan.shared.values() for run in shared]
     note = f"sensitivity {sensitivity(plan.groups):.6g}, slack {plan.slack:.2g}, {len(plan.groups)} group(s)"
     return "\n".join([table(header, rows), "", *runs, note])
 
@@ -130,7 +130,7 @@ def as_json(
         "groups": [{"name": g.name, "bound": g.bound, "members": list(g.members)} for g in plan.groups],
         "sensitivity": sensitivity(plan.groups),
         "slack": plan.slack,
-        "shared_inputs": [list(run) for shared in plan.shared.values() for run in shared],
+        "shared_inputs": [list(run.names) for shared in plan.shared.values() for run in shared],
         "choices": [_choice_json(c, group.name) for group in plan.groups for c in plan.choices[group.name]],
     }
 

@@ -1,7 +1,7 @@
 """What a rewritten graph must release, in numbers: the one thing that `verify` is told about privacy.
 
-It is derived from the options and the names of the parameters, never from what the rewrite did, so that the rewrite
-cannot be wrong about both sides of the comparison.
+It is derived from the options, the names of the parameters and the plan's slack (which verify checks against the norms
+it finds), never from what the rewrite did, so that the rewrite cannot be wrong about both sides of the comparison.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ from flashdp_compile.passes.points import ParameterGradient
 from flashdp_compile.passes.strategies.base import Strategy
 from flashdp_compile.passes.strategies.catalogue import candidates
 from flashdp_compile.passes.strategies.linear import GRAM
-from flashdp_compile.passes.strategies.shared import same_input
+from flashdp_compile.passes.strategies.shared import SharedInput, same_input
+from flashdp_compile.passes.values import Values
 
 # stands for a symbolic size that has no value yet (an unbacked batch) when choices are compared
 TYPICAL_SIZE = 64
@@ -37,7 +38,7 @@ class Plan:
 
     groups: tuple[Group, ...]
     choices: dict[str, tuple[Choice, ...]]
-    shared: dict[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
+    shared: dict[str, tuple[SharedInput, ...]] = field(default_factory=dict)
 
     @property
     def slack(self) -> float:
@@ -64,10 +65,9 @@ def make_plan(
         )
         for group in groups
     }
+    values = Values(axes.joint.graph)
     shared = {
-        name: tuple(
-            tuple(g.name for g in run) for run in same_input([c.gradient for c in chosen if c.strategy is GRAM], axes)
-        )
+        name: same_input([c.gradient for c in chosen if c.strategy is GRAM], axes, values)
         for name, chosen in choices.items()
     }
     return Plan(groups, choices, shared)

@@ -21,7 +21,7 @@ from flashdp_compile.passes.refuse import refuse
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
-# ops whose result for one sample is the op itself on that sample's slice: what the generic path relies on
+# ops whose result for one sample is the op itself on that sample's slice, or is entered in materialize's `_SPECIAL`
 _POINT_OPS = {
     "mm": "linear",
     "bmm": "batched linear",

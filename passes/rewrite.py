@@ -64,8 +64,8 @@ def _prepare(emit: Emitter, axes: Axes, plan: Plan, group: str) -> list[tuple[Pa
     choices = {c.gradient.name: c for c in plan.choices[group]}
     prepared: list[tuple[ParameterGradient, Prepared]] = []
     for run in plan.shared.get(group, ()):
-        gradients = [choices.pop(name).gradient for name in run]
-        prepared += zip(gradients, prepare_shared(emit, axes, gradients), strict=True)
+        gradients = [choices.pop(name).gradient for name in run.names]
+        prepared += zip(gradients, prepare_shared(emit, axes, gradients, run.sides), strict=True)
     return prepared + [(c.gradient, c.strategy.prepare(emit, axes, c.gradient)) for c in choices.values()]
 
 

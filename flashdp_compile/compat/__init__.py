@@ -1,6 +1,6 @@
 """Every name that torch does not promise to keep, imported in this package and nowhere else.
 
-Supported: torch 2.11 to 2.13; each block says on which versions it was checked.
+Supported: torch 2.11 to 2.13; both ends are what everything here was checked on.
 """
 
 from flashdp_compile.compat.compilers import (

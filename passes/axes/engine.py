@@ -60,13 +60,14 @@ class Axes:
         return self.states[node]
 
 
-def propagate(joint: JointGraph) -> Axes:
+def propagate(joint: JointGraph, states: States | None = None) -> Axes:
     """The axes of a joint graph. Raises `Refusal`, naming op and source line, if samples may mix.
 
     Tangents take the state of the forward output they belong to: a loss outside of the graph is assumed to be a sum
     of per-sample losses (times a constant). They are known only after the forward part, hence the two sweeps.
+    `states`, an empty dict, is filled on the way: after a refusal it holds what was known by then.
     """
-    states: States = {}
+    states = {} if states is None else states
     late: list[fx.Node] = []
     waiting: set[fx.Node] = set(joint.tangents)
     for node in joint.graph.nodes:

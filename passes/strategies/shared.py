@@ -7,6 +7,7 @@ gradients: one kernel computes A once for all of them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,42 +20,39 @@ from flashdp_compile.passes.points import ParameterGradient
 from flashdp_compile.passes.strategies.base import Prepared
 from flashdp_compile.passes.strategies.linear import weighted_product
 from flashdp_compile.passes.strategies.operands import linear_operands, linear_terms
-
-aten = torch.ops.aten
-_VIEWS = (
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.permute.default,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.alias.default,
-)
+from flashdp_compile.passes.values import Values
 
 
-def same_input(gradients: Sequence[ParameterGradient], axes: Axes) -> list[list[ParameterGradient]]:
+@dataclass(frozen=True)
+class SharedInput:
+    """Parameters whose products have one operand in common, and on which side of each product it stands: 0 or 1."""
+
+    names: tuple[str, ...]
+    sides: tuple[int, ...]
+
+
+def same_input(gradients: Sequence[ParameterGradient], axes: Axes, values: Values) -> tuple[SharedInput, ...]:
     """The gradients in runs of two and more that share an input; each gradient is in one run at most."""
-    readers: dict[Any, list[ParameterGradient]] = {}
+    readers: dict[Any, dict[str, int]] = {}
     for gradient in gradients:
         if len(linear_terms(gradient)) == len(gradient.terms or ()) == 1:
             for side in (0, 1):
-                readers.setdefault(_identity(gradient, axes, side), []).append(gradient)
+                readers.setdefault(_identity(gradient, axes, values, side), {}).setdefault(gradient.name, side)
     taken: set[str] = set()
     runs = []
     for run in sorted(readers.values(), key=len, reverse=True):
-        free = [g for g in dict.fromkeys(run) if g.name not in taken]
+        free = {name: side for name, side in run.items() if name not in taken}
         if len(free) > 1:
-            runs.append(free)
-            taken.update(g.name for g in free)
-    return runs
+            runs.append(SharedInput(tuple(free), tuple(free.values())))
+            taken.update(free)
+    return tuple(runs)
 
 
-def prepare_shared(emit: Emitter, axes: Axes, run: Sequence[ParameterGradient]) -> list[Prepared]:
+def prepare_shared(
+    emit: Emitter, axes: Axes, run: Sequence[ParameterGradient], sides: tuple[int, ...]
+) -> list[Prepared]:
     """The gradients of a run; the first one's squared norms are those of all together."""
     all_operands = [linear_operands(g, axes) for g in run]
-    keys = [{_identity(g, axes, side): side for side in (0, 1)} for g in run]
-    common = next(k for k in keys[0] if all(k in other for other in keys))
-    sides = [k[common] for k in keys]
 
     def sqnorm(batch: Any, *values: Tensor) -> Tensor:
         pairs = [o.view(batch, *values[2 * i : 2 * i + 2]) for i, o in enumerate(all_operands)]
@@ -67,20 +65,11 @@ def prepare_shared(emit: Emitter, axes: Axes, run: Sequence[ParameterGradient]) 
     ]
 
 
-def _identity(gradient: ParameterGradient, axes: Axes, side: int) -> Any:
+def _identity(gradient: ParameterGradient, axes: Axes, values: Values, side: int) -> Any:
     """Equal for operands that are the same [B, T, d] tensor, whichever views lead to them."""
-    product = linear_terms(gradient)[0].point.node
+    product: fx.Node = linear_terms(gradient)[0].point.node
     axis = contracted_axes(product, axes)[side]
-    key = _viewed(product.args[side])
+    root, dims = values.layout(product.args[side])
     if side == 0:  # stands transposed in the product
-        permuted = isinstance(key, tuple) and key[:2] == (aten.permute.default, "[1, 0]")
-        key = key[2] if permuted else ("transposed", key)
-    return key, str(axis.outer), str(axis.inner)
-
-
-def _viewed(node: fx.Node) -> Any:
-    """A node without the views upon it: equal keys, equal values."""
-    if node.target not in _VIEWS:
-        return node
-    arguments = str([node.meta["val"].shape]) if "view" in str(node.target) else str(node.args[1])
-    return node.target, arguments, _viewed(node.args[0])
+        dims = (*dims[:-2], dims[-1], dims[-2])
+    return values[root], str(dims), str(axis.outer), str(axis.inner)

@@ -9,7 +9,7 @@ from torch import nn
 
 import flashdp_compile
 from flashdp_compile import explain
-from flashdp_compile.errors import OptionError, Refusal
+from flashdp_compile.errors import InternalError, OptionError, Refusal
 from flashdp_compile.passes.dump import table
 from zoo import Model
 
@@ -69,10 +69,23 @@ class TestDebugFolder:
             train(Model(centres_the_batch, fc=nn.Linear(6, 5)), torch.randn(3, 6), debug=str(tmp_path))
         (folder,) = tmp_path.iterdir()
         names = {p.name for p in folder.iterdir()}
-        assert {"error.txt", "00_joint.py", "00_inputs.txt"} <= names
-        assert not names & {"04_rewritten.py", "05_verified.txt", "report.json", "03_plan.txt"}
+        assert {"error.txt", "00_joint.py", "00_inputs.txt", "01_axes.txt"} <= names
+        assert "dim 0 = B" in (folder / "01_axes.txt").read_text()  # as far as the proof came
+        assert not names & {"02_points.txt", "04_rewritten.py", "05_verified.txt", "report.json", "03_plan.txt"}
         text = (folder / "error.txt").read_text()
         assert "Refusal: flashdp cannot prove" in text and "centres_the_batch" in text
+
+    def test_a_graph_that_failed_its_verification_is_there_to_be_looked_at(self, tmp_path, monkeypatch):
+        def fails(*arguments):
+            raise InternalError("the rewritten graph failed its own verification")
+
+        monkeypatch.setattr(flashdp_compile.pipeline, "verify", fails)
+        with pytest.raises(InternalError):
+            train(nn.Linear(6, 5), torch.randn(3, 6), debug=str(tmp_path))
+        (folder,) = tmp_path.iterdir()
+        assert "flashdp.clip_factors" in (folder / "04_rewritten.py").read_text()
+        assert "verification" in (folder / "error.txt").read_text()
+        assert not (folder / "05_verified.txt").exists()
 
     def test_a_graph_without_backward_leaves_nothing(self, tmp_path):
         compiled = torch.compile(

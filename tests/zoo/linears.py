@@ -208,3 +208,20 @@ def residual_mlp(n: Sizes) -> Case:
         floats(n.time, n.width),
         (n.time, n.width),
     )
+
+
+@register(equal=True)
+def detached_input(n: Sizes) -> Case:
+    """The input without its history, as of a frozen feature extractor, read once plainly and twice detached."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        features = m.first(x)
+        return m.a(features.detach()) + torch.tanh(m.b(features.detach())) + features
+
+    return regression(
+        lambda: Model(
+            forward, first=nn.Linear(n.width, n.width), a=nn.Linear(n.width, n.width), b=nn.Linear(n.width, n.width)
+        ),
+        floats(n.time, n.width),
+        (n.time, n.width),
+    )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx
 
 from flashdp_compile.compat import detect_fake_mode, trace
-from flashdp_compile.passes.expanded import own_memory
+from flashdp_compile.passes.own_memory import own_memory
 
 aten = torch.ops.aten
 INDEX = torch.tensor([0, 2, 2])
