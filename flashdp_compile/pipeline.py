@@ -22,9 +22,9 @@ from flashdp_compile.passes.axes.rules_flashdp import register_runtime_ops
 from flashdp_compile.passes.before import Before
 from flashdp_compile.passes.capture import Input, JointGraph, capture
 from flashdp_compile.passes.dump import graph_text
-from flashdp_compile.passes.own_memory import own_memory
 from flashdp_compile.passes.groups import form_groups
 from flashdp_compile.passes.guarantee import Guarantee
+from flashdp_compile.passes.own_memory import own_memory
 from flashdp_compile.passes.plan import Plan, make_plan
 from flashdp_compile.passes.points import ParameterGradient, check_single, find_points
 from flashdp_compile.passes.rewrite import Mechanism, private_gradients, rewrite, rewrite_empty, rewrite_single
