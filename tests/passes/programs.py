@@ -75,13 +75,14 @@ class Program:
 
 
 class _Net(nn.Module):
-    """w [d, d] and p [T, d] are parameters; the rest are constants of every shape that may meet the batch."""
+    """w [d, d], p [T, d] and q [d] are parameters; the rest are constants of every shape that may meet the batch."""
 
     def __init__(self, B: int, T: int, d: int) -> None:
         super().__init__()
         g = torch.Generator().manual_seed(1)
         self.w = nn.Parameter(torch.randn(d, d, generator=g, dtype=torch.float64))
         self.p = nn.Parameter(torch.randn(T, d, generator=g, dtype=torch.float64))
+        self.q = nn.Parameter(torch.randn(d, generator=g, dtype=torch.float64))
         self.register_buffer("c_bd", torch.randn(B, d, generator=g, dtype=torch.float64))
         self.register_buffer("c_bb", torch.randn(B, B, generator=g, dtype=torch.float64))
         for size in {B, T, d}:
@@ -123,7 +124,7 @@ class Builder:
 
     def dim(self, v: Value, wild: bool) -> int | None:
         """A dimension to work along: off the batch, unless wild."""
-        if wild and isinstance(v.axis, tuple) and self.choose(2):
+        if wild and isinstance(v.axis, tuple) and self.choose(3):
             return v.axis[0]
         dims = [i for i in range(v.rank) if wild or v.axis in (None, LOST) or i != v.axis[0]]
         return self.pick(dims) if dims else None
@@ -168,6 +169,7 @@ def with_constant(b: Builder, v: Value, wild: bool) -> bool:
         "self.c_bd": b.module.c_bd,
         "self.c_bb": b.module.c_bb,
         "self.p[0]": b.module.p[0],
+        "self.q": b.module.q,
     }
     fits = [
         n for n, c in constants.items()
@@ -184,8 +186,10 @@ def with_constant(b: Builder, v: Value, wild: bool) -> bool:
 def linear(b: Builder, v: Value, wild: bool) -> bool:
     if v.tensor.shape[-1] != b.d or (not wild and v.axis is not None and v.axis != LOST and v.axis[0] == v.rank - 1):
         return False
-    return b.add(b.pick(["{} @ self.w", "F.linear({}, self.w)", "F.linear({}, self.w, self.p[0])"]).format(v.name),
-                 _after(v, v.rank - 1, v.axis))  # fmt: skip
+    form = b.pick(
+        ["{} @ self.w", "F.linear({}, self.w)", "F.linear({}, self.w, self.p[0])", "F.linear({}, self.w, self.q)"]
+    )
+    return b.add(form.format(v.name), _after(v, v.rank - 1, v.axis))
 
 
 def permute(b: Builder, v: Value, wild: bool) -> bool:
@@ -310,7 +314,8 @@ def normalise(b: Builder, v: Value, wild: bool) -> bool:
     if not wild and isinstance(v.axis, tuple) and v.axis[0] == v.rank - 1:
         return False
     size = v.tensor.shape[-1]
-    return b.add(f"F.layer_norm({v.name}, ({size},))", _after(v, v.rank - 1, v.axis))
+    scale = b.pick(["", ", self.q", ", None, self.q"]) if size == b.d else ""
+    return b.add(f"F.layer_norm({v.name}, ({size},){scale})", _after(v, v.rank - 1, v.axis))
 
 
 def by_index(b: Builder, v: Value, wild: bool) -> bool:
@@ -402,6 +407,21 @@ STEPS = (pointwise, combine, with_constant, linear, permute, flatten, unflatten,
          reduce, centre, normalise, by_index, lookup, products, repeat, windows, corners, spread, written)  # fmt: skip
 
 
+# those that take any dimension when they are wild
+WILD_STEPS = (combine, linear, unflatten, reshape, pieces, along, reduce, centre, normalise, by_index, lookup, products,
+              windows, corners, written)  # fmt: skip
+
+STARTS = (
+    "x @ self.w",
+    "F.linear(y, self.w)",
+    "F.linear(x, self.w, self.q)",
+    "x * self.p",
+    "F.embedding(ids, self.p)",
+    "(F.embedding(ids, self.p) @ self.w) * self.q",
+    "(x + self.p).tanh()",
+)
+
+
 @st.composite
 def programs(draw: Any, wild: bool) -> Program:
     """A program of one to seven steps, wild or all of them safe; equal sizes are frequent."""
@@ -414,23 +434,33 @@ def programs(draw: Any, wild: bool) -> Program:
         return draw(st.integers(0, n - 1)) if n > 1 else 0
 
     b = Builder(choose, B, T, d)
-    start = b.pick(
-        ["x @ self.w", "F.linear(y, self.w)", "x * self.p", "F.embedding(ids, self.p)", "(x + self.p).tanh()"]
-    )
-    b.add(start, (0, 1, 1))
+    first = choose(len(STARTS))
+    for k in (first, first + 1 + choose(len(STARTS) - 1)):
+        b.add(STARTS[k % len(STARTS)], (0, 1, 1))
     b.add("x", (0, 1, 1))
-    for _ in range(draw(st.integers(1, 7))):
-        go_wild = wild and choose(3) == 2
-        b.program.wild |= b.pick(STEPS)(b, b.value(), go_wild) and go_wild
+    length = 1 + choose(7)
+    surely = choose(length) if wild else -1
+    for k in range(length):
+        go_wild = wild and (k == surely or choose(3) == 2)
+        b.pick(WILD_STEPS if go_wild else STEPS)(b, b.value(), go_wild)
+    b.program.wild = any(v.axis == LOST for v in b.values)
     _finish(b)
     return b.program
 
 
 def _finish(b: Builder) -> None:
-    """Returns a value that the parameters reach: as it is, or as a loss."""
-    last = b.values[-1]
-    if not last.tensor.requires_grad or last.axis is None:
-        last = next(v for v in reversed(b.values) if v.tensor.requires_grad and v.axis is not None)
-    form = b.pick(["{}", "{}.sin().sum()", "{}.square().mean()"])
-    b.program.result = form.format(last.name)
+    """Returns a value that the parameters reach, as it is or as a loss, most often together with another one."""
+    reached = [v for v in b.values if v.tensor.requires_grad and v.axis is not None]
+    lost = [v for v in reached[:-1] if v.axis == LOST]
+    last, other = reached[-1], b.pick(lost or reached[:-1] or reached)
+    form = b.pick(
+        [
+            "{0}",
+            "{0}, {1}.cos()",
+            "{0}.sin().sum() + {1}.square().sum()",
+            "{0}.square().mean()",
+            "{0}.square().mean(), {1}",
+        ]
+    )
+    b.program.result = form.format(last.name, other.name)
     assert math.prod(last.tensor.shape) > 0

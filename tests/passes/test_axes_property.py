@@ -70,7 +70,7 @@ def test_safe_programs_are_accepted():
 
     judge()
     print(f"\ngradients: {dict(seen)}")
-    assert seen["gradients"] >= 80
+    assert seen["gradients"] >= 100
 
 
 def _claim(function, state_of_result) -> Axes:
