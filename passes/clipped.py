@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from flashdp_compile.kernels import catalogue  # noqa: F401  registers the ops that the table names
 from flashdp_compile.passes.values import Values, plain
 
 aten, prims, flashdp = torch.ops.aten, torch.ops.prims, torch.ops.flashdp

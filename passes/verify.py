@@ -144,9 +144,9 @@ class _Proof:
             raise NotProved(f"the gradient of {name} was rounded to {node.meta['val'].dtype} before its noise")
         if self.guarantee.noise_multiplier == 0:
             return node
-        divisor, over = self.guarantee.divisor(self.joint.batch), None
+        divisor = self.guarantee.divisor(self.joint.batch)
         if divisor is None:
-            node, over = self._scaled(node, aten.div.Tensor, name)
+            node = self._scaled(node, aten.div.Tensor, name)
         if node.target is not flashdp.add_noise.default:
             raise NotProved(f"the gradient of {name} leaves the graph without noise (it ends in {node.target})")
         summed, key, stream, deviation = node.args
@@ -159,19 +159,17 @@ class _Proof:
         stated = self.guarantee.deviation / (divisor or 1)
         if not math.isclose(deviation, stated, rel_tol=1e-12):
             raise NotProved(f"the noise of {name} has the deviation {deviation}, not {stated}")
-        if over is not None:
-            summed, again = self._scaled(summed, aten.mul.Tensor, name)
-            if self.reader.values[over] != self.reader.values[again]:
-                raise NotProved(f"the gradient of {name} is not divided by what it was multiplied by")
+        if divisor is None:
+            summed = self._scaled(summed, aten.mul.Tensor, name)
         return summed
 
-    def _scaled(self, node: fx.Node, target: Any, name: str) -> tuple[fx.Node, fx.Node]:
-        """(value, B) of value / B or value * B, for a B that is max(size of the batch, 1)."""
+    def _scaled(self, node: fx.Node, target: Any, name: str) -> fx.Node:
+        """The value in value / B or value * B, for a B that is max(size of the batch, 1)."""
         if node.target is target and not node.kwargs and len(node.args) == 2:
             value, by = node.args
             size = by.args[0] if isinstance(by, fx.Node) and by.target is torch.sym_max and by.args[1] == 1 else None
             if size is not None and same(size_expression(size.meta["val"]), self.joint.batch):
-                return value, by
+                return value
         raise NotProved(f"the gradient of {name} is not divided by the size of the batch behind its noise")
 
     def _share(self, position: int, summed: fx.Node) -> tuple[fx.Node, Share]:

@@ -46,6 +46,18 @@ def weights_of(found: Rewritten, name: str) -> fx.Node:
     return up_from(before_noise(found, name), flashdp.clip_factors.default)
 
 
+def terms(found: Rewritten, name: str) -> list[fx.Node]:
+    """The squared norms that the weights of a parameter's group are made of."""
+    queue, result = [weights_of(found, name).args[0]], []
+    while queue:
+        node = queue.pop()
+        if node.target is aten.add.Tensor:
+            queue.extend(node.args)
+        else:
+            result.append(node)
+    return result
+
+
 def insert(found: Rewritten, at: fx.Node, target, *args, **kwargs) -> fx.Node:
     """A new node in front of `at`, with a fake value."""
     with found.joint.graph.inserting_before(at):
