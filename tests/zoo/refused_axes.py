@@ -46,6 +46,13 @@ def _(fc, x):
     return F.scaled_dot_product_attention(y, y, y)
 
 
+@refuse_layer("attention_mask_without_a_batch_dimension", lambda: (*cube(), torch.rand(SIZE, SIZE) < 0.7), "its mask")
+def _(fc, x, padding):
+    """[B, T] is broadcast as [T, T]: the row of sample b hides from token b of every sample what b's padding is."""
+    y = fc(x)[:, None]
+    return F.scaled_dot_product_attention(y, y, y, attn_mask=padding)
+
+
 @refuse_layer("attention_over_the_batch_2d", rows, "attention", "mm", "product", "softmax")
 def _(fc, x):
     """[B, d] taken as one sequence of B tokens."""
