@@ -9,7 +9,7 @@ Mixed             any other function of several samples
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import sympy
@@ -103,10 +103,14 @@ class Reject(Exception):
 
 @dataclass(frozen=True)
 class Site:
-    """Where a rule is applied: the node, with its sizes as ints or sympy expressions, and the batch size B."""
+    """Where a rule is applied: the node, with its sizes as ints or sympy expressions, and the batch size B.
+
+    `draws` collects the random numbers of which each sample turned out to have its own; see axes/uniform.py.
+    """
 
     node: fx.Node
     batch: Size
+    draws: dict[fx.Node, Batched] = field(default_factory=dict)
 
     def shape(self, node: Any = None) -> list[Size]:
         """Sizes of `node`, of this site's own (first) result when left out."""

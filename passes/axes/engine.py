@@ -47,6 +47,7 @@ from flashdp_compile.passes.capture import JointGraph
 from flashdp_compile.passes.refuse import refuse
 
 States = dict[fx.Node, Any]  # a state for a tensor, a tuple of states for several
+Draws = dict[fx.Node, Batched]  # random numbers of which each sample has its own
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,22 @@ def propagate(joint: JointGraph, states: States | None = None) -> Axes:
     Tangents take the state of the forward output they belong to: a loss outside of the graph is assumed to be a sum
     of per-sample losses (times a constant). They are known only after the forward part, hence the two sweeps.
     `states`, an empty dict, is filled on the way: after a refusal it holds what was known by then.
+
+    Random numbers are constants until one meets the batch as if each sample had its own (a dropout mask). Then they are
+    per sample wherever they are used, so all states are found again.
     """
-    states = {} if states is None else states
+    axes = Axes(joint, {} if states is None else states)
+    draws: Draws = {}
+    while True:
+        known = len(draws)
+        axes.states.clear()
+        _sweep(joint, axes.states, draws)
+        if len(draws) == known:
+            return axes
+
+
+def _sweep(joint: JointGraph, states: States, draws: Draws) -> None:
+    """Fills in the states, given what is known of random numbers; more may be found out on the way."""
     late: list[fx.Node] = []
     waiting: set[fx.Node] = set(joint.tangents)
     for node in joint.graph.nodes:
@@ -77,10 +92,9 @@ def propagate(joint: JointGraph, states: States | None = None) -> Axes:
             waiting.add(node)
             late.append(node)
         else:
-            states[node] = _state(joint, node, states)
+            states[node] = _state(joint, node, states, draws)
     for node in late:
-        states[node] = _tangent(joint, node, states) if node in joint.tangents else _state(joint, node, states)
-    return Axes(joint, states)
+        states[node] = _tangent(joint, node, states) if node in joint.tangents else _state(joint, node, states, draws)
 
 
 def _tangent(joint: JointGraph, tangent: fx.Node, states: States) -> State:
@@ -107,12 +121,14 @@ _LOSS_FIX = (
 )
 
 
-def _state(joint: JointGraph, node: fx.Node, states: States) -> Any:
+def _state(joint: JointGraph, node: fx.Node, states: States, draws: Draws) -> Any:
     if node.op == "placeholder":
         dim = joint.samples.get(node)
         return CONSTANT if dim is None else Batched(dim % node.meta["val"].dim())
     if node.op != "call_function":
         return CONSTANT
+    if node in draws:
+        return _every(node, draws[node])
     if node.target is operator.getitem:
         parent = states[node.args[0]]
         return parent[node.args[1]] if isinstance(parent, tuple) else parent
@@ -123,7 +139,7 @@ def _state(joint: JointGraph, node: fx.Node, states: States) -> Any:
     if any(isinstance(s, Batched) for s in flat):
         for culprit in (n for n in node.all_input_nodes if isinstance(states[n], (Reduced, Mixed))):
             _refuse_mixing(joint, node, culprit, states[culprit])
-        return _checked(joint, node, _apply(joint, node, states))
+        return _checked(joint, node, _apply(joint, node, states, draws))
     mixed = [s for s in flat if isinstance(s, Mixed)]
     if mixed:
         return _every(node, mixed[0])
@@ -170,7 +186,7 @@ def _is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor)
 
 
-def _apply(joint: JointGraph, node: fx.Node, states: States) -> Any:
+def _apply(joint: JointGraph, node: fx.Node, states: States, draws: Draws) -> Any:
     rule = lookup(node.target)
     if rule is None:
         refuse(
@@ -181,7 +197,7 @@ def _apply(joint: JointGraph, node: fx.Node, states: States) -> Any:
         )
     arguments = fx.map_arg((node.args, node.kwargs), lambda n: states[n] if _is_tensor(n) else n)
     try:
-        return rule(Site(node, joint.batch), *arguments[0], **arguments[1])
+        return rule(Site(node, joint.batch, draws), *arguments[0], **arguments[1])
     except Reject as reject:
         refuse(node, joint, reject.reason, reject.fix)
 
@@ -220,8 +236,10 @@ def _is_count(node: fx.Node) -> bool:
         isinstance(n.meta.get("val"), torch.Tensor) and n.meta["val"].dtype in (torch.bool, torch.int64)
     )
     while isinstance(node, fx.Node) and node.op == "call_function":
-        if any(seen(n) for n in node.all_input_nodes) and not node.meta["val"].is_floating_point():
-            return True
+        value = node.meta.get("val")
+        if any(seen(n) for n in node.all_input_nodes) and isinstance(value, (torch.Tensor, torch.SymInt)):
+            if isinstance(value, torch.SymInt) or not value.is_floating_point():
+                return True
         if not node.all_input_nodes:
             return False
         node = node.all_input_nodes[0]

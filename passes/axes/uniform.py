@@ -5,6 +5,10 @@ depends on its place, and removing one sample, which moves the places of those b
 far more than one clipped gradient. So a constant may meet the batch only where it is shown to be uniform.
 
 The proof goes backwards: each function of the table below names the operands that must be uniform for a result to be.
+
+Random numbers are a case of their own: any place's are as good as any other's, as long as the sample at that place is
+alone in seeing them. The proof enters them into `Site.draws`, and the engine then follows them as it follows samples:
+`r = rand(B)` may drop samples by `r < 0.5`, but not by `r < r.mean()`, which drops one according to the others.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ STEPS: dict[str, Step] = {}
 
 def same_for_all(site: Site, node: Any, state: Any, axis: Batched) -> None:
     """Rejects an operand that is a constant and may differ along `axis`, which is given in its own dimensions."""
-    if isinstance(state, Constant) and state != ZERO and not uniform(node, axis, site.batch):
+    if isinstance(state, Constant) and state != ZERO and not uniform(node, axis, site.batch, site.draws):
         raise Reject(
             f"it joins sample b with element b of a constant or parameter ({node}), so what a sample contributes "
             "depends on its place in the batch",
@@ -35,10 +39,11 @@ def same_for_all(site: Site, node: Any, state: Any, axis: Batched) -> None:
         )
 
 
-def uniform(node: Any, axis: Batched, batch: Size) -> bool:
+def uniform(node: Any, axis: Batched, batch: Size, draws: dict[fx.Node, Batched]) -> bool:
     """Whether the elements (o, b, i) of a constant's dimension `axis.dim` are shown to be equal for all b.
 
-    A negative dimension is one that broadcasting adds. False for whatever is not known.
+    A negative dimension is one that broadcasting adds. False for whatever is not known. Random numbers that this rests
+    on are entered into `draws`, with their own axis.
     """
     if axis.dim < 0 or not isinstance(node.meta.get("val"), torch.Tensor) or same(_sizes(node)[axis.dim], 1):
         return True
@@ -51,9 +56,13 @@ def uniform(node: Any, axis: Batched, batch: Size) -> bool:
     if step is None and torch.Tag.pointwise in source.target.tags:
         step = _pointwise
     needs = None if step is None else step(source, axis, batch)
-    return needs is not None and all(uniform(n, a, batch) for n, a in needs)
+    if needs is None or not all(uniform(n, a, batch, draws) for n, a in needs):
+        return False
+    # drawn for one axis, it is no sample's own along another
+    return source.target._opname not in _DRAWN or draws.setdefault(source, axis) == axis
 
 
+_DRAWN = ("rand", "randn", "randint", "rand_like", "randn_like", "randint_like", "bernoulli", "native_dropout")
 _SEVERAL = ("native_dropout", "split", "split_with_sizes", "unbind")  # each of their results needs the same
 
 
@@ -86,7 +95,7 @@ def _filled(node: Any, axis: Batched, batch: Size) -> Needs:
 
 @_step(*"rand randn randint rand_like randn_like randint_like".split())
 def _drawn(node: Any, axis: Batched, batch: Size) -> Needs:
-    """Independent draws: any place is as good as any other. (A permutation of the places is not of this kind.)"""
+    """Independent draws from one distribution. (A permutation of the places is not of this kind.)"""
     return []
 
 

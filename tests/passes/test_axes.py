@@ -196,6 +196,24 @@ def test_drawn_numbers_know_no_place():
         propagate(joint_graph(Model(function, w=nn.Parameter(torch.randn(D, D))), torch.randn(B, T, D)))
 
 
+def test_drawn_numbers_belong_to_one_sample():
+    """Their state is that of a sample wherever they are used, in every shape."""
+    for function in (
+        lambda m, y, r: y * (r[:, None] == r[None, :])[..., None],
+        lambda m, y, r: y * (r == r.max())[:, None, None],
+        lambda m, y, r: (y * 0 + r[:, None, None] == r[None, :, None]) * y,
+    ):
+        with pytest.raises(Refusal):
+            model = Model(lambda m, x, f=function: f(m, x @ m.w, torch.rand(x.shape[0])), w=nn.Parameter(torch.eye(B)))
+            propagate(joint_graph(model, torch.randn(B, B, B)))
+
+
+def test_sizes_that_are_counts_over_the_batch():
+    function = lambda m, x: x @ m.w * torch.zeros(int((x > 0).sum().item())).numel()  # noqa: E731
+    with torch._dynamo.config.patch(capture_scalar_outputs=True), pytest.raises(Refusal, match="over the batch"):
+        propagate(joint_graph(Model(function, w=nn.Parameter(torch.eye(D))), torch.randn(B, D)))
+
+
 def test_places_in_a_symbolic_batch():
     x = torch.randn(5, T, D)
     torch._dynamo.mark_dynamic(x, 0)

@@ -155,6 +155,21 @@ def _(fc, x):
     return fc(x)[places, places % x.shape[1]]
 
 
+@refuse_layer("random_subset_of_fixed_size", rows, "in different places", mixes=False)
+def _(fc, x):
+    """Three samples are kept, so that whether one is depends on how many others there are."""
+    draw = torch.rand(x.shape[0], device=x.device)
+    rank = (draw[:, None] > draw[None, :]).sum(1)
+    return fc(x) * (rank < 3)[:, None]
+
+
+@refuse_layer("random_weights_that_add_up_to_one", rows, "from the whole batch", mixes=False)
+def _(fc, x):
+    """Bayesian bootstrap: each weight is a share of what all samples drew."""
+    draw = torch.rand(x.shape[0], 1, device=x.device)
+    return fc(x) * (draw / draw.sum())
+
+
 refuse(
     "a_buffer_with_one_row_per_place",
     lambda: Model(lambda m, x: m.fc(x) + m.offsets, fc=nn.Linear(WIDTH, WIDTH), offsets=torch.randn(SIZE, WIDTH)),
