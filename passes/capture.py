@@ -78,14 +78,17 @@ class JointGraph:
 _PART = re.compile(r"_(?:modules|parameters|buffers)\['([^']+)'\]|\['([^']+)'\]|\[(\d+)\]|\.?([A-Za-z_]\w*)")
 
 
-def friendly_name(source: str) -> str:
-    """`L['self']._modules['fc']._parameters['weight']` -> `fc.weight`, `L['x']` -> `x`, `L['b']['ids']` -> `b.ids`."""
+def friendly_name(source: str, with_root: bool = False) -> str:
+    """`L['self']._modules['fc']._parameters['weight']` -> `fc.weight`, `L['x']` -> `x`, `L['b']['ids']` -> `b.ids`.
+
+    `with_root` keeps the variable that holds the module: `L['encoder']._parameters['weight']` -> `encoder.weight`.
+    """
     parts = [next(g for g in m.groups() if g is not None) for m in _PART.finditer(source)]
     if len(parts) > 2 and parts[1] == "kwargs":
         parts = parts[:1] + parts[2:]  # dynamo's frame packs keyword arguments; their user calls them by name
     rooted_in_module = "._modules[" in source or "._parameters[" in source or "._buffers[" in source
     parts = parts[1:] if parts and parts[0] in ("L", "G") else parts
-    parts = parts[1:] if rooted_in_module and len(parts) > 1 else parts
+    parts = parts[1:] if rooted_in_module and len(parts) > 1 and not with_root else parts
     return ".".join(p for p in parts if p not in ("_modules", "_parameters", "_buffers")) or source
 
 
@@ -96,13 +99,27 @@ def describe_inputs(graph: fx.Graph, public_inputs: Sequence[str]) -> tuple[Inpu
     attribute of a module, a global, a variable of an enclosing function) could hold anything, earlier samples too: its
     role is unknown, and `capture` asks for it to be declared.
     """
-    return tuple(_describe(n, public_inputs) for n in graph.nodes if n.op == "placeholder")
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    names = _names([source_name(n) or n.name for n in placeholders])
+    return tuple(_describe(n, name, public_inputs) for n, name in zip(placeholders, names, strict=True))
 
 
-def _describe(node: fx.Node, public_inputs: Sequence[str]) -> Input:
+def _names(sources: Sequence[str]) -> list[str]:
+    """A name for each source, no two the same. A function of several modules (`lambda x: head(encoder(x))`) has several
+    parameters called `weight`: then the variables that hold the modules are part of the names."""
+    names = [friendly_name(s) for s in sources]
+    of_several = {_root(s) for s, n in zip(sources, names, strict=True) if names.count(n) > 1}
+    names = [friendly_name(s, _root(s) in of_several) for s in sources]
+    return [s if names.count(n) > 1 else n for s, n in zip(sources, names, strict=True)]
+
+
+def _root(source: str) -> str:
+    return re.split(r"\._(?:modules|parameters|buffers)\[", source, maxsplit=1)[0]
+
+
+def _describe(node: fx.Node, name: str, public_inputs: Sequence[str]) -> Input:
     value = node.meta.get("example_value")
     source = source_name(node)
-    name = friendly_name(source) if source else node.name
     if not isinstance(value, torch.Tensor):
         return Input(name, "size")
     role: Role = "sample" if is_argument(node) else "unknown"
@@ -168,6 +185,11 @@ def capture(graph: fx.Graph, inputs: tuple[Input, ...], batch_dim: int) -> Joint
             of = description.grad_of
             if not isinstance(of, PlainAOTInput):
                 raise Refusal(f"flashdp cannot tell whose gradient output {position} is ({type(of).__name__}).")
+            if node.meta["val"].is_complex() and inputs[of.idx].role != "sample":
+                raise Refusal(
+                    f"parameter '{inputs[of.idx].name}' is complex, and flashdp bounds and noises real gradients only. "
+                    "Make its real and imaginary part one real parameter, with torch.view_as_complex where it is used."
+                )
             gradients.append(Gradient(position, node, of.idx, inputs[of.idx].name))
         elif isinstance(description, InputMutationAOTOutput):
             changed = description.mutated_input

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from small_models import Block, Tied
 from torch import nn
 
-from flashdp_compile.errors import InputError
+from flashdp_compile.errors import InputError, Refusal
 from flashdp_compile.passes.capture import capture, friendly_name
 from flashdp_compile.passes.dump import inputs_table
 from flashdp_compile.testing import joint_graph, on_joint_graph
@@ -139,6 +139,22 @@ def test_a_graph_without_backward_has_no_meaning():
 )
 def test_friendly_names(source, name):
     assert friendly_name(source) == name
+
+
+def test_a_function_of_two_modules():
+    """Both have a `weight`: their names keep the variables."""
+    encoder, head = nn.Linear(4, 4), nn.Linear(4, 3, bias=False)
+    for size in (5, 1):
+        joint = joint_graph(lambda x: head(encoder(x)), torch.randn(size, 4))
+        assert [i.name for i in joint.inputs] == ["encoder.weight", "encoder.bias", "x", "head.weight"]
+
+
+def test_complex_parameters_are_refused():
+    """Also at B=1, where no op is looked at."""
+    w = nn.Parameter(torch.randn(4, 3, dtype=torch.complex64))
+    for size in (5, 1):
+        with pytest.raises(Refusal, match="'w' is complex"):
+            joint_graph(Model(lambda m, x: (x * (1 + 0j) @ m.w).abs(), w=w), torch.randn(size, 4))
 
 
 class TestUndecided:
