@@ -80,6 +80,7 @@ class Watch:
 
     def announce(self, parameter: Tensor, grad: Tensor, release: Release) -> None:
         """Called by the compiled node: `grad` is `release`'s gradient of `parameter`, not yet accumulated."""
+        self._surround(parameter)
         base = parameter.grad
         if base is None:
             self.pending = Pending(grad, release, None, None)
@@ -92,6 +93,20 @@ class Watch:
         # zero_grad(set_to_none=False) leaves zeros: whether it did is asked on the device and read at the step
         dirty = base.detach().any() if base.layout == torch.strided else torch.ones((), dtype=torch.bool)
         self.pending = Pending(grad, release, content, dirty)
+
+    def _surround(self, parameter: Tensor) -> None:
+        """Makes this the last tensor hook and the first one after accumulation, whatever was registered since.
+
+        Autograd reads the dictionaries in the order of insertion, when it calls the hooks: after this.
+        """
+        before, after = parameter._backward_hooks, parameter._post_accumulate_grad_hooks
+        mine = next((key for key, hook in before.items() if hook is self), None)
+        if mine is not None and next(reversed(before)) != mine:
+            before[mine] = before.pop(mine)
+        if after and next(iter(after.values())) != self.accumulated:
+            for key, hook in list(after.items()):
+                if hook != self.accumulated:
+                    after[key] = after.pop(key)
 
     @hidden_from_dynamo
     def __call__(self, grad: Tensor) -> None:

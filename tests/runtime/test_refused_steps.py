@@ -224,12 +224,27 @@ def test_same_graph_called_twice_in_one_backward():
     refused(optimizer, MIXED)
 
 
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("in_place", [False, True])
-def test_tensor_hook_that_changes_the_gradient(in_place):
+def test_tensor_hook_that_changes_the_gradient(in_place, late):
+    """Whether it was registered before or after the parameters were first seen."""
     model, compiled, optimizer = setup()
+    if late:
+        compiled(samples())
     model[0].weight.register_hook(lambda grad: grad.mul_(2) if in_place else grad * 2)
     compiled(samples()).sum().backward()
     refused(optimizer, MIXED, "a tensor hook on it", names=["0.weight: within"])
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_hook_that_replaces_the_gradient(late):
+    model, compiled, optimizer = setup()
+    if late:
+        compiled(samples())
+    parameter = model[0].weight
+    parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", p.grad * 2))
+    compiled(samples()).sum().backward()
+    refused(optimizer, REPLACED, names=["0.weight: p.grad"])
 
 
 def test_disabled_submodule():
