@@ -62,7 +62,10 @@ def uniform(node: Any, axis: Batched, batch: Size, draws: dict[fx.Node, Batched]
     return source.target._opname not in _DRAWN or draws.setdefault(source, axis) == axis
 
 
-_DRAWN = ("rand", "randn", "randint", "rand_like", "randn_like", "randint_like", "bernoulli", "native_dropout")
+_DRAWN = frozenset(
+    "rand randn randint rand_like randn_like randint_like uniform normal normal_functional bernoulli "
+    "native_dropout".split()
+)
 _SEVERAL = ("native_dropout", "split", "split_with_sizes", "unbind")  # each of their results needs the same
 
 
@@ -93,7 +96,7 @@ def _filled(node: Any, axis: Batched, batch: Size) -> Needs:
     return []
 
 
-@_step(*"rand randn randint rand_like randn_like randint_like".split())
+@_step(*"rand randn randint rand_like randn_like randint_like uniform normal_functional".split())
 def _drawn(node: Any, axis: Batched, batch: Size) -> Needs:
     """Independent draws from one distribution. (A permutation of the places is not of this kind.)"""
     return []
@@ -104,7 +107,9 @@ def _dropped(node: Any, axis: Batched, batch: Size) -> Needs:
     return [(node.args[0], axis)]
 
 
-@_step("bernoulli", "device_put", "clone", "alias", "detach", "_to_copy", "convert_element_type", "where", "pow")
+@_step(
+    "bernoulli", "normal", "device_put", "clone", "alias", "detach", "_to_copy", "convert_element_type", "where", "pow"
+)
 def _pointwise(node: Any, axis: Batched, batch: Size) -> Needs:
     return [(n, axis.at(axis.dim + _rank(n) - _rank(node))) for n in _tensors(node)]
 

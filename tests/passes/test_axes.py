@@ -192,7 +192,13 @@ def test_constants_that_are_the_same_for_all_samples(name):
 
 
 def test_drawn_numbers_know_no_place():
-    for function in (lambda m, x: F.dropout(x @ m.w, 0.5), lambda m, x: x @ m.w * torch.rand(x.shape[0], 1, 1)):
+    for function in (
+        lambda m, x: F.dropout(x @ m.w, 0.5),
+        lambda m, x: x @ m.w * torch.rand(x.shape[0], 1, 1),
+        lambda m, x: x @ m.w + torch.empty_like(x).uniform_(),
+        lambda m, x: x @ m.w + torch.normal(0.0, 1.0, x.shape),
+        lambda m, x: torch.distributions.Normal(x @ m.w, 1.0, validate_args=False).rsample(),
+    ):
         propagate(joint_graph(Model(function, w=nn.Parameter(torch.randn(D, D))), torch.randn(B, T, D)))
 
 
