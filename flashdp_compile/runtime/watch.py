@@ -13,6 +13,7 @@ gradient that somebody else holds instead of taking it.
 import enum
 import weakref
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,7 +100,8 @@ class Watch:
 
         Autograd reads the dictionaries in the order of insertion, when it calls the hooks: after this.
         """
-        before, after = parameter._backward_hooks, parameter._post_accumulate_grad_hooks
+        before: dict[int, Any] = parameter._backward_hooks or {}
+        after: dict[int, Any] = parameter._post_accumulate_grad_hooks or {}
         mine = next((key for key, hook in before.items() if hook is self), None)
         if mine is not None and next(reversed(before)) != mine:
             before[mine] = before.pop(mine)
