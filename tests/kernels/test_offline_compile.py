@@ -72,6 +72,7 @@ def described(ptx: str) -> dict:
 def test_every_kernel_compiles_for_sm_90(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])  # this checkout, whatever else is installed
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     built = [json.loads(line) for line in done.stdout.splitlines()]
