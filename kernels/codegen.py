@@ -53,12 +53,17 @@ def source(family: Family | Template, spec: Any) -> str:
     """The Triton source of one specialisation, headed by the names of both."""
     body = _environment.from_string(MACROS + operands.MACROS + philox.MACROS + family.template).render(**asdict(spec))
     settings = ", ".join(f"{key}={value!r}" for key, value in asdict(spec).items())
-    return f"# flashdp kernel {family.name}, rendered from its template with\n#   {settings}\n\n{body.strip()}\n"
+    body = body.strip().replace("def kernel(", f"def {_name(family)}(")
+    return f"# flashdp kernel {family.name}, rendered from its template with\n#   {settings}\n\n{body}\n"
+
+
+def _name(family: Family | Template) -> str:
+    return f"flashdp_{family.name}"
 
 
 @functools.cache
 def kernel(family: Family | Template, spec: Any) -> Any:
-    """The function `kernel` of the rendered source, compiled by Triton at its first launch."""
+    """The function of the rendered source, compiled by Triton at its first launch. Profiles show its name."""
     text = source(family, spec)
     path = _written(text)
     loader = importlib.machinery.SourceFileLoader(f"flashdp_{family.name}_{path.stem[:12]}", str(path))
@@ -66,7 +71,7 @@ def kernel(family: Family | Template, spec: Any) -> Any:
     module.__file__ = str(path)
     loader.exec_module(module)
     _rendered[family.name, spec] = text
-    return module.kernel
+    return getattr(module, _name(family))
 
 
 def rendered() -> dict[tuple[str, Any], str]:

@@ -3,8 +3,8 @@
     out[b] = |x_b^T g_b|_F^2          x [B, T, d], g [B, T, p] -> [B]
 
 Entries are summed over t before they are squared, so the result is the norm of the product as rounded to float32, to
-a few units in the last place. `weighted_matmul` forms every entry in the same order (both ask for the tiles of
-"product"), so the product that it scales is the one measured here, bit for bit, even where the tokens' gradients
+a few units in the last place. `weighted_matmul` forms every entry in the same order (in blocks of the same depth), so
+the product that it scales is the one measured here, bit for bit, even where the tokens' gradients
 cancel.
 """
 
@@ -44,7 +44,7 @@ class Spec:
 
 
 def specialise(x: Tensor, g: Tensor) -> Spec:
-    tiles = tiles_for("product", [x, g], x.shape[2], g.shape[2])
+    tiles = tiles_for("outer_sqnorm", [x, g], x.shape[2], g.shape[2])
     return Spec(dot_type(x, g), layout(x), layout(g), tiles)
 
 

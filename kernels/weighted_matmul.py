@@ -46,7 +46,7 @@ class Spec:
 
 
 def specialise(x: Tensor, g: Tensor, weights: Tensor, key: Tensor | None = None, *noise: Any) -> Spec:
-    tiles = tiles_for("product", [x, g], x.shape[2], g.shape[2])
+    tiles = tiles_for("weighted_matmul", [x, g], x.shape[2], g.shape[2])
     # a Philox block makes four elements: they must lie in one row of the tile
     return Spec(dot_type(x, g), layout(x), layout(g), tiles, key is not None and g.shape[2] % 4 == 0)
 
