@@ -1,6 +1,7 @@
 """The explicit list of families. Adding one is a file beside this one, and a line here."""
 
 from flashdp_compile.kernels import (
+    draw_normals,
     embedding_sqnorm,
     embedding_sum,
     gaussian,
@@ -24,5 +25,6 @@ FAMILIES = {
         embedding_sum,
         tied_cross,
         gaussian,
+        draw_normals,
     )
 }

@@ -1,41 +1,57 @@
 """Clipped gradient of an embedding table.
 
-    out[v] = sum_{b,t: ids_bt = v} w_b g_bt          ids [B, T] int64, g [B, T, d], weights [B] -> [num_embeddings, d]
+    out[v] = sum_{b,t: ids_bt = v} w_b g_bt (+ noise)       ids [B, T] int64, g [B, T, d], weights [B] -> [v, d]
 
 Positions with a negative id, and samples of weight 0, are not read. The positions are sorted by id first, so each row
-is summed by one program in a fixed order: no atomics, the same bits on every run.
+is summed by one program in a fixed order: no atomics, the same bits on every run. With a key, what add_noise would
+add to the sum is added in the same kernel.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from flashdp_compile.kernels import gaussian
 from flashdp_compile.kernels.codegen import kernel
 from flashdp_compile.kernels.common import accumulator, cdiv, inner, pointer, randn, random_ids, start, widen
 from flashdp_compile.kernels.family import Family
 
 
-def reference(ids: Tensor, g: Tensor, weights: Tensor, num_embeddings: int) -> Tensor:
+def reference(
+    ids: Tensor,
+    g: Tensor,
+    weights: Tensor,
+    num_embeddings: int,
+    key: Tensor | None = None,
+    stream: int = 0,
+    std: float = 0.0,
+) -> Tensor:
     (g,) = widen(g)
     sample, position = torch.nonzero((ids >= 0) & (weights != 0)[:, None], as_tuple=True)
     scaled = g[sample, position] * weights.to(g.dtype)[sample, None]
-    return g.new_zeros((num_embeddings, g.shape[2])).index_add_(0, ids[sample, position], scaled)
+    out = g.new_zeros((num_embeddings, g.shape[2])).index_add_(0, ids[sample, position], scaled)
+    return out if key is None else gaussian.reference(out, key, stream, std)
 
 
-def fake(ids: Tensor, g: Tensor, weights: Tensor, num_embeddings: int) -> Tensor:
+def fake(ids: Tensor, g: Tensor, weights: Tensor, num_embeddings: int, *noise: Any) -> Tensor:
     return g.new_empty((num_embeddings, g.shape[2]), dtype=accumulator(g))
 
 
 @dataclass(frozen=True)
 class Spec:
     g_inner: bool
+    noise: bool
     block_n: int = 16
     block_d: int = 128
 
 
-def specialise(ids: Tensor, g: Tensor, weights: Tensor, num_embeddings: int) -> Spec:
-    return Spec(inner(g))
+def specialise(
+    ids: Tensor, g: Tensor, weights: Tensor, num_embeddings: int, key: Tensor | None = None, *noise: Any
+) -> Spec:
+    # a Philox block makes four elements: they must lie in one row
+    return Spec(inner(g), key is not None and g.shape[2] % 4 == 0)
 
 
 TEMPLATE = """
@@ -47,10 +63,11 @@ import triton.language as tl
 def kernel(
     first_ptr, order_ptr,
     {{ args("g", 3, g_inner) }},
-    weight_ptr, weight_s0, out_ptr, T, D, TILES_D,
+    weight_ptr, weight_s0, {% if noise %}key_ptr, stream, std, {% endif %}out_ptr, T, D, TILES_D,
 ):
     v = (tl.program_id(0) // TILES_D).to(tl.int64)
-    d = (tl.program_id(0) % TILES_D) * {{ block_d }} + tl.arange(0, {{ block_d }})
+    left = (tl.program_id(0) % TILES_D) * {{ block_d }}
+    d = left + tl.arange(0, {{ block_d }})
     acc = tl.zeros([{{ block_d }}], tl.float32)
     last = tl.load(first_ptr + v + 1)
     for start in range(tl.load(first_ptr + v), last, {{ block_n }}):
@@ -61,21 +78,35 @@ def kernel(
         read = (w[:, None] != 0.0) & (d[None, :] < D)
         b_g = tl.load({{ at("g", "b[:, None]", "t[:, None]", "d[None, :]", g_inner) }}, mask=read, other=0.0)
         acc += tl.sum(w[:, None] * b_g.to(tl.float32), 0)
+{% if noise %}
+    {{ draw_normals("(v * D + left) // 4 + tl.arange(0, %d)" % (block_d // 4), block_d) | indent(4) }}
+    acc += std * normals
+{% endif %}
     tl.store(out_ptr + v * D + d, acc, mask=d < D)
 """
 
 
-def launch(ids: Tensor, g: Tensor, weights: Tensor, num_embeddings: int) -> Tensor:
+def launch(
+    ids: Tensor,
+    g: Tensor,
+    weights: Tensor,
+    num_embeddings: int,
+    key: Tensor | None = None,
+    stream: int = 0,
+    std: float = 0.0,
+) -> Tensor:
     _, T, D = g.shape
-    spec = specialise(ids, g, weights, num_embeddings)
+    spec = specialise(ids, g, weights, num_embeddings, key)
     ordered, order = torch.sort(ids.reshape(-1), stable=True)
     # row v owns order[first[v] : first[v + 1]]; negative ids lie before first[0]
     first = torch.searchsorted(ordered, torch.arange(num_embeddings + 1, device=ids.device))
     out = g.new_empty((num_embeddings, D), dtype=torch.float32)
     tiles = cdiv(D, spec.block_d)
     scale = weights, weights.stride(0)
-    start(kernel(FAMILY, spec), num_embeddings * tiles, g, first, order, *pointer(g), *scale, out, T, D, tiles)
-    return out
+    noise = (key, gaussian.word(stream), std) if spec.noise else ()
+    arguments = (first, order, *pointer(g), *scale, *noise, out, T, D, tiles)
+    start(kernel(FAMILY, spec), num_embeddings * tiles, g, *arguments)
+    return out if key is None or spec.noise else gaussian.launch(out, key, stream, std)
 
 
 def example(case, dtype, device, generator):
@@ -87,7 +118,8 @@ def example(case, dtype, device, generator):
 
 FAMILY = Family(
     name="embedding_sum",
-    schema="(Tensor ids, Tensor g, Tensor weights, SymInt num_embeddings) -> Tensor",
+    schema="(Tensor ids, Tensor g, Tensor weights, SymInt num_embeddings, "
+    "Tensor? key=None, int stream=0, float std=0.0) -> Tensor",
     reference=reference,
     launch=launch,
     fake=fake,

@@ -26,7 +26,7 @@ def check(name, got, args):
     for n, (value, truth, bound) in enumerate(zip(outputs(got), exact, terms, strict=True)):
         if name in NORMS:
             bound = truth  # no allowance for cancellation: random examples hardly cancel
-        elif name == "add_noise":
+        elif name in ("add_noise", "draw_normals"):
             bound = torch.ones_like(truth)
         elif name == "outer_store" and n == 1:
             truth = bound = outputs(got)[0].double().square().sum((1, 2))  # of what was stored
@@ -49,7 +49,7 @@ def test_twin(name, case, dtype, layout, device):
     check(name, FAMILIES[name].reference(*args), args)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "draw_normals"])  # its result is float32
 def test_twin_keeps_float64(name, device):
     args = double(arguments(FAMILIES[name], FAMILIES[name].cases[0], device=device))
     for value in outputs(FAMILIES[name].op(*args)):

@@ -10,6 +10,7 @@ KEY = torch.tensor([-0x123456789ABCDEF0, 0x1F2345678])
 CASES = {
     "product_sum": [(3, 5, 7), (5, 63, 65), (4, 130, 8), (0, 3, 4)],  # B, d, p
     # B, T, d, p: rows of whole Philox blocks and not, one run of samples and several
+    "embedding_sum": [(3, 5, 8, 3), (2, 65, 7, 9), (2, 3, 132, 1)],  # B, T, d, ids
     "weighted_matmul": [(4, 5, 130, 72), (3, 9, 8, 4), (2, 5, 6, 7), (300, 1, 3, 8), (0, 4, 3, 4)],
 }
 POINTS = [pytest.param(name, case, id=f"{name}-{case}") for name, cases in CASES.items() for case in cases]
@@ -40,3 +41,14 @@ def test_a_stream_is_a_word(name, device):
     args = arguments(family, CASES[name][0], device=device)
     with pytest.raises(ValueError, match="unsigned word of 32 bits"):
         family.launch(*args, KEY.to(device), -1, 0.5)
+
+
+@pytest.mark.parametrize("path", ["launch", "reference"])
+@pytest.mark.parametrize("case", FAMILIES["draw_normals"].cases)
+def test_one_draw_gives_what_add_noise_adds_to_each(case, path, device):
+    key, sizes, streams = arguments(FAMILIES["draw_normals"], case, device=device)
+    drawn, start = getattr(FAMILIES["draw_normals"], path)(key, sizes, streams), 0
+    for size, stream in zip(sizes, streams, strict=True):
+        apart = getattr(gaussian, path)(torch.zeros(size, device=device), key, stream, 1.0)
+        assert torch.equal(drawn[start : start + size], apart)
+        start += -(-size // 1024) * 1024
