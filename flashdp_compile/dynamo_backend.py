@@ -12,7 +12,7 @@ from flashdp_compile.debug import writer
 from flashdp_compile.errors import FlashDPError, InternalError, Refusal
 from flashdp_compile.options import Options
 from flashdp_compile.passes.capture import describe_inputs
-from flashdp_compile.pipeline import FlashDPPass, OwnMemoryPass
+from flashdp_compile.pipeline import FlashDPPass, LastPass
 from flashdp_compile.runtime import clipping, guard, noise
 
 
@@ -78,7 +78,7 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
         compiled = compat.compile_with_interpreter(gm, example_inputs, rewriting)
     else:
         settings = (options.mode, options.inductor)
-        compiled = compat.compile_with_inductor(gm, example_inputs, rewriting, OwnMemoryPass(), *settings)
+        compiled = compat.compile_with_inductor(gm, example_inputs, rewriting, LastPass(), *settings)
     return guard.wrap(compiled, guard.ReleaseInfo(label=label))
 
 

@@ -22,8 +22,10 @@ from flashdp_compile.passes.axes.rules_flashdp import register_runtime_ops
 from flashdp_compile.passes.before import Before
 from flashdp_compile.passes.capture import Input, JointGraph, capture
 from flashdp_compile.passes.dump import graph_text
+from flashdp_compile.passes.fuse_noise import fuse_noise
 from flashdp_compile.passes.groups import form_groups
 from flashdp_compile.passes.guarantee import Guarantee
+from flashdp_compile.passes.inline import inline_kernels
 from flashdp_compile.passes.own_memory import own_memory
 from flashdp_compile.passes.plan import Plan, make_plan
 from flashdp_compile.passes.points import ParameterGradient, check_single, find_points
@@ -151,11 +153,13 @@ class FlashDPPass(CustomGraphPass):
         return hashlib.sha256(key.encode()).hexdigest()
 
 
-class OwnMemoryPass(CustomGraphPass):
+class LastPass(CustomGraphPass):
     """What Inductor runs on the graphs of forward and backward, before it makes their writes in place."""
 
     def __call__(self, graph: fx.Graph) -> None:
         own_memory(graph)
+        fuse_noise(graph)
+        inline_kernels(graph)
 
     def uuid(self) -> Any:
         """The key of compile caches."""
@@ -164,11 +168,11 @@ class OwnMemoryPass(CustomGraphPass):
 
 @cache
 def sources_digest() -> str:
-    """A hash over all sources of flashdp_compile: what a cached graph was made by."""
+    """A hash over all sources of flashdp_compile and the data beside them: what a cached graph was made by."""
     digest = hashlib.sha256()
     for module in (flashdp_compile, flashdp_compile.kernels, flashdp_compile.passes):
         root = Path(module.__file__ or "").parent
-        for path in sorted(root.rglob("*.py")):
+        for path in sorted((*root.rglob("*.py"), *root.rglob("*.json"))):
             digest.update(str(path.relative_to(root)).encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()

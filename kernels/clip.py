@@ -8,9 +8,10 @@ is the gradient of the sample's own loss. With n = loss_scale sqrt(sqnorm):
     normalize   factor = C / n, and 0 for n = 0
     weight = factor loss_scale / divisor, in float32
 
-Guarantees. factor n <= C for the float32 numbers themselves: C is lowered by 2^-21, which is 8 units of rounding, as
-many as lie between C and the weight (7, and 8 where a division is a product with the reciprocal). For `hard` the factor
-is exactly 1 where n <= C (1 - 2^-20). A sample whose n is not finite (NaN, infinity, or the root of a negative
+Guarantees. factor n <= C for the float32 numbers themselves: C is lowered by 2^-20, which is 16 units of rounding. Of
+these 8 lie between C and the weight where every operation rounds to nearest, and 14 where a compiler divides to within
+2 units in the last place, as Triton's plain division does. For `hard` the factor is exactly 1 where
+n <= C (1 - 2^-19). A sample whose n is not finite (NaN, infinity, or the root of a negative
 estimate) has a weight of exactly 0 and is counted.
 """
 
@@ -25,7 +26,7 @@ from flashdp_compile.kernels.common import cdiv, start
 from flashdp_compile.kernels.family import Template
 
 FUNCTIONS = ("hard", "automatic", "normalize")
-LOWERED = 1 - 2.0**-21
+LOWERED = 1 - 2.0**-20
 
 
 def clip_weights(
@@ -36,6 +37,14 @@ def clip_weights(
     loss_scale and divisor are positive: floats, or tensors of one element. Raises ValueError for a bound that is not
     positive (or infinite, unless fn is "hard"), for a gamma that is negative, and for an unknown fn.
     """
+    weights, finite = _weights(sqnorm, bound, fn, loss_scale, divisor, gamma)
+    return weights, (~finite).sum()
+
+
+def _weights(
+    sqnorm: Tensor, bound: float, fn: str, loss_scale: float | Tensor, divisor: float | Tensor, gamma: float = 0.01
+) -> tuple[Tensor, Tensor]:
+    """The weights, and whether the norm of each sample is finite."""
     _check(bound, fn, gamma)
     norm = sqnorm.sqrt() * loss_scale
     bound *= LOWERED
@@ -46,8 +55,25 @@ def clip_weights(
     else:
         factor = torch.where(norm > 0, bound / norm, 0.0)
     finite = norm.isfinite()
-    weights = torch.where(finite, factor * loss_scale / divisor, 0.0).to(torch.float32)
-    return weights, (~finite).sum()
+    return torch.where(finite, factor * loss_scale / divisor, 0.0).to(torch.float32), finite
+
+
+def release_weights(sqnorm: Tensor, bound: float, fn: str, mean: bool, expected_batch_size: int | None) -> Tensor:
+    """Weights [B] from the squared norms [B] of the samples' terms in a loss: `flashdp::clip_factors` that counts
+    nothing, in plain torch."""
+    return _weights(floored(sqnorm), bound, fn, *scales(sqnorm.shape[0], mean, expected_batch_size))[0]
+
+
+def floored(sqnorm: Tensor) -> Tensor:
+    """Squares of elements below 2^-74 are lost in float32: such a norm counts as 2^-60, more than 2^28 of them have."""
+    return sqnorm.clamp_min(2.0**-120)
+
+
+def scales(batch: int, mean: bool, expected_batch_size: int | None) -> tuple[float, float]:
+    """loss_scale and divisor for a loss that is the mean over `batch` samples, or their sum."""
+    batch = max(batch, 1)
+    divisor = batch if expected_batch_size is None else expected_batch_size
+    return float(batch if mean else 1), float(divisor if mean else 1)
 
 
 def clip_weights_into(

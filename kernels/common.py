@@ -2,7 +2,8 @@
 
 import functools
 from collections.abc import Iterator
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,19 +54,27 @@ def pointer(t: Tensor) -> tuple:
     return (t, *t.stride()[:-1]) if inner(t) else (t, *t.stride())
 
 
+class Tiled(NamedTuple):
+    """A kernel argument: a tensor that is read or written in blocks of this shape through a TMA descriptor."""
+
+    tensor: Tensor
+    block: list[int]
+
+
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
 def start(kernel: Any, programs: int, anchor: Tensor, *args: Any, num_warps: int = 4, num_stages: int = 2) -> None:
-    """Launch `programs` copies of a kernel on the device of `anchor`; nothing to do is no launch."""
+    """Launch `programs` copies of a kernel on the device of `anchor`, or record it; nothing to do is no launch."""
     if programs == 0:
         return
-    if anchor.is_cuda:
-        with torch.cuda.device(anchor.device):
-            kernel[(programs,)](*args, num_warps=num_warps, num_stages=num_stages)
-    else:
-        kernel[(programs,)](*args, num_warps=num_warps, num_stages=num_stages)
+    from flashdp_compile.compat import is_recorded, start_kernel  # late: it loads Triton
+
+    tensors = tuple(a.tensor if isinstance(a, Tiled) else a for a in args)
+    blocks = {at: a.block for at, a in enumerate(args) if isinstance(a, Tiled)}
+    with torch.cuda.device(anchor.device) if anchor.is_cuda and not is_recorded() else nullcontext():
+        start_kernel(kernel, programs, tensors, blocks, num_warps, num_stages)
 
 
 def randn(shape: tuple[int, ...], dtype: torch.dtype, device: Any, generator: torch.Generator) -> Tensor:

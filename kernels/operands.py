@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from flashdp_compile.kernels import tuning
-from flashdp_compile.kernels.common import dot_dtype
+from flashdp_compile.kernels.common import Tiled, dot_dtype
 from flashdp_compile.kernels.tuning import Tiles
 
 STRIDED, INNER, TMA = "strided", "inner", "tma"
@@ -77,8 +77,9 @@ def layout(t: Tensor) -> str:
 def _address(t: Tensor) -> int:
     try:
         return t.data_ptr()
-    except RuntimeError:  # a fake tensor, while sources are printed
-        return 0
+    except RuntimeError:  # a fake tensor: allocations are aligned, so its place in one decides
+        offset = t.storage_offset()
+        return offset * t.element_size() if isinstance(offset, int) else 0
 
 
 def tiles_for(family: str, operands: list[Tensor], rows: int, columns: int) -> Tiles:
@@ -92,6 +93,4 @@ def argument(t: Tensor, layout: str, rows: int, columns: int) -> tuple[Any, ...]
     """`t` as kernel arguments, in the order of the macro `operand`; tiles are [rows, columns]."""
     if layout != TMA:
         return (t, *t.stride()) if layout == STRIDED else (t, *t.stride()[:2])
-    from triton.tools.tensor_descriptor import TensorDescriptor  # late: kernels load without Triton
-
-    return (TensorDescriptor(t, list(t.shape), list(t.stride()), [1, rows, columns]),)
+    return (Tiled(t, [1, rows, columns]),)

@@ -38,7 +38,7 @@ class Emitter:
         traced = self._traces.get(full_key) if full_key is not None else None
         if traced is None:
             with self._fake_mode or torch.no_grad():
-                traced = trace(function, _distinct(values))
+                traced = trace(function, values)
             if full_key is not None:
                 self._traces[full_key] = traced
         return self._inline(traced, operands)
@@ -78,19 +78,6 @@ class Emitter:
 
     def _last_placeholder(self) -> int:
         return max(i for i, n in enumerate(self._original) if n.op == "placeholder")
-
-
-def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Tracing knows a tensor by its identity, and nodes may share a fake value: every operand needs one of its own."""
-    seen: set[int] = set()
-    result = []
-    for value in values:
-        own = id(value)
-        if isinstance(value, torch.Tensor) and own in seen:
-            value = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
-        result.append(value)
-        seen.add(own)
-    return tuple(result)
 
 
 def _signature(value: Any) -> Any:

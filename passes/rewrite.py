@@ -158,10 +158,10 @@ def _as(emit: Emitter, node: fx.Node, dtype: torch.dtype) -> fx.Node:
 def _noised(emit: Emitter, joint: JointGraph, released: Released, mechanism: Mechanism, std: float) -> Released:
     """Noise from one key for the whole release; `stream` numbers its parameters.
 
-    The key hangs on a value of the backward pass, so that a second backward draws another one. The sum over no samples
-    is a constant, and would let the key be drawn in the forward pass.
+    The key hangs on a tangent, so that it is drawn in the backward pass, a new one for every backward, and first of
+    all, so that every sum may draw its noise as it is made.
     """
-    anchor = next(iter(joint.tangents)) if joint.batch == 0 else released[0][1]
+    anchor = next(iter(joint.tangents))
     key = emit(lambda anchor: ops.draw_key(anchor, mechanism.seed), anchor)
     if not mechanism.divides_by_batch:
         return [(at, emit(_noise(stream, std), node, key)) for stream, (at, node) in enumerate(released)]

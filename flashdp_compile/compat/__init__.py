@@ -44,6 +44,7 @@ from flashdp_compile.compat.graphs import (
     source_name,
     trace,
 )
+from flashdp_compile.compat.launches import is_recorded, pin_layouts, recorded_launches, start_kernel
 
 __all__ = [
     "COMPILED_BACKWARD",
@@ -68,17 +69,21 @@ __all__ = [
     "inductor_option_names",
     "is_argument",
     "is_python_float",
+    "is_recorded",
     "known_size",
     "live_tensor",
     "modules_compiled_by",
     "next_node_number",
     "node_number",
     "partitioned_backend",
+    "pin_layouts",
     "real_tensors",
+    "recorded_launches",
     "returns_views",
     "size_expression",
     "size_hint",
     "source_name",
+    "start_kernel",
     "trace",
     "versions",
 ]

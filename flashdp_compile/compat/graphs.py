@@ -138,6 +138,10 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 
 
 def trace(function: Callable[..., Any], arguments: tuple[Any, ...]) -> torch.fx.GraphModule:
-    """The aten graph of `function` on fake tensors, decomposed as Inductor decomposes."""
+    """The aten graph of `function` on fake tensors, decomposed as Inductor decomposes.
+
+    Tracing knows a tensor by its identity, and nodes of a graph may share one: every argument gets one of its own.
+    """
+    own = tuple(torch.ops.aten.alias(a) if isinstance(a, torch.Tensor) else a for a in arguments)
     with enable_python_dispatcher():
-        return make_fx(function, decomposition_table=decompositions(), tracing_mode="real")(*arguments)
+        return make_fx(function, decomposition_table=decompositions(), tracing_mode="real")(*own)

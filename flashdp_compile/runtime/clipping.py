@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flashdp_compile.compat import real_tensors
 from flashdp_compile.errors import InternalError
-from flashdp_compile.kernels.clip import clip_weights_into
+from flashdp_compile.kernels.clip import clip_weights_into, floored, scales
 
 __all__ = ["clip_factors", "nonfinite_samples", "prepare", "reset_nonfinite"]
 
@@ -57,21 +57,18 @@ def clip_factors(
     `counts`: the samples with such a norm, here or in `others` [B, K-1], the squared norms of the other clipping
     groups, are counted on the device. One call of a release counts for all groups, so that a sample counts once.
     """
-    batch = max(sqnorm.shape[0], 1)
     counter = _counters.get(sqnorm.device)
     if counter is None:
         if sqnorm.is_cuda and torch.cuda.is_current_stream_capturing():
             raise InternalError(f"clipping.prepare({str(sqnorm.device)!r}) was not called before graph capture")
         prepare(sqnorm.device)
         counter = _counters[sqnorm.device]
-    divisor = batch if expected_batch_size is None else expected_batch_size
-    # squares of elements below 2^-74 are lost in float32: such a norm counts as 2^-60, more than 2^28 of them can have
-    sqnorm = sqnorm.clamp_min(2.0**-120)
+    sqnorm = floored(sqnorm)
     if counts and others is not None:
         counter += (~(sqnorm.isfinite() & others.isfinite().all(1))).sum()
         counts = False
-    scales = float(batch if mean else 1), float(divisor if mean else 1)
-    return clip_weights_into(counter if counts else None, sqnorm, bound, fn, *scales)
+    scaling = scales(sqnorm.shape[0], mean, expected_batch_size)
+    return clip_weights_into(counter if counts else None, sqnorm, bound, fn, *scaling)
 
 
 @clip_factors.register_fake

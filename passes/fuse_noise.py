@@ -1,0 +1,86 @@
+"""Noise that costs no pass over memory: drawn inside the kernel that makes a sum, or once for all small gradients.
+
+Runs behind the proof, which reads one add_noise for each gradient. What it changes is where the noise is added:
+
+    add_noise(sum(...), key, stream, std)      a sum whose kernel can draw: the same bits, inside
+    add_noise(grad, key, stream, std)          any other small gradient: grad + std * (its part of one draw_normals)
+
+Both draw exactly the numbers that add_noise would draw, those of (key, stream), so streams stay apart as proved.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from flashdp_compile.compat import OpOverload
+from flashdp_compile.kernels.common import cdiv
+from flashdp_compile.kernels.draw_normals import BLOCK
+
+aten, flashdp = torch.ops.aten, torch.ops.flashdp
+
+# ops whose kernels can draw, with the number of arguments before (key, stream, std)
+_DRAWING = {flashdp.product_sum.default: 2, flashdp.weighted_matmul.default: 3, flashdp.embedding_sum.default: 4}
+_SAME_ORDER = {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.unsqueeze.default}
+SMALL = 1 << 20  # elements: a larger gradient is worth a launch of its own
+
+
+def fuse_noise(graph: fx.Graph, device: str = "cuda") -> int:
+    """Rewrites the add_noise nodes on devices of this type, in place; returns how many are left."""
+    nodes = list(graph.find_nodes(op="call_function", target=flashdp.add_noise.default))
+    left = [n for n in nodes if n.meta["val"].device.type == device and not _into_sum(n)]
+    small = [n for n in left if _is_small(n.meta["val"])]
+    for key in dict.fromkeys(n.args[1] for n in small):
+        _together(graph, key, [n for n in small if n.args[1] is key])
+    return len(left) - len(small)
+
+
+def _into_sum(noise: fx.Node) -> bool:
+    """Hands key, stream and std to the op that makes the sum; False if there is none that can draw."""
+    grad, *drawing = noise.args
+    at = grad
+    while at.target in _SAME_ORDER and len(at.users) == 1:
+        at = at.args[0]
+    count = _DRAWING.get(at.target)
+    if count is None or len(at.users) != 1 or len(at.args) != count or at.meta["val"].dtype != torch.float32:
+        return False
+    at.args = (*at.args, *drawing)
+    while at is not grad:  # the key may be drawn behind the sum
+        following = next(iter(at.users))
+        noise.prepend(at)
+        at = following
+    noise.prepend(grad)
+    noise.replace_all_uses_with(grad)
+    noise.graph.erase_node(noise)
+    return True
+
+
+def _is_small(value: torch.Tensor) -> bool:
+    return all(isinstance(s, int) for s in value.shape) and 0 < value.numel() <= SMALL and value.dtype == torch.float32
+
+
+def _together(graph: fx.Graph, key: fx.Node, noises: list[fx.Node]) -> None:
+    """One draw for several gradients, each of which adds its part by ordinary code that Inductor fuses."""
+    sizes, streams = [n.meta["val"].numel() for n in noises], [n.args[2] for n in noises]
+    with graph.inserting_after(key):
+        normals = graph.call_function(flashdp.draw_normals.default, (key, sizes, streams))
+    total = sum(cdiv(size, BLOCK) for size in sizes) * BLOCK
+    normals.meta["val"] = noises[0].meta["val"].new_empty(total)
+    start = 0
+    for noise, size in zip(noises, sizes, strict=True):
+        grad, _, _, std = noise.args
+        with graph.inserting_before(noise):
+            part = _call(graph, aten.slice.Tensor, normals, 0, start, start + size)
+            part = _call(graph, aten.reshape.default, part, list(noise.meta["val"].shape))
+            total_noise = _call(graph, aten.add.Tensor, grad, _call(graph, aten.mul.Tensor, part, std))
+        noise.replace_all_uses_with(total_noise)
+        graph.erase_node(noise)
+        start += cdiv(size, BLOCK) * BLOCK
+
+
+def _call(graph: fx.Graph, op: OpOverload, *args: Any) -> fx.Node:
+    node = graph.call_function(op, args)
+    node.meta["val"] = op(*fx.map_arg(args, lambda n: n.meta["val"]))
+    return node

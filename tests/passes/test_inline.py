@@ -1,0 +1,141 @@
+"""What runs on a graph last: noise into sums, kernels in the place of ops. The numbers stay what they were."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from corrupt import NOISY, graph
+from pass_support import random_inputs, rewritten, run
+from small_models import Block, Tied
+from torch import fx, nn
+
+from flashdp_compile.compat import recorded_launches
+from flashdp_compile.passes.fuse_noise import fuse_noise
+from flashdp_compile.passes.inline import inline_kernels
+from flashdp_compile.runtime import noise
+
+aten, flashdp = torch.ops.aten, torch.ops.flashdp
+ON_GPU = torch.cuda.is_available()
+MODELS = {
+    "linear": lambda strategy: graph(strategy, mechanism=NOISY),
+    "block": lambda strategy: rewritten(
+        Block(), torch.randn(3, 4, 6), strategy=strategy, clipping="per_layer", mechanism=NOISY
+    ),
+    "tied": lambda strategy: rewritten(
+        Tied(), torch.randint(0, 11, (3, 4)), strategy=strategy, clipping="flat", mechanism=NOISY
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def interpreted():
+    """Without a GPU the kernels that are inlined run in Triton's interpreter."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
+    if not ON_GPU:  # see tests/kernels/conftest.py
+        import interpreter_fixes
+
+        interpreter_fixes.apply()
+
+
+def names(of: fx.Graph) -> list[str]:
+    return [n.target._opname for n in of.nodes if getattr(n.target, "namespace", None) == "flashdp"]
+
+
+def outputs(of: fx.Graph, inputs: list[object]) -> list[torch.Tensor]:
+    noise.reset()  # the same key for every run: the mechanism has a seed
+    return [value for value in run(of, inputs) if isinstance(value, torch.Tensor)]
+
+
+def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(torch.allclose(x, y, rtol=1e-4, atol=1e-6) for x, y in zip(a, b, strict=True))
+
+
+POINTS = [(m, s) for m in MODELS for s in ("auto", "gram", "outer", "store") if m != "tied" or s in ("auto", "gram")]
+
+
+@pytest.mark.parametrize("model, strategy", [*POINTS, ("linear", "materialize"), ("tied", "materialize")])
+def test_noise_is_fused_and_stays_the_same(model, strategy):
+    of = MODELS[model](strategy).joint.graph
+    inputs = random_inputs(of)
+    before = outputs(of, inputs)
+    assert "add_noise" in names(of)
+    assert fuse_noise(of, device="cpu") == 0
+    of.lint()
+    assert "add_noise" not in names(of)
+    assert same(before, outputs(of, inputs))
+
+
+def test_the_noise_of_a_sum_is_drawn_inside():
+    of = graph("store").joint.graph
+    fuse_noise(of, device="cpu")
+    sums = of.find_nodes(op="call_function", target=flashdp.product_sum.default)
+    assert [len(s.args) for s in sums] == [5, 5]
+    assert len({s.args[3] for s in sums}) == 2, "two streams"
+    assert len({s.args[2] for s in sums}) == 1, "one key"
+
+
+def test_a_sum_that_is_used_twice_keeps_its_noise_apart():
+    """The other user would see a sum with noise where it saw one without."""
+    found = graph("store")
+    of, target = (
+        found.joint.graph,
+        next(iter(found.joint.graph.find_nodes(op="call_function", target=flashdp.product_sum.default))),
+    )
+    with of.inserting_after(target):
+        of.call_function(aten.neg.default, (target,))
+    fuse_noise(of, device="cpu")
+    assert len(target.args) == 2
+
+
+def test_large_gradients_keep_a_launch_of_their_own(monkeypatch):
+    monkeypatch.setattr("flashdp_compile.passes.fuse_noise.SMALL", 5)
+    of = graph("materialize").joint.graph
+    inputs = random_inputs(of)
+    before = outputs(of, inputs)
+    assert fuse_noise(of, device="cpu") == 3  # of 36, 6, 30 and 5 elements
+    assert sorted(n for n in names(of) if "n" in n).count("add_noise") == 3
+    assert same(before, outputs(of, inputs))
+
+
+@pytest.mark.skipif(ON_GPU, reason="runs kernels on CPU tensors; the tests of Inductor run them on a GPU")
+@pytest.mark.parametrize("model, strategy", POINTS)
+def test_kernels_take_the_place_of_ops(model, strategy):
+    of = MODELS[model](strategy).joint.graph
+    inputs = random_inputs(of)
+    before = outputs(of, inputs)
+    fuse_noise(of, device="cpu")
+    ops = names(of)
+    assert inline_kernels(of, device="cpu") == len(ops) - ops.count("draw_key") - 1
+    of.lint()
+    assert set(names(of)) == {"draw_key", "clip_factors"}, "the counting call and the key stay ops"
+    assert len(recorded_launches(of)) >= len(set(ops)) - 2
+    assert same(before, outputs(of, inputs))
+
+
+def test_strides_of_operands_are_pinned():
+    """Inductor may pad rows; the strides are among a launch's numbers, so an operand must have those."""
+    of = graph("store").joint.graph
+    inline_kernels(of, device="cpu")
+    for launch in recorded_launches(of):
+        _, pinned = launch.meta["eager_input_vals"]
+        for name, value in launch.kwargs["kwargs"].items():
+            if isinstance(value, fx.Node):
+                assert pinned["kwargs"][name] is value.meta["val"]
+
+
+def test_sizes_that_are_symbols_stay_ops():
+    of = rewritten(nn.Linear(6, 5), torch.randn(3, 4, 6), dynamic=True, strategy="store", mechanism=NOISY).joint.graph
+    assert isinstance(
+        of.find_nodes(op="call_function", target=flashdp.product_sum.default)[0].meta["val"], torch.Tensor
+    )
+    before = names(of)
+    inline_kernels(of, device="cpu")
+    assert [n for n in names(of) if n != "add_noise"] == [n for n in before if n != "add_noise"]
+
+
+def test_other_devices_are_left_alone():
+    of = graph("store").joint.graph
+    before = [str(n) for n in of.nodes]
+    assert fuse_noise(of, device="cuda") == 0 and inline_kernels(of, device="cuda") == 0
+    assert [str(n) for n in of.nodes] == before
