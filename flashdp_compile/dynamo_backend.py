@@ -59,11 +59,12 @@ def _flashdp_cause(error: BaseException | None) -> FlashDPError | None:
 def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
     inputs = describe_inputs(gm.graph, options.public_inputs)
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    parameters = {
-        i.name: p
-        for n, i in zip(placeholders, inputs, strict=True)
+    placed = {
+        place: (i.name, p)
+        for place, (n, i) in enumerate(zip(placeholders, inputs, strict=True))
         if i.role == "parameter" and (p := compat.live_tensor(n)) is not None
     }
+    parameters = dict(placed.values())
     guard.protect(parameters)
     devices = {p.device for p in parameters.values()}
     for device in devices:
@@ -79,7 +80,8 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
     else:
         settings = (options.mode, options.inductor)
         compiled = compat.compile_with_inductor(gm, example_inputs, rewriting, LastPass(), *settings)
-    return guard.wrap(compiled, guard.ReleaseInfo(label=label))
+    frozen = {place: name for place, (name, p) in placed.items() if not p.requires_grad}
+    return guard.wrap(compiled, guard.ReleaseInfo(label=label), frozen)
 
 
 def _refuse_foreign_hooks() -> None:

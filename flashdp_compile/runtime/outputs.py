@@ -1,27 +1,51 @@
 """Issues receipts: finds the autograd node of a compiled call and marks what its backward hands to the parameters."""
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from flashdp_compile.compat import COMPILED_BACKWARD, hidden_from_dynamo, next_node_number, node_number
+from flashdp_compile.errors import FlashDPError
+from flashdp_compile.runtime.messages import listed
 from flashdp_compile.runtime.release import LEDGER, Release, ReleaseInfo
 from flashdp_compile.runtime.watch import Watch, watch
 
 
-def wrap(compiled: Callable[..., Any], info: ReleaseInfo) -> Callable[..., Any]:
-    """`compiled`, with a receipt issued for every backward through its outputs. What the backend returns."""
+def wrap(
+    compiled: Callable[..., Any], info: ReleaseInfo, frozen: Mapping[int, str] | None = None
+) -> Callable[..., Any]:
+    """`compiled`, with a receipt issued for every backward through its outputs. What the backend returns.
+
+    `frozen` maps places among the arguments to the names of parameters that required no gradient when `compiled` was
+    made, so that it has none for them. A call in which one requires a gradient raises FlashDPError.
+    """
+    places = frozen or {}
 
     @functools.wraps(compiled, updated=())  # the name only: flags such as boxed calling do not hold for `run`
     def run(*args: Any) -> Any:
+        if places and torch.is_grad_enabled():
+            _refuse_thawed([name for place, name in places.items() if args[place].requires_grad])
         since = next_node_number()
         outputs = compiled(*args)
         watch_outputs(outputs, info, since)
         return outputs
 
     return run
+
+
+def _refuse_thawed(names: Sequence[str]) -> None:
+    """torch 2.11 checks the parameters of a module again only if the module's own dictionaries have changed, and
+    requires_grad is in none of them. A thawed parameter would get no gradient, without a word."""
+    if names:
+        raise FlashDPError(
+            f"flashdp compiled this call when {listed(names)} required no gradient, and torch (2.11 is known to) did "
+            "not compile it again now that a gradient is required: training would silently go on without one. Call "
+            "torch.compiler.reset() after parameters were thawed, or set "
+            "torch._dynamo.config.skip_tensor_guards_with_matching_dict_tags = False before the first call."
+        )
 
 
 def watch_outputs(outputs: Any, info: ReleaseInfo, since: int) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import flashdp_compile
+from flashdp_compile import FlashDPError
 from zoo import Model
 
 EAGER = {"compiler": "eager", "noise_multiplier": 0.0}
@@ -211,14 +212,40 @@ def test_gradients_of_inputs_are_left_alone():
     assert torch.allclose(x.grad, expected, atol=1e-6)
 
 
-def test_a_frozen_parameter_that_thaws():
-    """requires_grad is guarded by dynamo: the change compiles again, with the new parameter clipped."""
+# Without this setting, torch 2.11 does not see a change of requires_grad of a parameter that it has guarded before.
+GUARD_ALL = {"skip_tensor_guards_with_matching_dict_tags": False}
+
+
+def thaw(compiler="eager"):
+    """A model compiled with its first layer frozen, that layer thawed since, and samples."""
     (model,), x = without_dropout(1), torch.randn(5, 3)
-    module = compiled(model, max_grad_norm=0.05)
+    module = compiled(model, max_grad_norm=0.05, compiler=compiler)
     model.a.requires_grad_(False)
     backward(module, x)
     assert model.a.weight.grad is None
     model.a.requires_grad_(True)
     model.zero_grad()
+    return model, module, x
+
+
+@pytest.mark.parametrize("compiler", ["eager", "inductor"])
+def test_a_frozen_parameter_that_thaws(compiler):
+    """Where dynamo guards requires_grad, the change compiles again, with the new parameter clipped."""
+    with torch._dynamo.config.patch(GUARD_ALL):
+        model, module, x = thaw(compiler)
+        backward(module, x)
+    assert_exact(model, reference(model, x, 0.05))
+
+
+@pytest.mark.parametrize("compiler", ["eager", "inductor"])
+def test_a_thaw_that_torch_does_not_see(compiler):
+    """By default, torch 2.11 runs the graph without the parameter's gradient: that call is refused until a reset."""
+    model, module, x = thaw(compiler)
+    if torch.__version__ < (2, 12):
+        with pytest.raises(FlashDPError, match=r"when a.weight, a.bias required no gradient(.|\n)*compiler.reset\(\)"):
+            module(x)
+        with torch.no_grad():
+            assert torch.allclose(module(x), model(x), atol=1e-6)
+        torch.compiler.reset()
     backward(module, x)
     assert_exact(model, reference(model, x, 0.05))

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
+from flashdp_compile.errors import FlashDPError
 from flashdp_compile.runtime import check, guard, release, watch
 from runtime.stand_in import accepted, backend, mlp, refused, samples, setup
 
@@ -152,3 +153,16 @@ def test_wrapped_function_returns_what_it_got(grad):
     wrapped = guard.wrap(lambda *args: outputs, guard.ReleaseInfo(label="x"))
     with torch.set_grad_enabled(grad):
         assert wrapped(1) is outputs
+
+
+def test_a_graph_without_the_gradient_of_a_thawed_parameter_is_not_run():
+    calls, frozen, trained = [], nn.Parameter(torch.ones(2), requires_grad=False), nn.Parameter(torch.ones(2))
+    wrapped = guard.wrap(lambda *args: calls.append(args) or (), guard.ReleaseInfo(label="x"), {1: "net.scale"})
+    wrapped(trained, frozen)
+    frozen.requires_grad_(True)
+    with torch.no_grad():
+        wrapped(trained, frozen)
+    assert len(calls) == 2
+    with pytest.raises(FlashDPError, match=r"net\.scale required no gradient"):
+        wrapped(trained, frozen)
+    assert len(calls) == 2
