@@ -1,4 +1,4 @@
-"""The passes in order: capture, axes, points, plan, rewrite, verify. And what runs after Inductor's own passes."""
+"""The passes in order: fused cells, capture, axes, points, plan, rewrite, verify; and what follows Inductor's own."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from flashdp_compile.passes.before import Before
 from flashdp_compile.passes.capture import Input, JointGraph, capture
 from flashdp_compile.passes.dump import graph_text
 from flashdp_compile.passes.fuse_noise import fuse_noise
+from flashdp_compile.passes.fused_cells import take_cells_apart
 from flashdp_compile.passes.groups import form_groups
 from flashdp_compile.passes.guarantee import Guarantee
 from flashdp_compile.passes.inline import inline_kernels
@@ -79,7 +80,8 @@ def guarantee_of(options: Options, before: Before, slack: float) -> Guarantee:
 
 
 def analyse(graph: fx.Graph, record: Record) -> None:
-    """Everything up to the plan, entered into `record`; the graph is not changed."""
+    """Everything up to the plan, entered into `record`; only fused cells are taken apart in the graph."""
+    take_cells_apart(graph)
     options = record.options
     record.joint = capture(graph, record.inputs, options.batch_dim)
     if record.joint is None:

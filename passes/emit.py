@@ -34,7 +34,7 @@ class Emitter:
     def __call__(self, function: Callable[..., Any], *operands: fx.Node, key: _Key | None = None) -> Any:
         """The nodes of `function(*operands)`. Calls with equal `key` and equal operand metadata share one trace."""
         values = tuple(n.meta["val"] for n in operands)
-        full_key = None if key is None else (*key, *map(_signature, values))
+        full_key = None if key is None else (*key, *map(signature, values))
         traced = self._traces.get(full_key) if full_key is not None else None
         if traced is None:
             with self._fake_mode or torch.no_grad():
@@ -80,7 +80,8 @@ class Emitter:
         return max(i for i, n in enumerate(self._original) if n.op == "placeholder")
 
 
-def _signature(value: Any) -> Any:
+def signature(value: Any) -> Any:
+    """What a trace depends on, of an operand."""
     if isinstance(value, torch.Tensor):
-        return (str(tuple(value.shape)), str(value.stride()), value.dtype, value.device)
+        return (str(tuple(value.shape)), str(value.stride()), str(value.storage_offset()), value.dtype, value.device)
     return str(value)

@@ -10,25 +10,25 @@ sizes are known only at run time stay as they are, and so does everything on a C
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
-from flashdp_compile.compat import detect_fake_mode, pin_layouts, recorded_launches, trace
+from flashdp_compile.compat import pin_layouts, recorded_launches
 from flashdp_compile.kernels import FAMILIES
 from flashdp_compile.kernels.clip import release_weights
 from flashdp_compile.kernels.family import tensors
+from flashdp_compile.passes.take_apart import TakeApart
 
 
 def inline_kernels(graph: fx.Graph, device: str = "cuda") -> int:
     """Inlines every op on a device of this type that has a kernel for its operands, in place; returns how many."""
-    known: dict[Any, fx.GraphModule] = {}
+    take_apart = TakeApart()
     found = [(n, launch) for n in graph.nodes if (launch := _launch(n, device)) is not None]
     for node, launch in found:
-        _replace(node, _traced(node, launch, known))
+        take_apart(node, launch)
     for recorded in recorded_launches(graph):
         pin_layouts(recorded)
     return len(found)
@@ -52,42 +52,3 @@ def _launch(node: fx.Node, device: str) -> Callable[..., Any] | None:
 
 def _is_static(value: torch.Tensor) -> bool:
     return all(isinstance(n, int) for n in (*value.shape, *value.stride(), value.storage_offset()))
-
-
-def _traced(node: fx.Node, launch: Callable[..., Any], known: dict[Any, fx.GraphModule]) -> fx.GraphModule:
-    """The graph of a node's launch, a function of its operands; equal calls share it."""
-    operands = node.all_input_nodes
-    values = [n.meta["val"] for n in operands]
-    constants = str(fx.map_arg(node.args, lambda n: operands.index(n)))
-    key = (node.target, constants, *(str((v.shape, v.stride(), v.storage_offset(), v.dtype)) for v in values))
-    if key not in known:
-
-        def function(*tensors: torch.Tensor) -> Any:
-            by_node = dict(zip(operands, tensors, strict=True))
-            return launch(*fx.map_arg(node.args, by_node.__getitem__))
-
-        with detect_fake_mode(values):
-            known[key] = trace(function, tuple(values))
-    return known[key]
-
-
-def _replace(node: fx.Node, traced: fx.GraphModule) -> None:
-    """Inlines `traced` before `node`, and hands its results to the users of `node`."""
-    graph, mapping, operands = node.graph, {}, iter(node.all_input_nodes)
-    result: Any = None
-    with graph.inserting_before(node):
-        for inner in traced.graph.nodes:
-            if inner.op == "placeholder":
-                mapping[inner] = next(operands)
-            elif inner.op == "output":
-                result = fx.map_arg(inner.args[0], mapping.__getitem__)
-            else:
-                mapping[inner] = graph.node_copy(inner, mapping.__getitem__)
-    if isinstance(result, fx.Node):
-        node.replace_all_uses_with(result)
-    else:
-        for user in list(node.users):
-            assert user.target is operator.getitem
-            user.replace_all_uses_with(result[user.args[1]])
-            graph.erase_node(user)
-    graph.erase_node(node)
