@@ -83,7 +83,7 @@ class TestNoise:
         replace_arg(found.result("2.weight").args[1], 0, next(iter(found.joint.samples)))
         fails(found, "not drawn from the one key")
 
-    @pytest.mark.parametrize("stream", [2**32, -1, 0.5])
+    @pytest.mark.parametrize("stream", [2**32, -1, 0.5, 2.0])
     def test_a_stream_that_meets_another(self, stream):
         found = graph()
         replace_arg(found.result("2.weight"), 2, stream)
