@@ -75,10 +75,26 @@ def _(fc, x):
     return y - y.median(0).values
 
 
-@refuse_layer("clamped_at_a_quantile_of_the_batch", rows, "quantile", "sort", "lerp", "gather", "index")
+@refuse_layer("clamped_at_a_quantile_of_the_batch", rows, "sort", "lerp", "gather", "index")
+def _(fc, x):
+    """As Tensor.quantile computes it, which dynamo itself cannot trace on 2.11."""
+    y = fc(x)
+    ordered, place = y.sort(0).values, 0.5 * (SIZE - 1)
+    return torch.minimum(y, torch.lerp(ordered[int(place)], ordered[int(place) + 1], place % 1))
+
+
+@refuse_layer("clamped_at_the_third_value_of_the_batch", rows, "kthvalue", "sort")
 def _(fc, x):
     y = fc(x)
-    return torch.minimum(y, y.quantile(0.5, dim=0))
+    return torch.minimum(y, y.kthvalue(3, dim=0).values)
+
+
+if torch.__version__ >= (2, 12):  # aten.equal, called by it on 2.11, stops dynamo before flashdp sees a graph
+
+    @refuse_layer("clamped_at_torch_quantile_of_the_batch", rows, "quantile", "sort", "lerp", "gather", "index")
+    def _(fc, x):
+        y = fc(x)
+        return torch.minimum(y, y.quantile(0.5, dim=0))
 
 
 @refuse_layer("softmax_over_the_batch", rows, "softmax", "amax")
