@@ -51,10 +51,10 @@ import triton.language as tl
 @triton.jit
 def kernel(key_ptr, out_ptr):
     number = tl.program_id(0).to(tl.int64)
-    stream = number * 0 + {{ first }}
+    noise_stream = number * 0 + {{ first }}
     first = number * 0
 {% for begin, name in streams %}
-    stream = tl.where(number >= {{ begin }}, {{ name }}, stream)
+    noise_stream = tl.where(number >= {{ begin }}, {{ name }}, noise_stream)
     first = tl.where(number >= {{ begin }}, {{ begin }}, first)
 {% endfor %}
     {{ draw_normals("(number - first) * %d + tl.arange(0, %d)" % (block // 4, block // 4), block) | indent(4) }}

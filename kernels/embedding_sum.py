@@ -63,7 +63,7 @@ import triton.language as tl
 def kernel(
     first_ptr, order_ptr,
     {{ args("g", 3, g_inner) }},
-    weight_ptr, weight_s0, {% if noise %}key_ptr, stream, std, {% endif %}out_ptr, T, D, TILES_D,
+    weight_ptr, weight_s0, {% if noise %}key_ptr, noise_stream, std, {% endif %}out_ptr, T, D, TILES_D,
 ):
     v = (tl.program_id(0) // TILES_D).to(tl.int64)
     left = (tl.program_id(0) % TILES_D) * {{ block_d }}

@@ -92,7 +92,7 @@ import triton.language as tl
 
 
 @triton.jit
-def kernel(grad_ptr, key_ptr, stream, std, out_ptr, N):
+def kernel(grad_ptr, key_ptr, noise_stream, std, out_ptr, N):
     first = tl.program_id(0).to(tl.int64) * {{ block }}
     {{ draw_normals("first + tl.arange(0, %d)" % block, "%d, 4" % block) | indent(4) }}
     n = 4 * i[:, None] + tl.arange(0, 4)[None, :]

@@ -7,14 +7,14 @@ KEY_A, KEY_B = 0x9E3779B9, 0xBB67AE85  # increments of the key words
 WORD = 0xFFFFFFFF
 
 # draw_normals(index, shape): `normals` of [*shape], four for each Philox block in `index`, an int64 tensor of the same
-# shape but for a quarter of the last dimension. Uses the parameters key_ptr and stream.
+# shape but for a quarter of the last dimension. Uses the parameters key_ptr and noise_stream.
 MACROS = f"""\
 {{%- macro draw_normals(index, shape) -%}}
 i = {{{{ index }}}}
 zero = i * 0
 k, step = zero + tl.load(key_ptr), zero + tl.load(key_ptr + 1)
 k0, k1 = (k & {WORD}).to(tl.uint32), ((k >> 32) & {WORD}).to(tl.uint32)
-c0, c1 = i.to(tl.uint32), (zero + stream).to(tl.uint32)
+c0, c1 = i.to(tl.uint32), (zero + noise_stream).to(tl.uint32)
 c2, c3 = (step & {WORD}).to(tl.uint32), ((step >> 32) & {WORD}).to(tl.uint32)
 for _ in tl.static_range(10):
     high_a, high_b = tl.umulhi(c0, {ROUND_A}), tl.umulhi(c2, {ROUND_B})

@@ -50,7 +50,7 @@ import triton.language as tl
 @triton.jit
 def kernel(
     product_ptr, product_s0, {% if not flat %}product_s1, product_s2, {% endif %}weight_ptr, weight_s0,
-    {% if noise %}key_ptr, stream, std, {% endif %}out_ptr, B, P, N,
+    {% if noise %}key_ptr, noise_stream, std, {% endif %}out_ptr, B, P, N,
 ):
     start = tl.program_id(0).to(tl.int64) * {{ block }}
     n = start + tl.arange(0, {{ block }})

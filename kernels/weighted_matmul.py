@@ -60,7 +60,7 @@ import triton.language as tl
 @triton.jit
 def kernel(
     {{ operand("x", x) }}, {{ operand("g", g) }}, weight_ptr, weight_s0,
-    {% if noise %}key_ptr, stream, std, {% endif %}out_ptr, B, T, D, P, TILES_D, TILES_P, RUN,
+    {% if noise %}key_ptr, noise_stream, std, {% endif %}out_ptr, B, T, D, P, TILES_D, TILES_P, RUN,
 ):
     number, run = tl.program_id(0) % (TILES_D * TILES_P), tl.program_id(0) // (TILES_D * TILES_P)
     {{ swizzled("number", tiles) | indent(4) }}
