@@ -23,6 +23,7 @@ from flashdp_compile.compat import (
     is_argument,
     is_python_float,
     known_size,
+    settle_size,
     size_expression,
     source_name,
 )
@@ -215,6 +216,12 @@ def _batch_size(samples: dict[fx.Node, Input], batch_dim: int) -> Size:
         size = value.shape[batch_dim]
         # none and one are cases of their own, even where a symbol still stands for them
         sizes[node] = next((n for n in (0, 1) if known_size(size, n)), size_expression(size))
+    settled = {n for n in sizes.values() if isinstance(n, int) and n < 2}
+    if len(settled) == 1:  # torch has fixed the size of some inputs only: the others' follow, if they have it now
+        (number,) = settled
+        for node in sizes:
+            if settle_size(node.meta["val"].shape[batch_dim], number):
+                sizes[node] = number
     if not sizes:
         raise InputError(
             "flashdp found no input that holds samples: the compiled region takes no tensor besides parameters and "

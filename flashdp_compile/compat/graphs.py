@@ -44,6 +44,7 @@ __all__ = [
     "known_size",
     "live_tensor",
     "returns_views",
+    "settle_size",
     "size_expression",
     "size_hint",
     "source_name",
@@ -66,6 +67,14 @@ def known_size(size: int | torch.SymInt, value: int) -> bool:
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return bool(statically_known_true(size == value))
+
+
+def settle_size(size: int | torch.SymInt, value: int) -> bool:
+    """Whether a size is `value` in this call; if it is a symbol, torch makes that a condition of this compilation.
+    An unbacked symbol has no size in this call. 2.11, 2.13."""
+    if isinstance(size, torch.SymInt) and size_hint(size, value - 1) != value:
+        return False
+    return bool(size == value)
 
 
 def size_hint(size: int | torch.SymInt, default: int) -> int:
