@@ -77,6 +77,25 @@ def test_a_bad_loss_weight():
         assert torch.allclose(released["weight"], kept.expand(2, 3), atol=1e-5)
 
 
+@pytest.mark.parametrize("compiler", ["eager", "inductor"])
+def test_a_matrix_that_cannot_be_factored(compiler):
+    """Where compiled code checks factorizations, one sample could stop the step of all; where not, it adds zero."""
+    model = Model(lambda m, x: torch.linalg.solve(x * m.scale, x.new_ones(3, 1)), scale=nn.Parameter(torch.rand(3) + 1))
+    x = torch.eye(3) + 0.1 * torch.randn(4, 3, 3)
+    module = compiled(model, loss_reduction="sum", max_grad_norm=100.0, compiler=compiler)
+    reset_nonfinite()
+    x[1] = 0.0
+    if torch.__version__ >= (2, 12):
+        with pytest.raises(flashdp_compile.Refusal, match="solve_ex"):
+            module(x)
+        return
+    module(x).sum().backward()
+    released = gradients(model)
+    model(x[[0, 2, 3]]).sum().backward()
+    assert torch.allclose(released["scale"], gradients(model)["scale"], rtol=1e-4)
+    assert flashdp_compile.nonfinite_samples() == 1
+
+
 def test_training_goes_on():
     """With noise, an optimizer and one bad sample in every batch; parameters stay finite and the loss falls."""
     model = Model(lambda m, x: m.b(m.a(x).tanh()), a=nn.Linear(4, 8), b=nn.Linear(8, 1))
