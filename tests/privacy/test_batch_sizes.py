@@ -100,6 +100,15 @@ def test_a_size_of_one_that_torch_fixed_for_one_input_only_holds_for_all(compile
             module(five, mask)
 
 
+def test_an_unbacked_size_is_not_settled():
+    """It has no value that could become a condition: a row beside it is one row and not the batch."""
+    model = Model(lambda m, x, row: m.fc(x) * row, fc=nn.Linear(3, 2))
+    x = torch.randn(5, 3)
+    torch._dynamo.decorators.mark_unbacked(x, 0)
+    with pytest.raises(flashdp_compile.InputError, match=r"\[1, 2\]: .* disagree on the batch size"):
+        torch.compile(model, backend="flashdp", fullgraph=True, options=QUIET)(x, torch.ones(1, 2))
+
+
 @pytest.mark.parametrize("name", ["mlp", "tied_embedding_and_head"])
 def test_sizes_that_are_not_marked_compile_again_and_are_exact(name):
     """The recompiled graphs, one of them by the way of B=1 and one by that of B=0."""
