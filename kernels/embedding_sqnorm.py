@@ -1,12 +1,13 @@
-"""Squared norms of the per-sample gradients of an embedding table, by pairs of positions.
+"""Squared norms of the per-sample gradients of an embedding table.
 
-    out[b] = sum_v |sum_{t: ids_bt = v} g_bt|^2 = sum_{t,u: ids_bt = ids_bu >= 0} g_bt . g_bu
+    out[b] = sum_v |sum_{t: ids_bt = v} g_bt|^2
 
 ids [B, T] int64, g [B, T, d] -> [B]. Positions with a negative id are excluded and their g is not read: mask
-padding_idx so. Both versions carry the guard of kernels/guard.py. The Triton kernel sums over pairs, with the sum
-over equal pairs of
-|g_t| |g_u| in the place of R^2, which is tighter. The twin sums each id's rows first: their rounding is relative to the
-sum of their lengths.
+padding_idx so. The positions are sorted by id, where those of one id and one sample lie side by side: a run. The rows
+of a run are added up, then squared; a run is worth as much work as it has rows, however often an id repeats.
+
+Rounding is relative to the sum of the rows' lengths, which is more than the length of their sum where they cancel:
+guard.py says how the result then bounds the true norm.
 """
 
 from dataclasses import dataclass
@@ -15,9 +16,9 @@ import torch
 from torch import Tensor
 
 from flashdp_compile.kernels.codegen import kernel
-from flashdp_compile.kernels.common import accumulator, cdiv, dot_type, inner, pointer, randn, random_ids, start, widen
+from flashdp_compile.kernels.common import accumulator, inner, pointer, randn, random_ids, start, widen
 from flashdp_compile.kernels.family import Family
-from flashdp_compile.kernels.guard import floor, gamma, guarded, guarded_root
+from flashdp_compile.kernels.guard import gamma, guarded_root
 
 
 def reference(ids: Tensor, g: Tensor) -> Tensor:
@@ -41,16 +42,22 @@ def fake(ids: Tensor, g: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Spec:
-    dot_type: str
     g_inner: bool
-    block_t: int = 64
-    block_k: int = 32
+    block_d: int
+    rows: int  # of a run, at a time
 
 
 def specialise(ids: Tensor, g: Tensor) -> Spec:
-    return Spec(dot_type(g), inner(g))
+    return Spec(inner(g), *blocks(g.shape[2]))
 
 
+def blocks(d: int) -> tuple[int, int]:
+    """A whole row of d entries, and how many rows fit into the registers beside the sum."""
+    block = max(16, 1 << (d - 1).bit_length())
+    return block, max(1, min(16, 8192 // block))
+
+
+# One program for each position in sorted order; that of a run's first position does the run's work.
 TEMPLATE = """
 import triton
 import triton.language as tl
@@ -58,52 +65,52 @@ import triton.language as tl
 
 @triton.jit
 def kernel(
-    ids_ptr, ids_s0, ids_s1,
+    ids_ptr, order_ptr,
     {{ args("g", 3, g_inner) }},
-    part_ptr, bound_ptr, T, D, g_floor, PAIRS,
+    part_ptr, length_ptr, N, T, D,
 ):
-    b = (tl.program_id(0) // PAIRS).to(tl.int64)
-    pair = tl.program_id(0) % PAIRS
-    # pair = i (i + 1) / 2 + j with j <= i; the root in float32 may be off by one
-    i = ((tl.sqrt(8.0 * pair.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
-    i = tl.where(i * (i + 1) // 2 > pair, i - 1, i)
-    i = tl.where((i + 1) * (i + 2) // 2 <= pair, i + 1, i)
-    j = pair - i * (i + 1) // 2
-    t = i * {{ block_t }} + tl.arange(0, {{ block_t }})
-    u = j * {{ block_t }} + tl.arange(0, {{ block_t }})
-    p_ids = ids_ptr + b * ids_s0
-    id_t = tl.load(p_ids + t.to(tl.int64) * ids_s1, mask=t < T, other=-1)
-    id_u = tl.load(p_ids + u.to(tl.int64) * ids_s1, mask=u < T, other=-1)
-
-    g = tl.zeros([{{ block_t }}, {{ block_t }}], tl.float32)
-    square_t = tl.zeros([{{ block_t }}], tl.float32)
-    square_u = tl.zeros([{{ block_t }}], tl.float32)
-    for first in range(0, D, {{ block_k }}):
-        k = first + tl.arange(0, {{ block_k }})
-        inside_t, inside_u = (id_t[:, None] >= 0) & (k[None, :] < D), (id_u[:, None] >= 0) & (k[None, :] < D)
-        b_t = tl.load({{ at("g", "b", "t[:, None]", "k[None, :]", g_inner) }}, mask=inside_t, other=0.0)
-        b_u = tl.load({{ at("g", "b", "u[:, None]", "k[None, :]", g_inner) }}, mask=inside_u, other=0.0)
-        g += {{ fresh_dot("b_t", "tl.trans(b_u)", block_k) }}
-        square_t += tl.sum(b_t.to(tl.float32) * b_t.to(tl.float32), 1)
-        square_u += tl.sum(b_u.to(tl.float32) * b_u.to(tl.float32), 1)
-
-    same = (id_t[:, None] == id_u[None, :]) & (id_t[:, None] >= 0)
-    roots = tl.sqrt(square_t + g_floor)[:, None] * tl.sqrt(square_u + g_floor)[None, :]
-    twice = tl.where(i == j, 1.0, 2.0)
-    tl.store(part_ptr + b * PAIRS + pair, twice * tl.sum(tl.where(same, g, 0.0)))
-    tl.store(bound_ptr + b * PAIRS + pair, twice * tl.sum(tl.where(same, roots, 0.0)))
+    n = tl.program_id(0).to(tl.int64)
+    place = tl.load(order_ptr + n)
+    v, b = tl.load(ids_ptr + n), place // T
+    before = tl.maximum(n - 1, 0)
+    first = (n == 0) | (tl.load(ids_ptr + before) != v) | (tl.load(order_ptr + before) // T != b)
+    d = tl.arange(0, {{ block_d }})
+    total = tl.zeros([{{ block_d }}], tl.float32)
+    length = tl.full([], 0.0, tl.float32)
+    more = first & (v >= 0)
+    while more:
+        m = n + tl.arange(0, {{ rows }})
+        where = tl.load(order_ptr + m, mask=m < N, other=-1)
+        same = (tl.load(ids_ptr + m, mask=m < N, other=-1) == v) & (where // T == b) & (m < N)
+        t = tl.where(same, where % T, 0)
+        read = same[:, None] & (d[None, :] < D)
+        b_g = tl.load({{ at("g", "b", "t[:, None]", "d[None, :]", g_inner) }}, mask=read, other=0.0).to(tl.float32)
+        total += tl.sum(b_g, 0)
+        length += tl.sum(tl.sqrt(tl.sum(b_g * b_g, 1)))
+        n += {{ rows }}
+        more = tl.sum(same.to(tl.int32)) == {{ rows }}
+    tl.store(part_ptr + place, tl.sum(total * total))
+    tl.store(length_ptr + place, length * length)
 """
 
 
 def launch(ids: Tensor, g: Tensor) -> Tensor:
     B, T, D = g.shape
     spec = specialise(ids, g)
-    blocks = cdiv(T, spec.block_t)
-    pairs = blocks * (blocks + 1) // 2
-    part, bound = (g.new_empty((B, pairs), dtype=torch.float32) for _ in range(2))
-    g_floor = floor(torch.float32, D)
-    start(kernel(FAMILY, spec), B * pairs, g, ids, *ids.stride(), *pointer(g), part, bound, T, D, g_floor, pairs)
-    return guarded(part.sum(1), gamma(torch.float32, cdiv(D, spec.block_k)) * bound.sum(1))
+    part, length = (g.new_empty((B, T), dtype=torch.float32) for _ in range(2))
+    arguments = (*by_id(ids), *pointer(g), part, length, B * T, T, D)
+    start(kernel(FAMILY, spec), B * T, g, *arguments, num_warps=warps(spec.block_d))
+    return guarded_root(part.sum(1), gamma(torch.float32, T) * length.sum(1).sqrt())
+
+
+def by_id(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The ids [B * T] in order, and the position b T + t of each; samples stay in order within an id."""
+    ordered, order = torch.sort(ids.reshape(-1), stable=True)
+    return ordered, order
+
+
+def warps(block_d: int) -> int:
+    return 4 if block_d <= 8192 else 8
 
 
 def example(case, dtype, device, generator):

@@ -4,7 +4,7 @@
 
 Positions with a negative id, and samples of weight 0, are not read. The positions are sorted by id first, so each row
 is summed by one program in a fixed order: no atomics, the same bits on every run. With a key, what add_noise would
-add to the sum is added in the same kernel.
+add to the sum is what the table is filled with before the rows that occur are added.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,8 @@ from torch import Tensor
 from flashdp_compile.kernels import gaussian
 from flashdp_compile.kernels.codegen import kernel
 from flashdp_compile.kernels.common import accumulator, cdiv, inner, pointer, randn, random_ids, start, widen
-from flashdp_compile.kernels.family import Family
+from flashdp_compile.kernels.embedding_sqnorm import blocks, by_id, warps
+from flashdp_compile.kernels.family import Family, Template
 
 
 def reference(
@@ -42,18 +43,15 @@ def fake(ids: Tensor, g: Tensor, weights: Tensor, num_embeddings: int, *noise: A
 @dataclass(frozen=True)
 class Spec:
     g_inner: bool
-    noise: bool
-    block_n: int = 16
-    block_d: int = 128
+    block_d: int
+    rows: int  # of one id, at a time
 
 
-def specialise(
-    ids: Tensor, g: Tensor, weights: Tensor, num_embeddings: int, key: Tensor | None = None, *noise: Any
-) -> Spec:
-    # a Philox block makes four elements: they must lie in one row
-    return Spec(inner(g), key is not None and g.shape[2] % 4 == 0)
+def specialise(ids: Tensor, g: Tensor, *rest: Any) -> Spec:
+    return Spec(inner(g), *blocks(g.shape[2]))
 
 
+# One program for each position in sorted order; that of an id's first position does the id's work.
 TEMPLATE = """
 import triton
 import triton.language as tl
@@ -61,29 +59,51 @@ import triton.language as tl
 
 @triton.jit
 def kernel(
-    first_ptr, order_ptr,
+    ids_ptr, order_ptr,
     {{ args("g", 3, g_inner) }},
-    weight_ptr, weight_s0, {% if noise %}key_ptr, noise_stream, std, {% endif %}out_ptr, T, D, TILES_D,
+    weight_ptr, weight_s0, out_ptr, N, T, D,
 ):
-    v = (tl.program_id(0) // TILES_D).to(tl.int64)
-    left = (tl.program_id(0) % TILES_D) * {{ block_d }}
-    d = left + tl.arange(0, {{ block_d }})
-    acc = tl.zeros([{{ block_d }}], tl.float32)
-    last = tl.load(first_ptr + v + 1)
-    for start in range(tl.load(first_ptr + v), last, {{ block_n }}):
-        n = start + tl.arange(0, {{ block_n }})
-        where = tl.load(order_ptr + n, mask=n < last, other=0)
+    n = tl.program_id(0).to(tl.int64)
+    v = tl.load(ids_ptr + n)
+    first = ((n == 0) | (tl.load(ids_ptr + tl.maximum(n - 1, 0)) != v)) & (v >= 0)
+    d = tl.arange(0, {{ block_d }})
+    total = tl.zeros([{{ block_d }}], tl.float32)
+    more = first
+    while more:
+        m = n + tl.arange(0, {{ rows }})
+        same = (tl.load(ids_ptr + m, mask=m < N, other=-1) == v) & (m < N)
+        where = tl.load(order_ptr + m, mask=same, other=0)
         b, t = where // T, where % T
-        w = tl.load(weight_ptr + b * weight_s0, mask=n < last, other=0.0)
-        read = (w[:, None] != 0.0) & (d[None, :] < D)
+        w = tl.load(weight_ptr + b * weight_s0, mask=same, other=0.0)
+        read = (w != 0.0)[:, None] & (d[None, :] < D)
         b_g = tl.load({{ at("g", "b[:, None]", "t[:, None]", "d[None, :]", g_inner) }}, mask=read, other=0.0)
-        acc += tl.sum(w[:, None] * b_g.to(tl.float32), 0)
-{% if noise %}
-    {{ draw_normals("(v * D + left) // 4 + tl.arange(0, %d)" % (block_d // 4), block_d) | indent(4) }}
-    acc += std * normals
-{% endif %}
-    tl.store(out_ptr + v * D + d, acc, mask=d < D)
+        total += tl.sum(w[:, None] * b_g.to(tl.float32), 0)
+        n += {{ rows }}
+        more = tl.sum(same.to(tl.int32)) == {{ rows }}
+    p_out, write = out_ptr + v * D + d, first & (d < D)
+    tl.store(p_out, tl.load(p_out, mask=write, other=0.0) + total, mask=write)
 """
+
+FILL = Template(
+    "noise",
+    """
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def kernel(key_ptr, noise_stream, std, out_ptr, N):
+    first = tl.program_id(0).to(tl.int64) * {{ block }}
+    {{ draw_normals("first // 4 + tl.arange(0, %d)" % (block // 4), block) | indent(4) }}
+    n = first + tl.arange(0, {{ block }})
+    tl.store(out_ptr + n, std * normals, mask=n < N)
+""",
+)
+
+
+@dataclass(frozen=True)
+class FillSpec:
+    block: int = 1024
 
 
 def launch(
@@ -95,18 +115,17 @@ def launch(
     stream: int = 0,
     std: float = 0.0,
 ) -> Tensor:
-    _, T, D = g.shape
-    spec = specialise(ids, g, weights, num_embeddings, key)
-    ordered, order = torch.sort(ids.reshape(-1), stable=True)
-    # row v owns order[first[v] : first[v + 1]]; negative ids lie before first[0]
-    first = torch.searchsorted(ordered, torch.arange(num_embeddings + 1, device=ids.device))
-    out = g.new_empty((num_embeddings, D), dtype=torch.float32)
-    tiles = cdiv(D, spec.block_d)
-    scale = weights, weights.stride(0)
-    noise = (key, gaussian.word(stream), std) if spec.noise else ()
-    arguments = (first, order, *pointer(g), *scale, *noise, out, T, D, tiles)
-    start(kernel(FAMILY, spec), num_embeddings * tiles, g, *arguments)
-    return out if key is None or spec.noise else gaussian.launch(out, key, stream, std)
+    B, T, D = g.shape
+    spec = specialise(ids, g)
+    if key is None:
+        out = g.new_zeros((num_embeddings, D), dtype=torch.float32)
+    else:
+        out, fill = g.new_empty((num_embeddings, D), dtype=torch.float32), FillSpec()
+        drawing = (key, gaussian.word(stream), std)
+        start(kernel(FILL, fill), cdiv(out.numel(), fill.block), g, *drawing, out, out.numel())
+    arguments = (*by_id(ids), *pointer(g), weights, weights.stride(0), out, B * T, T, D)
+    start(kernel(FAMILY, spec), B * T, g, *arguments, num_warps=warps(spec.block_d))
+    return out
 
 
 def example(case, dtype, device, generator):

@@ -2,8 +2,8 @@
 
     out = sum_b w_b product_b (+ noise)          product [B, d, p], weights [B] -> [d, p]
 
-A sample of weight 0 is not read: its product may hold NaN or infinity. Sums are in float32, in the order of b. With a
-key, what add_noise would add to the sum is added in the same kernel, to the same bits.
+A sample of weight 0 is not read: its product may hold NaN or infinity. Sums are in float32, the last sample first. With
+a key, what add_noise would add to the sum is added in the same kernel, to the same bits.
 """
 
 from dataclasses import dataclass
@@ -60,7 +60,8 @@ def kernel(
     p_row = product_ptr + n // P * product_s1 + n % P * product_s2
 {% endif %}
     acc = tl.zeros([{{ block }}], tl.float32)
-    for b in range(0, B):
+    for last in range(0, B):
+        b = B - 1 - last  # the newest first: they may still be in the L2 cache
         w = tl.load(weight_ptr + b * weight_s0)
         end = tl.where(w != 0.0, N, 0)  # a mask and no branch, so that loads of several samples are in flight
         p_b = p_row + tl.full([], b, tl.int64) * product_s0

@@ -45,6 +45,8 @@ def compile_all() -> None:
             FAMILIES[name].launch(*arguments(FAMILIES[name], (2, 256, 1024, p), torch.bfloat16))
     x, g, weights = arguments(FAMILIES["weighted_matmul"], (2, 256, 1024, 2048), torch.bfloat16)
     FAMILIES["weighted_matmul"].launch(x, g, weights, torch.zeros(2, dtype=torch.int64), 1, 0.5)
+    ids, g, weights, rows = arguments(FAMILIES["embedding_sum"], (2, 65, 129, 9), torch.bfloat16)
+    FAMILIES["embedding_sum"].launch(ids, g, weights, rows, torch.zeros(2, dtype=torch.int64), 1, 0.5)  # two kernels
     counter, sqnorm = torch.zeros((), dtype=torch.int64), torch.ones(3)
     for fn in clip.FUNCTIONS:
         clip.launch(counter, sqnorm, 1.0, fn, torch.tensor(1.0) if fn == "hard" else 1.0, 2.0)
@@ -76,7 +78,7 @@ def test_every_kernel_compiles_for_sm_90(tmp_path):
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     built = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(built) == 2 * len(FAMILIES) + 2 * len(MATRIX) + 1 + len(clip.FUNCTIONS), done.stdout
+    assert len(built) == 2 * len(FAMILIES) + 2 * len(MATRIX) + 3 + len(clip.FUNCTIONS), done.stdout
     for kernel in built:
         assert kernel["shared"] <= 227 * 1024, kernel
     fast = [kernel for kernel in built if kernel["tma"]]
