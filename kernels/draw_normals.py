@@ -1,9 +1,10 @@
 """Standard normal numbers for several tensors in one launch.
 
-    out = the numbers that add_noise adds to tensors of these sizes, for (key, stream), one tensor after another
+    out_i = the numbers that add_noise adds to a tensor of sizes_i elements, for (key, streams_i)
 
-Each tensor starts at a multiple of BLOCK elements; what lies between is drawn and means nothing. A caller that adds a
-part of `out` by ordinary code lets the compiler fuse the addition, so that small tensors cost no launch of their own.
+A caller that adds them by ordinary code lets the compiler fuse the addition into what makes a gradient, so that small
+gradients cost no launch of their own. Every result is a tensor of its own, and not a part of one: code that reads it
+is then the same for all layers of a model, and is compiled once.
 """
 
 from dataclasses import dataclass
@@ -20,27 +21,30 @@ from flashdp_compile.kernels.family import Family
 BLOCK = 1024
 
 
-def reference(key: Tensor, sizes: list[int], streams: list[int]) -> Tensor:
-    out = [
-        gaussian.gaussian(cdiv(size, BLOCK) * BLOCK, key, stream) for size, stream in zip(sizes, streams, strict=True)
-    ]
-    return torch.cat(out) if out else torch.empty(0, device=key.device)
+def reference(key: Tensor, sizes: list[int], streams: list[int]) -> list[Tensor]:
+    return [gaussian.gaussian(size, key, stream) for size, stream in zip(sizes, streams, strict=True)]
 
 
-def fake(key: Tensor, sizes: list[int], streams: list[int]) -> Tensor:
-    return key.new_empty(sum(cdiv(size, BLOCK) for size in sizes) * BLOCK, dtype=torch.float32)
+def fake(key: Tensor, sizes: list[int], streams: list[int]) -> list[Tensor]:
+    return [key.new_empty(size, dtype=torch.float32) for size in sizes]
+
+
+@dataclass(frozen=True)
+class Part:
+    first: int  # program
+    size: int
+    stream: int
 
 
 @dataclass(frozen=True)
 class Spec:
-    streams: tuple[tuple[int, int], ...]  # (first program, stream) of each tensor but the first, which begins at 0
-    first: int  # the stream of that one
+    parts: tuple[Part, ...]
     block: int = BLOCK
 
 
 def specialise(key: Tensor, sizes: list[int], streams: list[int]) -> Spec:
-    starts = accumulate(cdiv(size, BLOCK) for size in sizes)
-    return Spec(tuple(zip(starts, streams[1:], strict=False)), streams[0])
+    starts = accumulate((cdiv(size, BLOCK) for size in sizes), initial=0)
+    return Spec(tuple(Part(*part) for part in zip(starts, sizes, streams, strict=False)))
 
 
 TEMPLATE = """
@@ -49,25 +53,29 @@ import triton.language as tl
 
 
 @triton.jit
-def kernel(key_ptr, out_ptr):
+def kernel(key_ptr{% for _ in parts %}, out{{ loop.index0 }}_ptr{% endfor %}):
     number = tl.program_id(0).to(tl.int64)
-    noise_stream = number * 0 + {{ first }}
-    first = number * 0
-{% for begin, name in streams %}
-    noise_stream = tl.where(number >= {{ begin }}, {{ name }}, noise_stream)
-    first = tl.where(number >= {{ begin }}, {{ begin }}, first)
+    zero, out = number * 0, out0_ptr
+    first, size, noise_stream = zero, zero + {{ parts[0].size }}, zero + {{ parts[0].stream }}
+{% for part in parts[1:] %}
+    if number >= {{ part.first }}:
+        out = out{{ loop.index }}_ptr
+        first, size, noise_stream = zero + {{ part.first }}, zero + {{ part.size }}, zero + {{ part.stream }}
 {% endfor %}
-    {{ draw_normals("(number - first) * %d + tl.arange(0, %d)" % (block // 4, block // 4), block) | indent(4) }}
-    tl.store(out_ptr + number * {{ block }} + tl.arange(0, {{ block }}), normals)
+    start = (number - first) * {{ block }}
+    {{ draw_normals("start // 4 + tl.arange(0, %d)" % (block // 4), block) | indent(4) }}
+    n = start + tl.arange(0, {{ block }})
+    tl.store(out + n, normals, mask=n < size)
 """
 
 
-def launch(key: Tensor, sizes: list[int], streams: list[int]) -> Tensor:
+def launch(key: Tensor, sizes: list[int], streams: list[int]) -> list[Tensor]:
     for stream in streams:
         gaussian.word(stream)
     out = fake(key, sizes, streams)
-    if len(out):
-        start(kernel(FAMILY, specialise(key, sizes, streams)), len(out) // BLOCK, key, key, out)
+    programs = sum(cdiv(size, BLOCK) for size in sizes)
+    if programs:
+        start(kernel(FAMILY, specialise(key, sizes, streams)), programs, key, key, *out)
     return out
 
 
@@ -78,7 +86,7 @@ def example(case, dtype, device, generator):
 
 FAMILY = Family(
     name="draw_normals",
-    schema="(Tensor key, int[] sizes, int[] streams) -> Tensor",
+    schema="(Tensor key, int[] sizes, int[] streams) -> Tensor[]",
     reference=reference,
     launch=launch,
     fake=fake,

@@ -10,14 +10,12 @@ Both draw exactly the numbers that add_noise would draw, those of (key, stream),
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
-
-from flashdp_compile.compat import OpOverload
-from flashdp_compile.kernels.common import cdiv
-from flashdp_compile.kernels.draw_normals import BLOCK
 
 aten, flashdp = torch.ops.aten, torch.ops.flashdp
 
@@ -62,25 +60,22 @@ def _is_small(value: torch.Tensor) -> bool:
 
 
 def _together(graph: fx.Graph, key: fx.Node, noises: list[fx.Node]) -> None:
-    """One draw for several gradients, each of which adds its part by ordinary code that Inductor fuses."""
+    """One draw for several gradients, each of which adds its own by ordinary code that Inductor fuses."""
     sizes, streams = [n.meta["val"].numel() for n in noises], [n.args[2] for n in noises]
     with graph.inserting_after(key):
-        normals = graph.call_function(flashdp.draw_normals.default, (key, sizes, streams))
-    total = sum(cdiv(size, BLOCK) for size in sizes) * BLOCK
-    normals.meta["val"] = noises[0].meta["val"].new_empty(total)
-    start = 0
-    for noise, size in zip(noises, sizes, strict=True):
+        drawn = _call(graph, flashdp.draw_normals.default, key, sizes, streams)
+    for number, noise in enumerate(noises):
         grad, _, _, std = noise.args
         with graph.inserting_before(noise):
-            part = _call(graph, aten.slice.Tensor, normals, 0, start, start + size)
-            part = _call(graph, aten.reshape.default, part, list(noise.meta["val"].shape))
-            total_noise = _call(graph, aten.add.Tensor, grad, _call(graph, aten.mul.Tensor, part, std))
-        noise.replace_all_uses_with(total_noise)
+            normals = _call(graph, operator.getitem, drawn, number)
+            normals = _call(graph, aten.reshape.default, normals, list(noise.meta["val"].shape))
+            noise.replace_all_uses_with(
+                _call(graph, aten.add.Tensor, grad, _call(graph, aten.mul.Tensor, normals, std))
+            )
         graph.erase_node(noise)
-        start += cdiv(size, BLOCK) * BLOCK
 
 
-def _call(graph: fx.Graph, op: OpOverload, *args: Any) -> fx.Node:
+def _call(graph: fx.Graph, op: Callable[..., Any], *args: Any) -> fx.Node:
     node = graph.call_function(op, args)
     node.meta["val"] = op(*fx.map_arg(args, lambda n: n.meta["val"]))
     return node

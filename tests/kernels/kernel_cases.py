@@ -37,4 +37,4 @@ def absolute(args):
 
 
 def outputs(result) -> tuple[Tensor, ...]:
-    return result if isinstance(result, tuple) else (result,)
+    return tuple(result) if isinstance(result, (tuple, list)) else (result,)
