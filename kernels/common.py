@@ -65,7 +65,7 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def start(kernel: Any, programs: int, anchor: Tensor, *args: Any, num_warps: int = 4, num_stages: int = 2) -> None:
+def start(kernel: Any, programs: int, anchor: Tensor, *args: Any, num_warps: int = 4, num_stages: int = 3) -> None:
     """Launch `programs` copies of a kernel on the device of `anchor`, or record it; nothing to do is no launch."""
     if programs == 0:
         return

@@ -96,7 +96,7 @@ def kernel(key_ptr, noise_stream, std, out_ptr, N):
     first = tl.program_id(0).to(tl.int64) * {{ block }}
     {{ draw_normals("first // 4 + tl.arange(0, %d)" % (block // 4), block) | indent(4) }}
     n = first + tl.arange(0, {{ block }})
-    tl.store(out_ptr + n, std * normals, mask=n < N)
+    tl.store(out_ptr + n, tl.full([], std, tl.float32) * normals, mask=n < N)
 """,
 )
 

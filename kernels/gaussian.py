@@ -97,7 +97,7 @@ def kernel(grad_ptr, key_ptr, noise_stream, std, out_ptr, N):
     {{ draw_normals("first + tl.arange(0, %d)" % block, "%d, 4" % block) | indent(4) }}
     n = 4 * i[:, None] + tl.arange(0, 4)[None, :]
     b_grad = tl.load(grad_ptr + n, mask=n < N, other=0.0).to(tl.float32)
-    tl.store(out_ptr + n, (b_grad + std * normals).to(out_ptr.dtype.element_ty), mask=n < N)
+    tl.store(out_ptr + n, (b_grad + tl.full([], std, tl.float32) * normals).to(out_ptr.dtype.element_ty), mask=n < N)
 """
 
 

@@ -100,11 +100,12 @@ def kernel(
     total = tl.sum(a * g{% if biased %} + g_bias{% endif %})
     tl.store(part_ptr + b.to(tl.int64) * PAIRS + pair, tl.where(i == j, total, 2.0 * total))
     if i == j:
+        x_least, g_least = tl.full([], x_floor, tl.float32), tl.full([], g_floor, tl.float32)  # may come in float64
         rows = tl.arange(0, {{ tiles.rows }})
         diagonal = rows[:, None] == rows[None, :]
-        square = (tl.sum(tl.where(diagonal, a, 0.0), 1) + x_floor) * (tl.sum(tl.where(diagonal, g, 0.0), 1) + g_floor)
+        square = (tl.sum(tl.where(diagonal, a, 0.0), 1) + x_least) * (tl.sum(tl.where(diagonal, g, 0.0), 1) + g_least)
 {% if biased %}
-        square += tl.sum(tl.where(diagonal, g_bias, 0.0), 1) + g_floor
+        square += tl.sum(tl.where(diagonal, g_bias, 0.0), 1) + g_least
 {% endif %}
         tl.store(root_ptr + b.to(tl.int64) * BLOCKS + i, tl.sum(tl.where(t + rows < T, tl.sqrt(square), 0.0)))
 """

@@ -7,7 +7,8 @@ KEY_A, KEY_B = 0x9E3779B9, 0xBB67AE85  # increments of the key words
 WORD = 0xFFFFFFFF
 
 # draw_normals(index, shape): `normals` of [*shape], four for each Philox block in `index`, an int64 tensor of the same
-# shape but for a quarter of the last dimension. Uses the parameters key_ptr and noise_stream.
+# shape but for a quarter of the last dimension. Uses the parameters key_ptr and noise_stream. A deviation that is a
+# parameter is made a float32 by tl.full: Inductor passes numbers in float64.
 MACROS = f"""\
 {{%- macro draw_normals(index, shape) -%}}
 i = {{{{ index }}}}

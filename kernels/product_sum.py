@@ -68,7 +68,7 @@ def kernel(
         acc += w * tl.load(p_b, mask=n < end, other=0.0).to(tl.float32)
 {% if noise %}
     {{ draw_normals("start // 4 + tl.arange(0, %d)" % (block // 4), block) | indent(4) }}
-    acc += std * normals
+    acc += tl.full([], std, tl.float32) * normals
 {% endif %}
     tl.store(out_ptr + n, acc, mask=n < N)
 """

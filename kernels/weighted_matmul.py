@@ -80,7 +80,7 @@ def kernel(
     rows = (d + tl.arange(0, {{ tiles.rows }}))[:, None].to(tl.int64)
     {{ draw_normals("(rows * P + p) // 4 + tl.arange(0, %d)[None, :]" % quarter,
                     "%d, %d" % (tiles.rows, tiles.columns)) | indent(4) }}
-    total += std * normals
+    total += tl.full([], std, tl.float32) * normals
 {% endif %}
     {{ store_tile("out", "run", "total", tiles) }}
 """

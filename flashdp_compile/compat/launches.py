@@ -60,9 +60,15 @@ def _record(
 
 @functools.cache
 def _configured(kernel: Any, num_warps: int, num_stages: int) -> Any:
-    """A launch in a graph takes its warps and stages from the one configuration that an autotuner may choose."""
+    """A launch in a graph takes its warps and stages from the one configuration that an autotuner may choose.
+
+    With an autotuner Inductor compiles a kernel once for every set of numbers among its arguments, so Triton's own
+    defaults go without.
+    """
     import triton
 
+    if (num_warps, num_stages) == (4, 3):
+        return kernel
     return triton.autotune([triton.Config({}, num_warps=num_warps, num_stages=num_stages)], key=[])(kernel)
 
 
