@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from flashdp_compile.errors import Refusal
+from flashdp_compile.testing import replay_noise
 from reference import bound_between, per_sample_gradients, relative_errors, release
 from zoo import CASES
 from zoo.training import compiled_gradients
@@ -86,3 +87,21 @@ def test_samples_stay_apart_in_the_outputs(name):
     after = module(*batch.with_sample(2, other).args).detach()
     moved = (before - after).flatten(1).abs().amax(1) > 0
     assert moved.tolist() == [False, False, True, False, False]
+
+
+@pytest.mark.parametrize("name, clipping", [("gpt", "per_layer"), ("tied_embedding_and_head", "flat")])
+def test_the_noise_is_that_of_the_interpreted_graph(name, clipping):
+    """On a GPU it is drawn in other kernels there: inside sums, and once for all small gradients."""
+    case = CASES[name]
+    model, batch = case.model(), case.batch(5)
+    released = {}
+    for multiplier in (0.0, 1.0):
+        for compiler in ("eager", "inductor"):
+            replay_noise()
+            options = {"clipping": clipping, "noise_multiplier": multiplier, "compiler": compiler, "seed": 11}
+            released[multiplier, compiler] = compiled_gradients(case, model, batch, PLACES[clipping], **options)
+    for parameter, noised in released[1.0, "inductor"].items():
+        expected, plain = (released[multiplier, "eager"][parameter] for multiplier in (1.0, 0.0))
+        noise = expected - plain
+        assert noise.norm() > 0
+        assert ((noised - expected).norm() < 1e-4 * noise.norm()).item(), parameter

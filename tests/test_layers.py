@@ -16,7 +16,7 @@ SHARED = ("errors", "compat")
 
 # Who may import what of flashdp_compile. The first prefix that fits a module decides; a module always sees its own.
 INSIDE = {
-    "flashdp_compile.kernels": (),
+    "flashdp_compile.kernels": ("compat",),  # to launch
     "flashdp_compile.passes": ("kernels", *SHARED),
     "flashdp_compile.runtime": ("kernels", *SHARED),
     "flashdp_compile.compat": (),
