@@ -62,17 +62,23 @@ def differences(content: dict[str, Any]) -> list[tuple[str, float, float]]:
     return sorted(rows, key=lambda row: row[1] - row[2])
 
 
+def table_rows(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows by category, the whole step last; times in milliseconds."""
+    header = ["category", f"{BASELINE} ms", f"{content['names']['implementation']} ms", "difference"]
+    base, own = content["baseline"]["median_ms"], content["implementation"]["median_ms"]
+    lines = [*differences(content), ("step, without profiler", base, own)]
+    return header, [[name, f"{base:.2f}", f"{own:.2f}", f"{own - base:+.2f}"] for name, base, own in lines]
+
+
 def tables(content: dict[str, Any], kernels: int = 25) -> list[Table]:
     """By category, and the largest kernels of the implementation."""
     name, environment_ = content["names"]["implementation"], content["implementation"]["environment"]
-    first = Table("category", title=f"{content['names']['workload']}; {environment_['device']}")
-    for column in (f"{BASELINE} ms", f"{name} ms", "difference"):
+    (category, *columns), rows = table_rows(content)
+    first = Table(category, title=f"{content['names']['workload']}; {environment_['device']}")
+    for column in columns:
         first.add_column(column, justify="right")
-    for category, base, own in differences(content):
-        first.add_row(category, f"{base:.2f}", f"{own:.2f}", f"{own - base:+.2f}")
-    base, own = content["baseline"]["median_ms"], content["implementation"]["median_ms"]
-    first.add_section()
-    first.add_row("step, without profiler", f"{base:.2f}", f"{own:.2f}", f"{own - base:+.2f}")
+    for row in rows:
+        first.add_row(*row, end_section=row is rows[-2])
     second = Table("kernel", "category", title=f"the largest kernels of {name}")
     second.add_column("calls a step", justify="right")
     second.add_column("ms a step", justify="right")

@@ -1,9 +1,11 @@
 """Tables of results: on the terminal by rich, and in pages as markdown.
 
 A page holds a table between `<!-- table: NAME -->` and `<!-- end -->`; NAME is "targets" or a JSON file, seen from the
-page. `python -m benchmarks.tables docs/performance.md` writes all of them anew, and with a JSON file it prints that.
+page: results, or a profile. `python -m benchmarks.tables docs/performance.md` writes all of them anew, and with a JSON
+file of results it prints that.
 """
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import profile
 from benchmarks.results import Results, Run
 from benchmarks.targets import TARGETS, met, target
 from benchmarks.workloads import WORKLOADS
@@ -116,7 +119,13 @@ def fill(page: str, folder: Path) -> str:
 
     def table(match: re.Match[str]) -> str:
         name = match["name"]
-        text = targets() if name == "targets" else markdown(Results.load(folder / name))
+        if name == "targets":
+            text = targets()
+        elif "baseline" in (content := json.loads((folder / name).read_text(encoding="utf-8"))):
+            header, lines = profile.table_rows(content)
+            text = f"{_pipes(header, lines)}\n\n{content['names']['workload']}. {content.get('note', '')}".rstrip()
+        else:
+            text = markdown(Results.load(folder / name))
         return f"<!-- table: {name} -->\n\n{text}\n\n<!-- end -->"
 
     return re.sub(r"<!-- table: (?P<name>\S+) -->.*?<!-- end -->", table, page, flags=re.DOTALL)

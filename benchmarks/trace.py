@@ -1,7 +1,7 @@
 """From a profiler's trace to milliseconds by category.
 
-A kernel's name does not tell who launched it (each of flashdp's Triton kernels is called `kernel`), so a kernel is
-judged together with the ops that were running when it was launched. The trace is the one of
+A kernel's name need not tell who launched it (an op of flashdp may run several), so a kernel is judged together with
+the ops that were running when it was launched. The trace is the one of
 torch.profiler.profile(...).export_chrome_trace: kernels carry the "External id" of the op that launched them. Without
 a GPU there are no kernels, and an op's own time on the CPU is taken instead.
 """
@@ -40,7 +40,9 @@ _COMPILED = [(category, re.compile(ops), re.compile(name, re.IGNORECASE)) for ca
 
 
 def category(work: Work) -> str:
-    """ "flashdp NAME" for what an op of flashdp launched, a category of RULES, or "other"."""
+    """ "flashdp NAME" for a kernel of flashdp or what its op launched, a category of RULES, or "other"."""
+    if work.name.startswith("flashdp_"):  # launched by compiled code itself
+        return "flashdp " + work.name.removeprefix("flashdp_")
     for op in work.ops:
         if op.startswith("flashdp::"):
             return "flashdp " + op.removeprefix("flashdp::")

@@ -4,7 +4,7 @@
 
 Each sample's product is accumulated in float32 and then scaled in float32: neither x nor g is scaled and rounded to
 its own narrow dtype, so what is added has the norm that was clipped, to within float32 rounding. A sample of weight 0
-is not read, whatever it holds. With a key, what add_noise would add to the sum is added as well, to the same bits.
+adds nothing, whatever it holds. With a key, what add_noise would add to the sum is added as well, to the same bits.
 """
 
 from dataclasses import dataclass, replace
@@ -51,7 +51,8 @@ def specialise(x: Tensor, g: Tensor, weights: Tensor, key: Tensor | None = None,
     return Spec(dot_type(x, g), layout(x), layout(g), tiles, key is not None and g.shape[2] % 4 == 0)
 
 
-# Programs [tiles, runs]: where the tiles alone would leave multiprocessors idle, each takes a run of the samples.
+# Programs [tiles, runs]: where the tiles alone would leave multiprocessors idle, each takes a run of the samples. One
+# loop over samples and tokens, so that the loads of a sample are under way while the one before is added.
 TEMPLATE = """
 import triton
 import triton.language as tl
@@ -60,21 +61,22 @@ import triton.language as tl
 @triton.jit
 def kernel(
     {{ operand("x", x) }}, {{ operand("g", g) }}, weight_ptr, weight_s0,
-    {% if noise %}key_ptr, noise_stream, std, {% endif %}out_ptr, B, T, D, P, TILES_D, TILES_P, RUN,
+    {% if noise %}key_ptr, noise_stream, std, {% endif %}out_ptr, B, T, D, P, TILES_D, TILES_P, RUN, STEPS,
 ):
     number, run = tl.program_id(0) % (TILES_D * TILES_P), tl.program_id(0) // (TILES_D * TILES_P)
     {{ swizzled("number", tiles) | indent(4) }}
     total = tl.zeros([{{ tiles.rows }}, {{ tiles.columns }}], tl.float32)
-    for sample in range(run * RUN, tl.minimum(run * RUN + RUN, B)):
-        b = tl.full([], sample, tl.int32)
-        w = tl.load(weight_ptr + b * weight_s0)
-        if w != 0.0:
+    acc = tl.zeros([{{ tiles.rows }}, {{ tiles.columns }}], tl.float32)
+    for step in range(run * RUN * STEPS, tl.minimum(run * RUN + RUN, B) * STEPS):
+        b = step // STEPS
+        t = step % STEPS * {{ tiles.depth }}
+        b_x = {{ tile("x", x, "b", "t", tiles.depth, "T", "d", tiles.rows, "D") }}.to({{ dot_type }})
+        b_g = {{ tile("g", g, "b", "t", tiles.depth, "T", "p", tiles.columns, "P") }}.to({{ dot_type }})
+        acc = {{ dot("tl.trans(b_x)", "b_g", "acc") }}
+        if t + {{ tiles.depth }} >= T:
+            w = tl.load(weight_ptr + b * weight_s0)
+            total += tl.where(w != 0.0, w * acc, 0.0)
             acc = tl.zeros([{{ tiles.rows }}, {{ tiles.columns }}], tl.float32)
-            for t in range(0, T, {{ tiles.depth }}):
-                b_x = {{ tile("x", x, "b", "t", tiles.depth, "T", "d", tiles.rows, "D") }}.to({{ dot_type }})
-                b_g = {{ tile("g", g, "b", "t", tiles.depth, "T", "p", tiles.columns, "P") }}.to({{ dot_type }})
-                acc = {{ dot("tl.trans(b_x)", "b_g", "acc") }}
-            total += w * acc
 {% if noise %}
 {% set quarter = tiles.columns // 4 %}
     rows = (d + tl.arange(0, {{ tiles.rows }}))[:, None].to(tl.int64)
@@ -96,13 +98,13 @@ def launch(
     if 0 in (B, T, *count):
         nothing = x.new_zeros((D, P), dtype=torch.float32)
         return nothing if key is None else gaussian.launch(nothing, key, stream, std)
-    run = cdiv(B, runs(B, count[0] * count[1], tuning.processors(x.device)))
+    run = cdiv(B, runs(B, T, count[0] * count[1], tuning.processors(x.device)))
     out = x.new_empty((cdiv(B, run), D, P), dtype=torch.float32)
     loaded = *argument(x, spec.x, tiles.depth, tiles.rows), *argument(g, spec.g, tiles.depth, tiles.columns)
     if key is not None and len(out) > 1:
         spec = replace(spec, noise=False)  # the sum of the runs adds it
     noise = (key, gaussian.word(stream), std) if spec.noise else ()
-    arguments = (*loaded, weights, weights.stride(0), *noise, out, B, T, D, P, *count, run)
+    arguments = (*loaded, weights, weights.stride(0), *noise, out, B, T, D, P, *count, run, cdiv(T, tiles.depth))
     programs = len(out) * count[0] * count[1]
     start(kernel(FAMILY, spec), programs, x, *arguments, num_warps=tiles.warps, num_stages=tiles.stages)
     if len(out) > 1:
@@ -110,9 +112,19 @@ def launch(
     return out[0] if key is None or spec.noise else gaussian.launch(out[0], key, stream, std)
 
 
-def runs(samples: int, tiles: int, processors: int) -> int:
-    """Into how many runs to cut the samples so that `tiles` times as many programs fill the processors."""
-    return max(1, min(samples, processors // tiles))
+# What a run costs, in multiplications and additions per element of its partial sum, which is written and read again:
+# 8 bytes at 3 TB/s are worth as much as 1600 operations at 600 TFLOP/s.
+RUN_COST = 1600
+
+
+def runs(samples: int, tokens: int, tiles: int, processors: int) -> int:
+    """Into how many runs to cut the samples so that `tiles` times as many programs keep the processors busy."""
+
+    def cost(count: int) -> float:
+        waves = cdiv(tiles * count, processors) * processors / tiles  # what all processors do while the last is busy
+        return waves * 2 * tokens * cdiv(samples, count) + (RUN_COST * count if count > 1 else 0)
+
+    return min(range(1, min(samples, processors) + 1), key=cost)
 
 
 def example(case, dtype, device, generator):
