@@ -1,12 +1,15 @@
 """What a strategy costs, as expressions in the graph's own sizes, and how long that takes on a device.
 
 Sizes are sympy expressions (B, T, d, p or their values), so one formula serves the report and the choice. Costs count
-the norm and the weighted sum that follows it, since some strategies make the second one cheaper.
+the norm and the weighted sum that follows it, since some strategies make the second one cheaper. The time is that of
+the kernels that run, one by one: each family reaches its own share of a device.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import sympy
 import torch
@@ -18,13 +21,22 @@ from flashdp_compile.passes.axes.engine import Axes
 from flashdp_compile.passes.points import ParameterGradient
 
 
+class Kernel(NamedTuple):
+    """Work of one kernel: its family's name, operations, and the bytes that it does not move while it computes."""
+
+    family: str
+    flops: sympy.Expr
+    moved: sympy.Expr
+
+
 @dataclass(frozen=True)
 class Cost:
-    """Floating-point operations, bytes moved, and bytes held from the norm to the weighted sum."""
+    """Floating-point operations, bytes moved, and bytes held from the norm to the weighted sum; and what runs."""
 
     flops: sympy.Expr
     moved: sympy.Expr
     held: sympy.Expr
+    kernels: tuple[Kernel, ...]
 
     def __post_init__(self) -> None:
         for name in ("flops", "moved", "held"):
@@ -33,20 +45,42 @@ class Cost:
 
 @dataclass(frozen=True)
 class Device:
-    """Rates of a device: matrix operations per second, bytes per second, seconds to start a kernel."""
+    """Rates of a device.
+
+    `rates` has operations per second by family, `other` those of the rest; `bandwidth` is bytes per second, `launch`
+    the seconds to start a kernel, `fill` what one that computes takes more to fill and to drain the device. A Gram
+    matrix is computed in tiles of `tile` tokens, on and below the diagonal.
+    """
 
     name: str
-    flops: float
+    rates: Mapping[str, float]
+    other: float
     bandwidth: float
     launch: float
+    fill: float = 0.0
+    tile: int = 0
 
-    def seconds(self, flops: float, moved: float) -> float:
-        return flops / self.flops + moved / self.bandwidth + self.launch
+    def seconds(self, kernels: Iterable[Kernel]) -> sympy.Expr:
+        """How long the kernels take, one after the other."""
+        return sympy.Add(*map(self._seconds, kernels))
+
+    def _seconds(self, kernel: Kernel) -> sympy.Expr:
+        start = self.launch + (self.fill if kernel.family in self.rates else 0.0)
+        return kernel.flops / self.rates.get(kernel.family, self.other) + kernel.moved / self.bandwidth + start
 
 
-# One H100 SXM: 600 TFLOP/s is what tuned bf16 kernels reach, 3.0 TB/s a copy. A CPU core's figures only rank choices.
-H100 = Device("H100", 600e12, 3.0e12, 4e-6)
-CPU = Device("CPU", 1e11, 2e10, 1e-5)
+# One H100 SXM, fitted to the sweep in docs/performance.md: matrix kernels hide what they read, not what they write.
+# Products that are materialised are of float32. A CPU core's figures only rank choices.
+H100 = Device(
+    "H100",
+    {"outer_sqnorm": 720e12, "outer_store": 720e12, "gram_sqnorm": 500e12, "weighted_matmul": 490e12},
+    other=50e12,
+    bandwidth=2.6e12,
+    launch=4e-6,
+    fill=6e-6,
+    tile=128,
+)
+CPU = Device("CPU", {}, other=1e11, bandwidth=2e10, launch=1e-5)
 
 
 def device_of(gradient: ParameterGradient) -> Device:
@@ -93,23 +127,39 @@ def _factors(s: LinearSizes) -> sympy.Expr:
     return s.B * s.T * (s.d + s.p) * s.item
 
 
+def linear_kernels(s: LinearSizes, device: Device) -> dict[str, tuple[Kernel, Kernel]]:
+    """What each strategy runs for a matrix product: the norm, then the weighted sum."""
+    product, none = 2 * s.B * s.T * s.d * s.p, sympy.Integer(0)
+    stored, result = s.B * s.d * s.p * s.item, 4 * s.d * s.p
+    weighted = Kernel("weighted_matmul", product, result)
+    return {
+        "gram": (Kernel("gram_sqnorm", s.B * s.T * (s.T + device.tile) * (s.d + s.p), none), weighted),
+        "outer": (Kernel("outer_sqnorm", product, none), weighted),
+        "store": (Kernel("outer_store", product, stored), Kernel("product_sum", none, stored + result)),
+    }
+
+
 def gram_cost(gradient: ParameterGradient, axes: Axes) -> Cost:
     """Half of two T x T Gram matrices per sample, then the weighted product."""
     s = linear_sizes(gradient, axes)
-    return Cost(s.B * s.T**2 * (s.d + s.p) + 2 * s.B * s.T * s.d * s.p, 2 * _factors(s) + 4 * s.d * s.p, _factors(s))
+    flops = s.B * s.T**2 * (s.d + s.p) + 2 * s.B * s.T * s.d * s.p
+    kernels = linear_kernels(s, device_of(gradient))["gram"]
+    return Cost(flops, 2 * _factors(s) + 4 * s.d * s.p, _factors(s), kernels)
 
 
 def outer_cost(gradient: ParameterGradient, axes: Axes) -> Cost:
     """The product twice: once for its norm, once weighted."""
     s = linear_sizes(gradient, axes)
-    return Cost(4 * s.B * s.T * s.d * s.p, 2 * _factors(s) + 4 * s.d * s.p, _factors(s))
+    kernels = linear_kernels(s, device_of(gradient))["outer"]
+    return Cost(4 * s.B * s.T * s.d * s.p, 2 * _factors(s) + 4 * s.d * s.p, _factors(s), kernels)
 
 
 def store_cost(gradient: ParameterGradient, axes: Axes) -> Cost:
     """The product once, written and read back."""
     s = linear_sizes(gradient, axes)
     stored = s.B * s.d * s.p * s.item
-    return Cost(2 * s.B * s.T * s.d * s.p, _factors(s) + 2 * stored + 4 * s.d * s.p, stored)
+    kernels = linear_kernels(s, device_of(gradient))["store"]
+    return Cost(2 * s.B * s.T * s.d * s.p, _factors(s) + 2 * stored + 4 * s.d * s.p, stored, kernels)
 
 
 def _embedding_sizes(gradient: ParameterGradient, axes: Axes) -> tuple[sympy.Expr, sympy.Expr, sympy.Expr, int]:
@@ -126,9 +176,12 @@ def _embedding_sizes(gradient: ParameterGradient, axes: Axes) -> tuple[sympy.Exp
 
 
 def embedding_cost(gradient: ParameterGradient, axes: Axes) -> Cost:
-    """Half of one T x T Gram matrix per sample, then a scatter."""
+    """Rows of equal ids added up and squared, and once more with weights, into a table that is written as a whole."""
     B, T, d, item = _embedding_sizes(gradient, axes)
-    return Cost(B * T**2 * d, 3 * B * T * d * item, B * T * d * item)
+    rows, table = B * T * d, 4 * d * sympy.sympify(size_expression(gradient.shape[0]))
+    norm = Kernel("embedding_sqnorm", 3 * rows, rows * item)
+    total = Kernel("embedding_sum", 2 * rows, rows * item + table)
+    return Cost(norm.flops + total.flops, norm.moved + total.moved, rows * item, (norm, total))
 
 
 def tied_cost(gradient: ParameterGradient, axes: Axes) -> Cost:
@@ -136,10 +189,12 @@ def tied_cost(gradient: ParameterGradient, axes: Axes) -> Cost:
     lookup, head = embedding_cost(gradient, axes), gram_cost(gradient, axes)
     B, T, d, item = _embedding_sizes(gradient, axes)
     S = linear_sizes(gradient, axes).T
+    cross = Kernel("tied_cross", 2 * B * T * S * d, B * T * S * item)
     return Cost(
-        lookup.flops + head.flops + 2 * B * T * S * d,
-        lookup.moved + head.moved + B * T * S * item,
+        lookup.flops + head.flops + cross.flops,
+        lookup.moved + head.moved + cross.moved,
         lookup.held + head.held,
+        (*lookup.kernels, *head.kernels, cross),
     )
 
 

@@ -95,7 +95,7 @@ def evaluate(expression: sympy.Expr, hints: Mapping[sympy.Symbol, int]) -> float
 def _choose(gradient: ParameterGradient, axes: Axes, norm_strategy: str, hints: Mapping[sympy.Symbol, int]) -> Choice:
     device = device_of(gradient)
     options = [(s, s.cost(gradient, axes)) for s in candidates(gradient, axes)]
-    seconds = {s.name: device.seconds(evaluate(c.flops, hints), evaluate(c.moved, hints)) for s, c in options}
+    seconds = {s.name: evaluate(device.seconds(c.kernels), hints) for s, c in options}
     asked = [o for o in options if o[0].name == norm_strategy]
     strategy, cost = asked[0] if asked else min(options, key=lambda o: seconds[o[0].name])
     return Choice(gradient, strategy, cost, seconds)

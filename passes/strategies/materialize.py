@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from flashdp_compile.passes.axes.domain import Batched, Reduced
 from flashdp_compile.passes.axes.engine import Axes
-from flashdp_compile.passes.cost import Cost, contracted_axes, materialize_work
+from flashdp_compile.passes.cost import Cost, Kernel, contracted_axes, materialize_work
 from flashdp_compile.passes.emit import Emitter
 from flashdp_compile.passes.points import ParameterGradient
 from flashdp_compile.passes.strategies.base import Prepared, Strategy, split, weigh, widened
@@ -241,7 +241,8 @@ if hasattr(aten, "_unsafe_masked_index_put_accumulate"):
 def cost(gradient: ParameterGradient, axes: Axes) -> Cost:
     """Reads every operand once, multiplies if the points do, writes [B, *shape] and reads it twice."""
     work = materialize_work(gradient, axes)
-    return Cost(work.flops + 3 * work.result, work.bytes + 12 * work.result, 4 * work.result)
+    flops, moved = work.flops + 3 * work.result, work.bytes + 12 * work.result
+    return Cost(flops, moved, 4 * work.result, (Kernel("materialize", flops, moved),))
 
 
 MATERIALIZE = Strategy("materialize", lambda gradient, axes: True, prepare, cost, slack=2.0**-20)

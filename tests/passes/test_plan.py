@@ -11,7 +11,16 @@ from torch import nn
 
 from flashdp_compile.errors import OptionError
 from flashdp_compile.passes.axes.engine import propagate
-from flashdp_compile.passes.cost import CPU, H100, gram_cost, outer_cost, store_cost
+from flashdp_compile.passes.cost import (
+    CPU,
+    H100,
+    Kernel,
+    LinearSizes,
+    gram_cost,
+    linear_kernels,
+    outer_cost,
+    store_cost,
+)
 from flashdp_compile.passes.dump import expression, plan_table
 from flashdp_compile.passes.groups import Group, form_groups, sensitivity
 from flashdp_compile.passes.plan import TYPICAL_SIZE, evaluate, make_plan
@@ -19,6 +28,16 @@ from flashdp_compile.passes.points import find_points
 from flashdp_compile.passes.strategies.catalogue import STRATEGIES, candidates
 from flashdp_compile.testing import joint_graph
 from zoo import Model
+
+# B, T, d, p: microseconds on an H100; the sum draws its noise as well
+MEASURED = {
+    (16, 1024, 768, 2304): {"outer_sqnorm": 87.3, "outer_store": 106.5, "gram_sqnorm": 114.0, "product_sum": 29.7},
+    (16, 1024, 768, 3072): {"outer_sqnorm": 112.0, "outer_store": 134.5, "gram_sqnorm": 140.4, "product_sum": 37.7},
+    (16, 1024, 3072, 768): {"outer_sqnorm": 112.3, "outer_store": 134.9, "gram_sqnorm": 140.2, "product_sum": 36.9},
+    (16, 1024, 768, 768): {"outer_sqnorm": 45.1, "outer_store": 51.8, "gram_sqnorm": 66.2, "product_sum": 14.3},
+    (64, 256, 768, 2304): {"outer_sqnorm": 99.3, "outer_store": 188.2, "gram_sqnorm": 60.3, "product_sum": 89.4},
+    (4, 1024, 2048, 8192): {"outer_sqnorm": 189.7, "outer_store": 237.4, "gram_sqnorm": 123.8, "product_sum": 78.1},
+}
 
 
 def planned(model, *args, strategy="auto", clipping="flat", bound=1.0, **options):
@@ -76,8 +95,20 @@ class TestCosts:
         assert str(joint.batch) in plan_table(make_plan(gradients, axes, "flat", 1.0))
 
     def test_time_is_work_over_rates(self):
-        assert H100.seconds(H100.flops, 0) == pytest.approx(1 + H100.launch)
-        assert CPU.seconds(0, CPU.bandwidth) == pytest.approx(1 + CPU.launch)
+        one, none = sympy.Float(1.0), sympy.Integer(0)
+        gram, total = Kernel("gram_sqnorm", one * 500e12, none), Kernel("product_sum", none, one * CPU.bandwidth)
+        assert H100.seconds([gram]) == pytest.approx(1 + H100.launch + H100.fill)
+        assert CPU.seconds([total, total]) == pytest.approx(2 + 2 * CPU.launch)
+
+    @pytest.mark.parametrize("family", ["outer_sqnorm", "outer_store", "gram_sqnorm", "product_sum"])
+    def test_predictions_for_an_h100_are_near_what_was_measured(self, family):
+        """Microseconds of the sweep in docs/performance.md: mean absolute error under 15 percent, none over 25."""
+        errors = []
+        for (B, T, d, p), measured in MEASURED.items():
+            sizes = LinearSizes(*map(sympy.Integer, (B, T, d, p)), item=2)
+            kernels = {k.family: k for pair in linear_kernels(sizes, H100).values() for k in pair}
+            errors.append(abs(1e6 * float(H100.seconds([kernels[family]])) / measured[family] - 1))
+        assert max(errors) < 0.25 and sum(errors) / len(errors) < 0.15, errors
 
     def test_expressions_are_printed_short(self):
         n = sympy.Symbol("n")
