@@ -59,11 +59,10 @@ def make_plan(
     for gradient in gradients:
         by_name.setdefault(gradient.name, []).append(gradient)
     hints = _hints(axes)
+    members = {group.name: [g for name in group.members for g in by_name.pop(name, [])] for group in groups}
     choices = {
-        group.name: tuple(
-            _choose(g, axes, norm_strategy, hints) for name in group.members for g in by_name.pop(name, [])
-        )
-        for group in groups
+        name: tuple(_choose(g, axes, norm_strategy, hints, waits=_waits(own)) for g in own)
+        for name, own in members.items()
     }
     values = Values(axes.joint.graph)
     shared = {
@@ -92,10 +91,20 @@ def evaluate(expression: sympy.Expr, hints: Mapping[sympy.Symbol, int]) -> float
     return float(expression.subs(values))
 
 
-def _choose(gradient: ParameterGradient, axes: Axes, norm_strategy: str, hints: Mapping[sympy.Symbol, int]) -> Choice:
+def _waits(group: Sequence[ParameterGradient]) -> bool:
+    """Whether weights wait for norms of other layers, so that what makes the sums must be held until all are there."""
+    return sum(g.kind not in ("bias", "scale", "norm scale") for g in group) > 1
+
+
+def _choose(
+    gradient: ParameterGradient, axes: Axes, norm_strategy: str, hints: Mapping[sympy.Symbol, int], waits: bool
+) -> Choice:
+    """The strategy asked for, or the fastest; of those that hold the fewest bytes, where they are held."""
     device = device_of(gradient)
     options = [(s, s.cost(gradient, axes)) for s in candidates(gradient, axes)]
+    held = {s.name: evaluate(c.held, hints) for s, c in options}
     seconds = {s.name: evaluate(device.seconds(c.kernels), hints) for s, c in options}
     asked = [o for o in options if o[0].name == norm_strategy]
-    strategy, cost = asked[0] if asked else min(options, key=lambda o: seconds[o[0].name])
+    kept = [o for o in options if not waits or held[o[0].name] <= min(held.values())]
+    strategy, cost = asked[0] if asked else min(kept, key=lambda o: seconds[o[0].name])
     return Choice(gradient, strategy, cost, seconds)

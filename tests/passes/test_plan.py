@@ -72,10 +72,19 @@ class TestCosts:
 
     def test_the_fastest_candidate_is_taken(self):
         for model, x in ((Block(), torch.randn(2, 4, 6)), (nn.Linear(200, 200), torch.randn(2, 300, 200))):
-            for choices in planned(model, x).choices.values():
+            for choices in planned(model, x, clipping="per_layer").choices.values():
                 for c in choices:
                     assert c.seconds[c.strategy.name] == min(c.seconds.values())
                     assert set(c.seconds) >= {"materialize"}
+
+    def test_what_waits_for_other_layers_is_small(self):
+        """Factors of T (d + p) or a product of d p: the smaller is held until all norms are there."""
+        model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False))
+        for T, few in ((20, ("gram", "outer")), (200, ("store",))):
+            found = chosen(planned(model, torch.randn(2, T, 64)))
+            assert all(strategy in few for strategy in found.values()), found
+            for choice in planned(model, torch.randn(2, T, 64), clipping="per_layer").choices["0"]:
+                assert choice.seconds[choice.strategy.name] == min(choice.seconds.values())
 
     def test_many_tokens_leave_gram_and_few_tokens_take_it(self):
         assert chosen(planned(nn.Linear(512, 512, bias=False), torch.randn(2, 2, 512)))["weight"] == "gram"
