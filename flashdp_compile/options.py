@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 from flashdp_compile.checks import choice, integer, nearest, not_allowed, number, patterns
-from flashdp_compile.compat import inductor_option_names
+from flashdp_compile.compat import GRAPH_HOOKS, inductor_option_names
 from flashdp_compile.errors import OptionError
 
 ClipFn = Literal["hard", "automatic", "normalize"]
@@ -41,18 +41,6 @@ PERFORMANCE = ("norm_strategy", "compiler", "mode", "inductor", "debug")
 DEBUG_VARIABLE = "FLASHDP_DEBUG"
 DEBUG_FOLDER = "flashdp_debug"  # where debug=True writes, below the current folder
 
-# Hooks of Inductor that see the graph at or after the point where flashdp has proved it: they could undo the proof.
-_INDUCTOR_HOOKS = frozenset(
-    {
-        "joint_custom_pre_pass",
-        "joint_custom_post_pass",
-        "post_grad_custom_pre_pass",
-        "post_grad_custom_post_pass",
-        "_pre_fusion_custom_pass",
-        "_post_fusion_custom_pass",
-        "custom_partitioner_fn",
-    }
-)
 _log = logging.getLogger("flashdp_compile")
 T = TypeVar("T")
 
@@ -235,7 +223,7 @@ class Options:
             raise not_allowed("inductor", self.inductor, "a dict {name in torch._inductor.config: value}")
         settings = dict(self.inductor)
         for name in settings:
-            if name in _INDUCTOR_HOOKS:
+            if name in GRAPH_HOOKS:
                 raise OptionError(f"inductor[{name!r}] could change the graph after flashdp has proved it; not allowed")
         if settings:
             known = inductor_option_names()

@@ -13,12 +13,11 @@ from typing import NamedTuple
 
 import sympy
 import torch
-from torch import fx
 
 from flashdp_compile.compat import size_expression
 from flashdp_compile.passes.axes.domain import Batched, product
 from flashdp_compile.passes.axes.engine import Axes
-from flashdp_compile.passes.points import ParameterGradient
+from flashdp_compile.passes.points import ParameterGradient, contracted_axes
 
 
 class Kernel(NamedTuple):
@@ -97,18 +96,6 @@ class LinearSizes:
     d: sympy.Expr
     p: sympy.Expr
     item: int
-
-
-def contracted_axes(product: fx.Node, axes: Axes) -> tuple[Batched, Batched]:
-    """The batch axes of both operands of a matrix product that sums over samples.
-
-    One side may be the same for all samples (a first hidden state, say): it is read along the other side's axis.
-    """
-    inner = (1, 0) if product.target._opname == "mm" else (2, 1)
-    states = [axes[n] for n in product.args[:2]]
-    known = next(s for s, dim in zip(states, inner, strict=True) if isinstance(s, Batched) and s.dim == dim)
-    left, right = (Batched(dim, known.outer, known.inner) for dim in inner)
-    return left, right
 
 
 def linear_sizes(gradient: ParameterGradient, axes: Axes) -> LinearSizes:

@@ -205,6 +205,18 @@ def _permuted(dims: tuple[int, ...], rest: tuple[Any, ...]) -> tuple[Any, ...]:
     return rest if dims == tuple(range(len(dims))) else (("permute", dims), *rest)
 
 
+def contracted_axes(product: fx.Node, axes: Axes) -> tuple[Batched, Batched]:
+    """The batch axes of both operands of a matrix product that sums over samples.
+
+    One side may be the same for all samples (a first hidden state, say): it is read along the other side's axis.
+    """
+    inner = (1, 0) if product.target._opname == "mm" else (2, 1)
+    states = [axes[n] for n in product.args[:2]]
+    known = next(s for s, dim in zip(states, inner, strict=True) if isinstance(s, Batched) and s.dim == dim)
+    left, right = (Batched(dim, known.outer, known.inner) for dim in inner)
+    return left, right
+
+
 def _kind(axes: Axes, points: tuple[Point, ...], terms: tuple[Term, ...] | None, gradient: Gradient) -> str:
     """The layer that a gradient belongs to, in the words of its user."""
     kinds = {p.kind for p in points}

@@ -19,7 +19,7 @@ from flashdp_compile.passes.emit import Emitter
 from flashdp_compile.passes.groups import Group, sensitivity
 from flashdp_compile.passes.plan import Plan
 from flashdp_compile.passes.points import ParameterGradient
-from flashdp_compile.passes.strategies.base import Prepared
+from flashdp_compile.passes.strategies.base import Prepared, accumulation_dtype, widened
 from flashdp_compile.passes.strategies.materialize import MATERIALIZE
 from flashdp_compile.passes.strategies.shared import prepare_shared
 
@@ -91,17 +91,15 @@ def rewrite_single(joint: JointGraph, groups: tuple[Group, ...], mechanism: Mech
 
 
 def _zeros(gradient: Tensor) -> Tensor:
-    return torch.zeros_like(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
+    return torch.zeros_like(gradient, dtype=accumulation_dtype(gradient.dtype))
 
 
 def _sqnorm_of_one(gradient: Tensor) -> Tensor:
-    wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-    return wide.square().sum().reshape(1)
+    return widened(gradient).square().sum().reshape(1)
 
 
 def _weigh_one(gradient: Tensor, weights: Tensor) -> Tensor:
-    wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-    return torch.where(weights != 0, wide * weights, 0.0).reshape(gradient.shape)
+    return torch.where(weights != 0, widened(gradient) * weights, 0.0).reshape(gradient.shape)
 
 
 def private_gradients(joint: JointGraph) -> list[Gradient]:

@@ -4,6 +4,7 @@ Supported: torch 2.11 to 2.13; both ends are what everything here was checked on
 """
 
 from flashdp_compile.compat.compilers import (
+    GRAPH_HOOKS,
     CustomGraphPass,
     RestartAnalysis,
     UnwrappedCompilerError,
@@ -50,6 +51,7 @@ from flashdp_compile.compat.launches import is_recorded, pin_layouts, recorded_l
 __all__ = [
     "COMPILED_BACKWARD",
     "CustomGraphPass",
+    "GRAPH_HOOKS",
     "GradAOTOutput",
     "InputMutationAOTOutput",
     "OpOverload",

@@ -18,6 +18,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from flashdp_compile.compat.graphs import decompositions
 
 __all__ = [
+    "GRAPH_HOOKS",
     "CustomGraphPass",
     "RestartAnalysis",
     "UnwrappedCompilerError",
@@ -37,8 +38,9 @@ def inductor_option_names() -> list[str]:
     return sorted(config.get_config_copy())  # type: ignore[attr-defined]
 
 
-# Passes that Inductor can be configured to run on the graph, besides ours. 2.11, 2.13.
-_GRAPH_HOOKS = (
+# Passes that Inductor can be configured to run on the graph, besides ours. They see it at or after the point where
+# flashdp has proved it, and could undo the proof. 2.11, 2.13.
+GRAPH_HOOKS = (
     "joint_custom_pre_pass",
     "joint_custom_post_pass",
     "post_grad_custom_pre_pass",
@@ -53,7 +55,7 @@ def configured_graph_hooks() -> list[str]:
     """The names of graph passes that are set in torch._inductor.config."""
     from torch._inductor import config
 
-    return [name for name in _GRAPH_HOOKS if getattr(config, name, None)]
+    return [name for name in GRAPH_HOOKS if getattr(config, name, None)]
 
 
 def versions() -> list[str]:

@@ -57,8 +57,7 @@ def weighted_sum(site: Site, x: State, g: State, weights: State, *rest: Any) -> 
 @rule("flashdp.product_sum")
 def product_sum(site: Site, product: State, weights: State) -> State:
     """A reduction point whose samples are weighted."""
-    _leading(product, weights)
-    return site.point(weight=weights.weight if isinstance(weights, Batched) else None)
+    return weighted_sum(site, product, product, weights)
 
 
 LINEAR[torch.ops.flashdp.add_noise.default] = first_reduced

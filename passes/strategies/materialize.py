@@ -16,9 +16,9 @@ from torch import Tensor, fx
 
 from flashdp_compile.passes.axes.domain import Batched, Reduced
 from flashdp_compile.passes.axes.engine import Axes
-from flashdp_compile.passes.cost import Cost, Kernel, contracted_axes, materialize_work
+from flashdp_compile.passes.cost import Cost, Kernel, materialize_work
 from flashdp_compile.passes.emit import Emitter
-from flashdp_compile.passes.points import ParameterGradient
+from flashdp_compile.passes.points import ParameterGradient, contracted_axes
 from flashdp_compile.passes.strategies.base import Prepared, Strategy, split, weigh, widened
 from flashdp_compile.passes.strategies.batched_put import index_put
 

@@ -11,8 +11,7 @@ from torch import Tensor, fx
 
 from flashdp_compile.passes.axes.domain import Batched
 from flashdp_compile.passes.axes.engine import Axes
-from flashdp_compile.passes.cost import contracted_axes
-from flashdp_compile.passes.points import ParameterGradient, Term
+from flashdp_compile.passes.points import ParameterGradient, Term, contracted_axes
 from flashdp_compile.passes.strategies.base import split
 
 aten = torch.ops.aten

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, fx
 
 from flashdp_compile.passes.axes.engine import Axes
-from flashdp_compile.passes.cost import contracted_axes
 from flashdp_compile.passes.emit import Emitter
-from flashdp_compile.passes.points import ParameterGradient
+from flashdp_compile.passes.points import ParameterGradient, contracted_axes
 from flashdp_compile.passes.strategies.base import Prepared
 from flashdp_compile.passes.strategies.linear import weighted_product
 from flashdp_compile.passes.strategies.operands import linear_operands, linear_terms
