@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from flashdp_compile.compat import pin_layouts, recorded_launches
+from flashdp_compile.compat import pin_layouts, recorded_launches, written_by
+from flashdp_compile.errors import InternalError
 from flashdp_compile.kernels import FAMILIES
 from flashdp_compile.kernels.clip import release_weights
 from flashdp_compile.kernels.family import tensors
@@ -29,9 +30,36 @@ def inline_kernels(graph: fx.Graph, device: str = "cuda") -> int:
     found = [(n, launch) for n in graph.nodes if (launch := _launch(n, device)) is not None]
     for node, launch in found:
         take_apart(node, launch)
-    for recorded in recorded_launches(graph):
+    launches = recorded_launches(graph)
+    for recorded in launches:
         pin_layouts(recorded)
+    _check_writes(launches)
     return len(found)
+
+
+def _check_writes(launches: list[fx.Node]) -> None:
+    """Raises InternalError unless Inductor sees that every fresh buffer is written by the first launch that has it.
+
+    It would else be free to read the buffer before the launch, or to leave the launch out: noise and clipped sums would
+    then be whatever the memory held before.
+    """
+    judged, written = set(), set[fx.Node]()
+    for launch in launches:
+        arguments = launch.kwargs["kwargs"]
+        assert isinstance(arguments, dict)
+        buffers = {n: a for n, a in arguments.items() if isinstance(a, fx.Node) and _is_fresh(a) and a not in written}
+        written.update(buffers.values())
+        fresh = set(buffers)
+        if (kind := (launch.kwargs["kernel_idx"], *sorted(fresh))) in judged:
+            continue
+        judged.add(kind)
+        if unseen := fresh - written_by(launch):
+            raise InternalError(f"Inductor does not see that a kernel of flashdp writes {sorted(unseen)}")
+
+
+def _is_fresh(node: fx.Node) -> bool:
+    """Whether a value is memory and nothing more: made from no other value."""
+    return node.op == "call_function" and not node.all_input_nodes
 
 
 def _launch(node: fx.Node, device: str) -> Callable[..., Any] | None:

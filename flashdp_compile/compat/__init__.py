@@ -46,7 +46,7 @@ from flashdp_compile.compat.graphs import (
     source_name,
     trace,
 )
-from flashdp_compile.compat.launches import is_recorded, pin_layouts, recorded_launches, start_kernel
+from flashdp_compile.compat.launches import is_recorded, pin_layouts, recorded_launches, start_kernel, written_by
 
 __all__ = [
     "COMPILED_BACKWARD",
@@ -90,4 +90,5 @@ __all__ = [
     "start_kernel",
     "trace",
     "versions",
+    "written_by",
 ]

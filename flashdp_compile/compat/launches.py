@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = ["is_recorded", "pin_layouts", "recorded_launches", "start_kernel"]
+__all__ = ["is_recorded", "pin_layouts", "recorded_launches", "start_kernel", "written_by"]
 
 Blocks = Mapping[int, list[Any]]  # by position of an argument: the blocks in which a TMA descriptor moves that tensor
 
@@ -85,3 +85,15 @@ def pin_layouts(launch: fx.Node) -> None:
         for name, value in launch.kwargs["kwargs"].items()  # type: ignore[union-attr]
     }
     launch.meta["eager_input_vals"] = ((), {**dict.fromkeys(launch.kwargs), "kwargs": exact})
+
+
+def written_by(launch: fx.Node) -> set[str]:
+    """The arguments that Inductor believes a launch to write, from the kernel's own code. All where it cannot tell.
+    2.11, 2.13."""
+    from torch._higher_order_ops.triton_kernel_wrap import get_mutated_tensors
+
+    call: dict[str, Any] = dict(launch.kwargs)
+    values = fx.map_arg(call["kwargs"], lambda n: n.meta["val"])
+    return set(
+        get_mutated_tensors(call["kernel_idx"], call["constant_args_idx"], values, call["tma_descriptor_metadata"])
+    )

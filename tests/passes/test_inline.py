@@ -11,6 +11,7 @@ from small_models import Block, Tied
 from torch import fx, nn
 
 from flashdp_compile.compat import recorded_launches
+from flashdp_compile.errors import InternalError
 from flashdp_compile.passes.fuse_noise import fuse_noise
 from flashdp_compile.passes.inline import inline_kernels
 from flashdp_compile.runtime import noise
@@ -122,6 +123,14 @@ def test_strides_of_operands_are_pinned():
         for name, value in launch.kwargs["kwargs"].items():
             if isinstance(value, fx.Node):
                 assert pinned["kwargs"][name] is value.meta["val"]
+
+
+def test_a_write_that_inductor_does_not_see_is_an_error(monkeypatch):
+    """It may then read the buffer before the launch, or drop the launch: noise that is missing."""
+    of = graph("store").joint.graph
+    monkeypatch.setattr("flashdp_compile.passes.inline.written_by", lambda launch: {"part_ptr"})
+    with pytest.raises(InternalError, match="does not see that a kernel of flashdp writes"):
+        inline_kernels(of, device="cpu")
 
 
 def test_sizes_that_are_symbols_stay_ops():
