@@ -1,0 +1,72 @@
+"""The code that Inductor writes for a GPU, on a machine without one."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(
+    torch.version.cuda is not None, reason="a torch with CUDA asks the driver; see test_inductor"
+)
+
+
+@pytest.fixture(scope="module", params=["per_layer", "flat"])
+def backward(request) -> str:
+    """The code of the backward."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    script = str(Path(__file__).with_name("on_paper.py"))
+    done = subprocess.run([sys.executable, script, request.param], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])[1]
+
+
+def calls(code: str, kernel: str) -> list[list[str]]:
+    """The arguments of every launch of a kernel."""
+    found = re.findall(rf"^ +flashdp_{kernel}_\d+\.run\((.*), stream=", code, re.MULTILINE)
+    return [re.split(r", (?![^(]*\))", arguments) for arguments in found]
+
+
+def test_nothing_goes_through_the_dispatcher_but_the_key_and_the_count(backward):
+    called = re.findall(r"= torch\.ops\.flashdp\.(\w+)\.default\(", backward)
+    assert sorted(called) == ["clip_factors", "draw_key"]
+
+
+def test_every_linear_layer_is_stored_and_summed_by_launches(backward):
+    assert len(calls(backward, "outer_store")) == len(calls(backward, "product_sum")) == 2
+    assert len(calls(backward, "embedding_sqnorm")) == len(calls(backward, "embedding_sum")) == 1
+
+
+def test_operands_are_described_with_the_strides_that_they_have(backward):
+    """Through TMA descriptors: x and g of [16, 512, .] and the product, in the tiles of tuning.json."""
+    described = re.findall(r"TensorDescriptor\.from_tensor\((.*), \[1, (\d+), (\d+)\]\)", backward)
+    assert len(described) == 3 * 2
+    for tensor, *_ in described:
+        if "reinterpret_tensor" in tensor:
+            shape, stride = re.findall(r"\((\d+), (\d+), (\d+)\)", tensor)
+            assert int(stride[0]) == int(shape[1]) * int(shape[2]) and stride[2] == "1"
+
+
+def test_each_gradient_draws_from_a_stream_of_its_own(backward):
+    """The sums and the table draw inside, with one key; norm scale and biases share a launch."""
+    streams = [arguments[5] for arguments in calls(backward, "product_sum")]
+    streams += [arguments[1] for arguments in calls(backward, "noise")]
+    assert len(streams) == len(set(streams)) == 3 and all(stream.isdecimal() for stream in streams)
+    assert len(calls(backward, "draw_normals")) == 1
+    drawn = re.search(r"^def flashdp_draw_normals\(key_ptr, (.*)\):$", backward, re.MULTILINE)
+    assert drawn and drawn[1].split(", ") == ["out0_ptr", "out1_ptr", "out2_ptr"]
+
+
+def test_a_buffer_is_read_only_after_the_launch_that_fills_it(backward):
+    lines = backward.splitlines()
+    for kernel in ("outer_store", "product_sum", "embedding_sqnorm", "embedding_sum", "noise", "draw_normals"):
+        for number, line in enumerate(lines):
+            if re.match(rf" +flashdp_{kernel}_\d+\.run\(", line):
+                for buffer in re.findall(r"\bbuf\d+\b", line):
+                    made = [n for n, text in enumerate(lines) if re.match(rf" +{buffer} = ", text)]
+                    assert made and made[0] < number, (kernel, buffer)
