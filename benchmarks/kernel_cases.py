@@ -93,7 +93,7 @@ def cases(shape: Shape, device: str) -> Iterator[KernelCase]:
     if shape.vocabulary:
         ids = torch.randint(0, p, (B, T), device=device)
         read = 2 * B * T * d
-        yield KernelCase("embedding_sqnorm", shape.name, (ids, x), 1.3, pairs * d, read)
+        yield KernelCase("embedding_sqnorm", shape.name, (ids, x), 1.3, 3 * B * T * d, read)
         yield _elementwise("embedding_sum", shape, (ids, x, weights, p), read + 4 * p * d)
 
     gradient = torch.randn(d, p, device=device)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 from flashdp_compile.checks import choice, integer, nearest, not_allowed, number, patterns
-from flashdp_compile.compat import GRAPH_HOOKS, inductor_option_names
+from flashdp_compile.compat import GRAPH_HOOKS, inductor_option_names, launch_settings
 from flashdp_compile.errors import OptionError
 
 ClipFn = Literal["hard", "automatic", "normalize"]
@@ -225,6 +225,8 @@ class Options:
         for name in settings:
             if name in GRAPH_HOOKS:
                 raise OptionError(f"inductor[{name!r}] could change the graph after flashdp has proved it; not allowed")
+            if name in launch_settings():
+                raise OptionError(f"inductor[{name!r}] could break the kernels that flashdp launches; not allowed")
         if settings:
             known = inductor_option_names()
             for name in settings:

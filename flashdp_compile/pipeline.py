@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -120,6 +121,20 @@ def run(graph: fx.Graph, record: Record) -> None:
     record.verified = verify(record.joint, guarantee_of(record.options, before, slack), before)
 
 
+@contextlib.contextmanager
+def _as_internal_errors() -> Iterator[None]:
+    """Any exception of a pass but our own becomes an InternalError: some would make dynamo fall back to eager code."""
+    try:
+        yield
+    except FlashDPError:
+        raise
+    except Exception as error:
+        raise InternalError(
+            f"flashdp failed on this graph ({type(error).__name__}: {error}); nothing was compiled. "
+            "This is a bug in flashdp_compile: please report it with the model."
+        ) from error
+
+
 class FlashDPPass(CustomGraphPass):
     """The pipeline as the one pass that Inductor runs on the joint graph, before any of its own."""
 
@@ -131,17 +146,11 @@ class FlashDPPass(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         record = Record(self._options, self._inputs, before=graph_text(graph) if self._report else "")
         try:
-            run(graph, record)
+            with _as_internal_errors():
+                run(graph, record)
         except FlashDPError as error:
             record.error = error
             raise
-        except Exception as error:
-            record.error = error
-            # some exceptions would make dynamo fall back to eager code; none of ours may
-            raise InternalError(
-                f"flashdp failed on this graph ({type(error).__name__}: {error}); nothing was compiled. "
-                "This is a bug in flashdp_compile: please report it with the model."
-            ) from error
         finally:
             if self._report is not None:
                 self._report(record)
@@ -159,9 +168,10 @@ class LastPass(CustomGraphPass):
     """What Inductor runs on the graphs of forward and backward, before it makes their writes in place."""
 
     def __call__(self, graph: fx.Graph) -> None:
-        own_memory(graph)
-        fuse_noise(graph)
-        inline_kernels(graph)
+        with _as_internal_errors():
+            own_memory(graph)
+            fuse_noise(graph)
+            inline_kernels(graph)
 
     def uuid(self) -> Any:
         """The key of compile caches."""

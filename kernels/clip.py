@@ -9,8 +9,8 @@ is the gradient of the sample's own loss. With n = loss_scale sqrt(sqnorm):
     weight = factor loss_scale / divisor, in float32
 
 Guarantees. factor n <= C for the float32 numbers themselves: C is lowered by 2^-20, which is 16 units of rounding. Of
-these 8 lie between C and the weight where every operation rounds to nearest, and 14 where a compiler divides to within
-2 units in the last place, as Triton's plain division does. For `hard` the factor is exactly 1 where
+these 8 lie between C and the weight where every operation rounds to nearest, and 15 at most where a compiler divides to
+within 2 units in the last place, as Triton's plain division does. For `hard` the factor is exactly 1 where
 n <= C (1 - 2^-19). A sample whose n is not finite (NaN, infinity, or the root of a negative
 estimate) has a weight of exactly 0 and is counted.
 """
@@ -65,8 +65,11 @@ def release_weights(sqnorm: Tensor, bound: float, fn: str, mean: bool, expected_
 
 
 def floored(sqnorm: Tensor) -> Tensor:
-    """Squares of elements below 2^-74 are lost in float32: such a norm counts as 2^-60, more than 2^28 of them have."""
-    return sqnorm.clamp_min(2.0**-120)
+    """Squares of elements below 2^-74 are lost in float32: such a norm counts as 2^-60, more than 2^28 of them have.
+
+    A negative estimate is no norm: it becomes NaN, so that the sample is dropped.
+    """
+    return torch.where(sqnorm < 0, math.nan, sqnorm.clamp_min(2.0**-120))
 
 
 def scales(batch: int, mean: bool, expected_batch_size: int | None) -> tuple[float, float]:
@@ -106,7 +109,7 @@ class Spec:
     block: int = 256
 
 
-# sqrt_rn and div_rn round to nearest: the plain ones are approximations, which the guarantee does not allow for
+# sqrt_rn and div_rn round to nearest, as plain torch does
 TEMPLATE = Template(
     "clip_weights",
     """

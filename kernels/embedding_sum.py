@@ -61,11 +61,11 @@ import triton.language as tl
 def kernel(
     ids_ptr, order_ptr,
     {{ args("g", 3, g_inner) }},
-    weight_ptr, weight_s0, out_ptr, N, T, D,
+    weight_ptr, weight_s0, out_ptr, N, T, D, V,
 ):
     n = tl.program_id(0).to(tl.int64)
-    v = tl.load(ids_ptr + n)
-    first = ((n == 0) | (tl.load(ids_ptr + tl.maximum(n - 1, 0)) != v)) & (v >= 0)
+    v = tl.load(ids_ptr + n).to(tl.int64)
+    first = ((n == 0) | (tl.load(ids_ptr + tl.maximum(n - 1, 0)) != v)) & (v >= 0) & (v < V)
     d = tl.arange(0, {{ block_d }})
     total = tl.zeros([{{ block_d }}], tl.float32)
     more = first
@@ -123,7 +123,7 @@ def launch(
         out, fill = g.new_empty((num_embeddings, D), dtype=torch.float32), FillSpec()
         drawing = (key, gaussian.word(stream), std)
         start(kernel(FILL, fill), cdiv(out.numel(), fill.block), g, *drawing, out, out.numel())
-    arguments = (*by_id(ids), *pointer(g), weights, weights.stride(0), out, B * T, T, D)
+    arguments = (*by_id(ids), *pointer(g), weights, weights.stride(0), out, B * T, T, D, num_embeddings)
     start(kernel(FAMILY, spec), B * T, g, *arguments, num_warps=warps(spec.block_d))
     return out
 

@@ -24,9 +24,14 @@ blocks of at most BLOCK = 64 terms and add those to the accumulator themselves: 
 (8 are granted), and chain = the number of blocks. With blocks of 32, est was off by at most 0.15 gamma R^2 at all sizes
 tried (T to 4096, d, p to 11008).
 
-Products below the smallest normal number may be flushed to zero. A dot product of n terms loses at most n tiny by it,
-so every diagonal dot product is raised by n tiny / eps before it enters R (`floor`): gamma R^2 then covers that loss
-too. A sample whose gradient is zero therefore gets a squared norm that is not quite zero (of the order of 1e-30).
+Norms of embeddings are not sums over pairs: the rows of one id are added up, a chain of at most T additions that is
+off by about sqrt(T) u of the sum of their lengths, and then squared. There the bound on the error of the norm is gamma
+times the root of the summed squares of those sums (`guarded_root`). For rows too small to be squared there is the floor
+that clip.py sets to every norm.
+
+Products of pairs below the smallest normal number may be flushed to zero. A dot product of n terms loses at most n tiny
+by it, so every diagonal dot product is raised by n tiny / eps before it enters R (`floor`): gamma R^2 then covers that
+loss too. A sample whose gradient is zero therefore gets a squared norm that is not quite zero (of the order of 1e-30).
 
 The caller states SLACK, a relative excess of the clipped norm that the noise accounts for. What is returned is
 

@@ -25,6 +25,7 @@ class Emitter:
     def __init__(self, joint: JointGraph) -> None:
         self.graph = graph = joint.graph
         self._batch, self._samples = joint.batch, joint.samples
+        self._tangents = frozenset(joint.tangents)
         self._output = graph.output_node()
         self._original = list(graph.nodes)
         self._traces: dict[_Key, fx.GraphModule] = {}
@@ -66,11 +67,20 @@ class Emitter:
         raise AssertionError("a traced graph ends in an output")
 
     def settle(self) -> None:
-        """Moves every added node to just behind the last value that it needs."""
+        """Moves every added node to just behind the last value that it needs.
+
+        What needs a tangent comes no earlier than the first node of the backward: torch puts off recomputing what was
+        checkpointed only behind the first user of a tangent, so one in front of the forward would keep all of it alive.
+        """
+        backward = min(
+            (i for i, n in enumerate(self._original) if self._tangents.intersection(n.all_input_nodes)), default=0
+        )
         rank = {n: (i, 0) for i, n in enumerate(self._original)}
         for count, node in enumerate(self.graph.nodes):
             if node not in rank:
                 latest = max((rank[n][0] for n in node.all_input_nodes), default=0)
+                if self._tangents.intersection(node.all_input_nodes):
+                    latest = max(latest, backward - 1)
                 rank[node] = (max(latest, self._last_placeholder()), count + 1)
         rank[self._output] = (len(self._original), 0)
         for node in sorted((n for n in self.graph.nodes if n is not self._output), key=rank.__getitem__):

@@ -23,6 +23,7 @@ aten, flashdp = torch.ops.aten, torch.ops.flashdp
 _DRAWING = {flashdp.product_sum.default: 2, flashdp.weighted_matmul.default: 3, flashdp.embedding_sum.default: 4}
 _SAME_ORDER = {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.unsqueeze.default}
 SMALL = 1 << 20  # elements: a larger gradient is worth a launch of its own
+AT_ONCE = 64  # tensors that one launch draws for: a kernel for hundreds takes long to compile
 
 
 def fuse_noise(graph: fx.Graph, device: str = "cuda") -> int:
@@ -31,7 +32,9 @@ def fuse_noise(graph: fx.Graph, device: str = "cuda") -> int:
     left = [n for n in nodes if n.meta["val"].device.type == device and not _into_sum(n)]
     small = [n for n in left if _is_small(n.meta["val"])]
     for key in dict.fromkeys(n.args[1] for n in small):
-        _together(graph, key, [n for n in small if n.args[1] is key])
+        of_key = [n for n in small if n.args[1] is key]
+        for first in range(0, len(of_key), AT_ONCE):
+            _together(graph, key, of_key[first : first + AT_ONCE])
     return len(left) - len(small)
 
 
@@ -62,7 +65,7 @@ def _is_small(value: torch.Tensor) -> bool:
 def _together(graph: fx.Graph, key: fx.Node, noises: list[fx.Node]) -> None:
     """One draw for several gradients, each of which adds its own by ordinary code that Inductor fuses."""
     sizes, streams = [n.meta["val"].numel() for n in noises], [n.args[2] for n in noises]
-    with graph.inserting_after(key):
+    with graph.inserting_before(noises[0]):
         drawn = _call(graph, flashdp.draw_normals.default, key, sizes, streams)
     for number, noise in enumerate(noises):
         grad, _, _, std = noise.args

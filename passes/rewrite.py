@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from flashdp_compile.errors import Refusal
 from flashdp_compile.passes.axes.engine import Axes
 from flashdp_compile.passes.capture import Gradient, JointGraph
 from flashdp_compile.passes.emit import Emitter
@@ -50,6 +51,7 @@ class Mechanism:
 
 def rewrite(axes: Axes, plan: Plan, mechanism: Mechanism) -> None:
     """Replaces every parameter gradient of the joint graph, in place."""
+    _refuse_several_devices(axes.joint)
     emit = Emitter(axes.joint)
     released: Released = []
     prepared = [_prepare(emit, axes, plan, group.name) for group in plan.groups]
@@ -71,6 +73,7 @@ def _prepare(emit: Emitter, axes: Axes, plan: Plan, group: str) -> list[tuple[Pa
 
 def rewrite_empty(joint: JointGraph, groups: tuple[Group, ...], mechanism: Mechanism) -> None:
     """The release of a batch without samples: zero, and the noise that every release carries."""
+    _refuse_several_devices(joint)
     emit = Emitter(joint)
     zeros = [(g.position, emit(_zeros, g.node)) for g in private_gradients(joint)]
     _release(emit, joint, zeros, mechanism, mechanism.std(groups, 0.0))
@@ -81,6 +84,7 @@ def rewrite_single(joint: JointGraph, groups: tuple[Group, ...], mechanism: Mech
 
     No sample can mix with another, and dimensions of size one leave nothing to prove.
     """
+    _refuse_several_devices(joint)
     emit = Emitter(joint)
     private = {g.name: g for g in private_gradients(joint)}
     released: Released = []
@@ -88,6 +92,15 @@ def rewrite_single(joint: JointGraph, groups: tuple[Group, ...], mechanism: Mech
     for group, weights in zip(groups, _clip(emit, groups, norms, mechanism), strict=True):
         released += [(private[n].position, emit(_weigh_one, private[n].node, weights)) for n in group.members]
     _release(emit, joint, released, mechanism, mechanism.std(groups, MATERIALIZE.slack))
+
+
+def _refuse_several_devices(joint: JointGraph) -> None:
+    devices = sorted({str(g.node.meta["val"].device) for g in private_gradients(joint)})
+    if len(devices) > 1:
+        raise Refusal(
+            f"the parameters are on several devices ({', '.join(devices)}), and norms and noise of a release are made "
+            "on one: compile the part on each device by itself"
+        )
 
 
 def _zeros(gradient: Tensor) -> Tensor:
@@ -156,10 +169,10 @@ def _as(emit: Emitter, node: fx.Node, dtype: torch.dtype) -> fx.Node:
 def _noised(emit: Emitter, joint: JointGraph, released: Released, mechanism: Mechanism, std: float) -> Released:
     """Noise from one key for the whole release; `stream` numbers its parameters.
 
-    The key hangs on a tangent, so that it is drawn in the backward pass, a new one for every backward, and first of
-    all, so that every sum may draw its noise as it is made.
+    The key hangs on a tangent where it can, so that it is drawn in the backward pass, a new one for every backward, and
+    first of all, so that every sum may draw its noise as it is made.
     """
-    anchor = next(iter(joint.tangents))
+    anchor = _anchor(joint, released)
     key = emit(lambda anchor: ops.draw_key(anchor, mechanism.seed), anchor)
     if not mechanism.divides_by_batch:
         return [(at, emit(_noise(stream, std), node, key)) for stream, (at, node) in enumerate(released)]
@@ -169,6 +182,18 @@ def _noised(emit: Emitter, joint: JointGraph, released: Released, mechanism: Mec
     return [
         (at, emit.per_sample(_noise_over_batch(stream, std), node, key)) for stream, (at, node) in enumerate(released)
     ]
+
+
+def _anchor(joint: JointGraph, released: Released) -> fx.Node:
+    """A value of the backward pass on the device of the gradients. The sum over no samples is a constant, not one."""
+    device = released[0][1].meta["val"].device
+    tangents = [t for t in joint.tangents if t.meta["val"].device == device]
+    if not tangents and joint.batch == 0:
+        raise Refusal(
+            f"an empty batch has nothing to draw noise from: the parameters are on {device}, and no output of the "
+            "model is. Let the model return what it computed there, and move it outside"
+        )
+    return tangents[0] if tangents else released[0][1]
 
 
 def _noise(stream: int, std: float) -> Callable[..., Tensor]:

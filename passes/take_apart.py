@@ -53,6 +53,8 @@ def inlined(traced: fx.GraphModule, node: fx.Node) -> Any:
                 mapping[inner] = next(operands)
             elif inner.op == "output":
                 return fx.map_arg(inner.args[0], mapping.__getitem__)
+            elif inner.op == "get_attr":
+                raise AssertionError("what is put into a graph may not capture tensors: they belong to one process")
             else:
                 new = mapping[inner] = node.graph.node_copy(inner, mapping.__getitem__)
                 new.meta = {**node.meta, **{k: inner.meta[k] for k in ("val", "tensor_meta") if k in inner.meta}}

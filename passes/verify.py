@@ -152,6 +152,8 @@ class _Proof:
         summed, key, stream, deviation = node.args
         if [key] != self.keys or key.args[1] != self.guarantee.seed or key.args[0] not in self.backward:
             raise NotProved(f"the noise of {name} is not drawn from the one key of this release")
+        if key.meta["val"].device != summed.meta["val"].device:
+            raise NotProved(f"the noise of {name} is drawn on another device than its gradient's")
         # Philox would take it modulo 2^32. Not `in range`, which counts up to 2^32 for anything but an int.
         if not isinstance(stream, int) or not 0 <= stream < 2**32:
             raise NotProved(f"the noise of {name} has the stream {stream}")

@@ -113,7 +113,8 @@ def assert_printed(expected: str, printed: str, where: str) -> None:
     text, at = " ".join(printed.split()), 0
     for line in filter(None, (" ".join(line.split()) for line in expected.splitlines())):
         if line != "...":
-            found = re.compile(".*?".join(map(re.escape, line.split("...")))).search(text, at)
+            # a whole line: what follows is a space or the end, so that one that has lost its tail is not found
+            found = re.compile(".*?".join(map(re.escape, line.split("..."))) + r"(?!\S)").search(text, at)
             assert found, f"{where}: not printed: {line!r}, in\n{printed}"
             at = found.end()
 

@@ -26,6 +26,7 @@ __all__ = [
     "compile_with_interpreter",
     "configured_graph_hooks",
     "inductor_option_names",
+    "launch_settings",
     "partitioned_backend",
     "versions",
 ]
@@ -58,6 +59,16 @@ def configured_graph_hooks() -> list[str]:
     return [name for name in GRAPH_HOOKS if getattr(config, name, None)]
 
 
+def launch_settings() -> dict[str, Any]:
+    """What Inductor must do with launches in a graph: hand the operands over with the strides that are pinned, and
+    leave the kernels' source alone. 2.11 has the first, 2.13 both."""
+    wanted = {
+        "triton_kernel_default_layout_constraint": "needs_fixed_stride_order",
+        "epilogue_fusion_user_defined_triton_kernel": False,
+    }
+    return {name: value for name, value in wanted.items() if name in inductor_option_names()}
+
+
 def versions() -> list[str]:
     """What a cached graph depends on besides our sources."""
     import triton
@@ -81,6 +92,7 @@ def compile_with_inductor(
     patches = {
         **(list_mode_options(mode) if mode else {}),
         **settings,
+        **launch_settings(),
         "joint_custom_pre_pass": joint_pass,
         "post_grad_custom_post_pass": last_pass,
     }

@@ -73,7 +73,9 @@ def _configured(kernel: Any, num_warps: int, num_stages: int) -> Any:
 
 
 def recorded_launches(graph: fx.Graph) -> list[fx.Node]:
-    """The launches in a graph. They write into arguments, so nothing may reorder or drop them. 2.11, 2.13."""
+    """The launches in a graph, which write into arguments. From 2.13 on dead-code elimination keeps them; 2.11 knows no
+    way to say so, and eliminates nothing behind the last pass. 2.11, 2.13."""
+    fx.node.has_side_effect(torch.ops.higher_order.triton_kernel_wrapper_mutation)
     return list(graph.find_nodes(op="call_function", target=torch.ops.higher_order.triton_kernel_wrapper_mutation))
 
 

@@ -65,7 +65,7 @@ def clip_factors(
         counter = _counters[sqnorm.device]
     sqnorm = floored(sqnorm)
     if counts and others is not None:
-        counter += (~(sqnorm.isfinite() & others.isfinite().all(1))).sum()
+        counter += (~(sqnorm.isfinite() & floored(others).isfinite().all(1))).sum()
         counts = False
     scaling = scales(sqnorm.shape[0], mean, expected_batch_size)
     return clip_weights_into(counter if counts else None, sqnorm, bound, fn, *scaling)

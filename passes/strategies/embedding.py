@@ -1,7 +1,7 @@
 """Embeddings, alone and tied to the head of a language model.
 
-Alone: sum over pairs of equal ids of g_t . g_u. Tied, the table also receives the gradient of a linear layer, so
-|e + l|^2 = |e|^2 + |l|^2 + 2 <e, l>, and the cross term only needs the head's gradient at the input's ids (Ding et
+Alone: the rows of equal ids are added up, then squared. Tied, the table also receives the gradient of a linear layer,
+so |e + l|^2 = |e|^2 + |l|^2 + 2 <e, l>, and the cross term only needs the head's gradient at the input's ids (Ding et
 al. 2024, phantom clipping).
 """
 

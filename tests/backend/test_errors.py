@@ -119,7 +119,7 @@ def test_passes_of_others_are_refused(name):
         torch.compile(nn.Linear(3, 2), backend="flashdp", options=EAGER)(torch.randn(4, 3))
 
 
-@pytest.mark.parametrize("name", HOOKS)
-def test_passes_of_others_are_not_taken_as_options(name):
+@pytest.mark.parametrize("name", [*HOOKS, "triton_kernel_default_layout_constraint"])
+def test_what_could_undo_the_proof_is_not_taken_as_an_option(name):
     with pytest.raises(OptionError, match=name):
         torch.compile(nn.Linear(3, 2), backend="flashdp", options={"inductor": {name: print}})(torch.randn(4, 3))

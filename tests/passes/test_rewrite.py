@@ -1,14 +1,19 @@
 """The rewritten graph: every strategy gives the same release, and nothing else of the graph changes."""
 
+import copy
+
 import pytest
 import torch
 from pass_support import SILENT, random_inputs, rewritten, run
 from small_models import Block, Conv1D, Tied, TimeMajorAttention, TwoStreams, convolution, padded, twice
 from torch import fx, nn
+from torch.utils.checkpoint import checkpoint
 
+from flashdp_compile.errors import Refusal
 from flashdp_compile.passes.groups import Group
 from flashdp_compile.passes.rewrite import Mechanism, rewrite_empty, rewrite_single
 from flashdp_compile.testing import joint_graph
+from zoo import Model
 
 NOISY = Mechanism(noise_multiplier=1.0, clip_fn="hard", mean=False, expected_batch_size=None, seed=3)
 TOKENS = torch.randint(0, 2, (3, 4))
@@ -111,8 +116,23 @@ def originals(model, *args) -> set[str]:
     return {n.name for n in joint_graph(model, *args).graph.nodes}
 
 
+class TestKey:
+    def test_it_is_on_the_device_of_the_gradients(self):
+        """Wherever the model's outputs end up; "meta" stands for another device."""
+        model = Model(lambda m, x: m.fc(x).to("meta"), fc=nn.Linear(6, 5))
+        found = rewritten(model, torch.randn(3, 6), mechanism=NOISY)
+        (key,) = found.joint.graph.find_nodes(op="call_function", target=torch.ops.flashdp.draw_key.default)
+        assert key.meta["val"].device == found.result("fc.weight").meta["val"].device
+        found.verify()
+
+    def test_gradients_on_several_devices_are_refused(self):
+        model = Model(lambda m, x: m.b(m.a(x).to("meta")), a=nn.Linear(6, 5), b=nn.Linear(5, 4).to("meta"))
+        with pytest.raises(Refusal, match="the parameters are on several devices"):
+            rewritten(model, torch.randn(3, 6), mechanism=NOISY)
+
+
 class TestOrder:
-    """settle(): every added node right behind the last value that it needs."""
+    """settle(): every added node right behind the last value that it needs, of the backward none in front of it."""
 
     @pytest.mark.parametrize("clipping", ["flat", "per_layer"])
     @pytest.mark.parametrize("strategy", ["gram", "materialize"])
@@ -129,11 +149,31 @@ class TestOrder:
         inputs_end = max(place[n] for n in order if n.op == "placeholder")
         added = [n for n in order if n.op == "call_function" and n.name not in before]
         assert len(added) > 10
+        tangents = set(found.joint.tangents)
+        own = (n for n in order if n.name in before and tangents.intersection(n.all_input_nodes))
+        backward = min(map(place.__getitem__, own))
         for node in added:
             latest = max([inputs_end, *(place[n] for n in node.all_input_nodes)])
             assert latest < place[node]
+            if tangents.intersection(node.all_input_nodes):
+                latest = max(latest, max(n for n in range(backward) if order[n].name in before))
             between = [n for n in order[latest + 1 : place[node]] if n.name in before]
             assert not between, f"{node} waits behind {between}"
+
+    def test_nothing_is_recomputed_before_it_is_needed(self):
+        """Torch puts recomputed nodes off only behind the first user of a tangent: an early one keeps all alive."""
+        block = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+        model = Model(
+            lambda m, x: checkpoint(m.b, checkpoint(m.a, x, use_reentrant=False), use_reentrant=False).sin(),
+            a=block,
+            b=copy.deepcopy(block),
+        )
+        found = rewritten(model, torch.randn(3, 6), mechanism=NOISY)
+        order = list(found.joint.graph.nodes)
+        tangents = set(found.joint.tangents)
+        first = min(n for n, node in enumerate(order) if tangents.intersection(node.all_input_nodes))
+        layers = [n for n, node in enumerate(order) if node.target is torch.ops.aten.addmm.default]
+        assert len(layers) == 4 and max(layers) < first
 
     def test_per_layer_finishes_each_layer_at_once(self):
         model, x = (

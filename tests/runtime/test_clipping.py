@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from flashdp_compile.kernels.clip import FUNCTIONS, release_weights
 from flashdp_compile.runtime import clipping
 
 clip_factors = torch.ops.flashdp.clip_factors
@@ -54,11 +55,20 @@ def test_nonfinite_samples_are_dropped_and_counted():
 def test_one_call_counts_for_all_groups():
     nan, inf = float("nan"), float("inf")
     own = torch.tensor([1.0, nan, 1.0, 1.0])
-    others = torch.tensor([[nan, 1.0], [inf, nan], [1.0, 1.0], [1.0, -1e-9]])  # a negative estimate is no nan
+    others = torch.tensor([[nan, 1.0], [inf, nan], [1.0, 1.0], [1.0, -1e-9]])  # a negative estimate is no norm
     weights = clip_factors(own, 1.0, "hard", False, None, True, others)
     assert weights[[0, 2, 3]].gt(0.99).all() and weights[1] == 0, "a group is clipped by its own norms alone"
-    assert clipping.nonfinite_samples() == 2
+    assert clipping.nonfinite_samples() == 3
     assert torch.equal(clip_factors(own, 1.0, "hard", False, None, False), weights)
+    assert clipping.nonfinite_samples() == 3
+
+
+@pytest.mark.parametrize("fn", FUNCTIONS)
+def test_a_negative_estimate_drops_its_sample(fn):
+    """Rounding has gone beyond what the guard allows for, so the estimate bounds nothing."""
+    norms = torch.tensor([-1.0, -1e-30, 4.0])
+    for weights in (clip_factors(norms, 1.0, fn, False, None), release_weights(norms, 1.0, fn, False, None)):
+        assert weights[:2].eq(0).all() and weights[2] > 0
     assert clipping.nonfinite_samples() == 2
 
 
