@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -69,12 +68,11 @@ def start(kernel: Any, programs: int, anchor: Tensor, *args: Any, num_warps: int
     """Launch `programs` copies of a kernel on the device of `anchor`, or record it; nothing to do is no launch."""
     if programs == 0:
         return
-    from flashdp_compile.compat import is_recorded, start_kernel  # late: it loads Triton
+    from flashdp_compile.compat import start_kernel  # late: it loads Triton
 
     tensors = tuple(a.tensor if isinstance(a, Tiled) else a for a in args)
     blocks = {at: a.block for at, a in enumerate(args) if isinstance(a, Tiled)}
-    with torch.cuda.device(anchor.device) if anchor.is_cuda and not is_recorded() else nullcontext():
-        start_kernel(kernel, programs, tensors, blocks, num_warps, num_stages)
+    start_kernel(kernel, programs, anchor.device, tensors, blocks, num_warps, num_stages)
 
 
 def randn(shape: tuple[int, ...], dtype: torch.dtype, device: Any, generator: torch.Generator) -> Tensor:

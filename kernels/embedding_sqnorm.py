@@ -19,6 +19,7 @@ from flashdp_compile.kernels.codegen import kernel
 from flashdp_compile.kernels.common import accumulator, inner, pointer, randn, random_ids, start, widen
 from flashdp_compile.kernels.family import Family
 from flashdp_compile.kernels.guard import gamma, guarded_root
+from flashdp_compile.kernels.runs_of_ids import blocks, by_id, warps
 
 
 def reference(ids: Tensor, g: Tensor) -> Tensor:
@@ -49,12 +50,6 @@ class Spec:
 
 def specialise(ids: Tensor, g: Tensor) -> Spec:
     return Spec(inner(g), *blocks(g.shape[2]))
-
-
-def blocks(d: int) -> tuple[int, int]:
-    """A whole row of d entries, and how many rows fit into the registers beside the sum."""
-    block = max(16, 1 << (d - 1).bit_length())
-    return block, max(1, min(16, 8192 // block))
 
 
 # One program for each position in sorted order; that of a run's first position does the run's work.
@@ -101,16 +96,6 @@ def launch(ids: Tensor, g: Tensor) -> Tensor:
     arguments = (*by_id(ids), *pointer(g), part, length, B * T, T, D)
     start(kernel(FAMILY, spec), B * T, g, *arguments, num_warps=warps(spec.block_d))
     return guarded_root(part.sum(1), gamma(torch.float32, T) * length.sum(1).sqrt())
-
-
-def by_id(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The ids [B * T] in order, and the position b T + t of each; samples stay in order within an id."""
-    ordered, order = torch.sort(ids.reshape(-1), stable=True)
-    return ordered, order
-
-
-def warps(block_d: int) -> int:
-    return 4 if block_d <= 8192 else 8
 
 
 def example(case, dtype, device, generator):

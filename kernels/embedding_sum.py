@@ -16,8 +16,8 @@ from torch import Tensor
 from flashdp_compile.kernels import gaussian
 from flashdp_compile.kernels.codegen import kernel
 from flashdp_compile.kernels.common import accumulator, cdiv, inner, pointer, randn, random_ids, start, widen
-from flashdp_compile.kernels.embedding_sqnorm import blocks, by_id, warps
 from flashdp_compile.kernels.family import Family, Template
+from flashdp_compile.kernels.runs_of_ids import blocks, by_id, warps
 
 
 def reference(

@@ -101,15 +101,15 @@ def launch(
     run = cdiv(B, runs(B, T, count[0] * count[1], tuning.processors(x.device)))
     out = x.new_empty((cdiv(B, run), D, P), dtype=torch.float32)
     loaded = *argument(x, spec.x, tiles.depth, tiles.rows), *argument(g, spec.g, tiles.depth, tiles.columns)
-    if key is not None and len(out) > 1:
-        spec = replace(spec, noise=False)  # the sum of the runs adds it
-    noise = (key, gaussian.word(stream), std) if spec.noise else ()
+    inside = spec.noise and len(out) == 1  # else the sum of the runs adds it, or a kernel of its own
+    noise = (key, gaussian.word(stream), std) if inside else ()
     arguments = (*loaded, weights, weights.stride(0), *noise, out, B, T, D, P, *count, run, cdiv(T, tiles.depth))
     programs = len(out) * count[0] * count[1]
-    start(kernel(FAMILY, spec), programs, x, *arguments, num_warps=tiles.warps, num_stages=tiles.stages)
+    chosen = kernel(FAMILY, replace(spec, noise=inside))
+    start(chosen, programs, x, *arguments, num_warps=tiles.warps, num_stages=tiles.stages)
     if len(out) > 1:
         return product_sum.launch(out, out.new_ones(len(out)), key, stream, std)
-    return out[0] if key is None or spec.noise else gaussian.launch(out[0], key, stream, std)
+    return out[0] if key is None or inside else gaussian.launch(out[0], key, stream, std)
 
 
 # What a run costs, in multiplications and additions per element of its partial sum, which is written and read again:

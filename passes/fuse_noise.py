@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from flashdp_compile.compat import argument
+
 aten, flashdp = torch.ops.aten, torch.ops.flashdp
 
-# ops whose kernels can draw, with the number of arguments before (key, stream, std)
-_DRAWING = {flashdp.product_sum.default: 2, flashdp.weighted_matmul.default: 3, flashdp.embedding_sum.default: 4}
+# ops whose kernels can draw, if they are given a key
+_DRAWING = {flashdp.product_sum.default, flashdp.weighted_matmul.default, flashdp.embedding_sum.default}
 _SAME_ORDER = {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.unsqueeze.default}
 SMALL = 1 << 20  # elements: a larger gradient is worth a launch of its own
 AT_ONCE = 64  # tensors that one launch draws for: a kernel for hundreds takes long to compile
@@ -40,19 +42,18 @@ def fuse_noise(graph: fx.Graph, device: str = "cuda") -> int:
 
 def _into_sum(noise: fx.Node) -> bool:
     """Hands key, stream and std to the op that makes the sum; False if there is none that can draw."""
-    grad, *drawing = noise.args
-    at = grad
-    while at.target in _SAME_ORDER and len(at.users) == 1:
-        at = at.args[0]
-    count = _DRAWING.get(at.target)
-    if count is None or len(at.users) != 1 or len(at.args) != count or at.meta["val"].dtype != torch.float32:
+    grad, key, stream, std = noise.args
+    chain = [grad]  # from the gradient up to its sum, through views that keep the order of the elements
+    while chain[-1].target in _SAME_ORDER and len(chain[-1].users) == 1:
+        chain.append(chain[-1].args[0])
+    total = chain[-1]
+    if total.target not in _DRAWING or len(total.users) != 1 or total.meta["val"].dtype != torch.float32:
         return False
-    at.args = (*at.args, *drawing)
-    while at is not grad:  # the key may be drawn behind the sum
-        following = next(iter(at.users))
-        noise.prepend(at)
-        at = following
-    noise.prepend(grad)
+    if argument(total, "key") is not None:
+        return False
+    total.kwargs = {**total.kwargs, "key": key, "stream": stream, "std": std}
+    for node in reversed(chain):  # the key may be drawn behind the sum
+        noise.prepend(node)
     noise.replace_all_uses_with(grad)
     noise.graph.erase_node(noise)
     return True

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from flashdp_compile.compat import pin_layouts, recorded_launches, written_by
+from flashdp_compile.compat import argument, pin_layouts, recorded_launches, written_by
 from flashdp_compile.errors import InternalError
 from flashdp_compile.kernels import FAMILIES
 from flashdp_compile.kernels.clip import release_weights
@@ -74,8 +74,9 @@ def _launch(node: fx.Node, device: str) -> Callable[..., Any] | None:
     if family is not None:
         return family.launch if family.supports(*values) else None
     # the one call of a release that also counts stays an op: it writes to a counter
-    counts = name != "clip_factors" or (node.args[5] if len(node.args) > 5 else True)
-    return None if counts else lambda *args: release_weights(*args[:5])
+    if name != "clip_factors" or argument(node, "counts"):
+        return None
+    return lambda sqnorm, bound, fn, mean, size, *counting: release_weights(sqnorm, bound, fn, mean, size)
 
 
 def _is_static(value: torch.Tensor) -> bool:

@@ -34,6 +34,7 @@ from flashdp_compile.compat.graphs import (
     OpOverload,
     PlainAOTInput,
     TangentAOTInput,
+    argument,
     detect_fake_mode,
     graph_label,
     is_argument,
@@ -47,7 +48,7 @@ from flashdp_compile.compat.graphs import (
     source_name,
     trace,
 )
-from flashdp_compile.compat.launches import is_recorded, pin_layouts, recorded_launches, start_kernel, written_by
+from flashdp_compile.compat.launches import pin_layouts, recorded_launches, start_kernel, written_by
 
 __all__ = [
     "COMPILED_BACKWARD",
@@ -60,6 +61,7 @@ __all__ = [
     "RestartAnalysis",
     "TangentAOTInput",
     "UnwrappedCompilerError",
+    "argument",
     "backward_number",
     "compile_calls",
     "compile_with_inductor",
@@ -73,7 +75,6 @@ __all__ = [
     "inductor_option_names",
     "is_argument",
     "is_python_float",
-    "is_recorded",
     "known_size",
     "launch_settings",
     "live_tensor",

@@ -37,6 +37,7 @@ __all__ = [
     "OpOverload",
     "PlainAOTInput",
     "TangentAOTInput",
+    "argument",
     "detect_fake_mode",
     "graph_label",
     "is_argument",
@@ -130,6 +131,14 @@ def graph_label(gm: torch.fx.GraphModule) -> str:
             file, line, function = own[0]
             return f"{function} ({file}:{line})"
     return "a compiled region"
+
+
+def argument(node: torch.fx.Node, name: str) -> Any:
+    """What a node hands to an argument of its op, the default where it was left out. 2.11, 2.13."""
+    assert isinstance(node.target, OpOverload)
+    declared = node.target._schema.arguments
+    place = next(n for n, a in enumerate(declared) if a.name == name)
+    return node.args[place] if place < len(node.args) else node.kwargs.get(name, declared[place].default_value)
 
 
 def returns_views(op: OpOverload) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -9,33 +10,35 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = ["is_recorded", "pin_layouts", "recorded_launches", "start_kernel", "written_by"]
+__all__ = ["pin_layouts", "recorded_launches", "start_kernel", "written_by"]
 
 Blocks = Mapping[int, list[Any]]  # by position of an argument: the blocks in which a TMA descriptor moves that tensor
 
 
-def is_recorded() -> bool:
-    """Whether what is called now is traced into a graph. 2.11, 2.13."""
-    from torch.fx.experimental.proxy_tensor import get_proxy_mode
-
-    return get_proxy_mode() is not None
-
-
 def start_kernel(
-    kernel: Any, programs: Any, arguments: tuple[Any, ...], blocks: Blocks, num_warps: int, num_stages: int
+    kernel: Any,
+    programs: int,
+    device: torch.device,
+    arguments: tuple[Any, ...],
+    blocks: Blocks,
+    num_warps: int,
+    num_stages: int,
 ) -> None:
     """Launches `programs` copies of a Triton kernel, or records the launch in the graph that is being traced.
 
     2.11, 2.13.
     """
-    if is_recorded():
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    if get_proxy_mode() is not None:
         return _record(kernel, programs, arguments, blocks, num_warps, num_stages)
     if blocks:
         from triton.tools.tensor_descriptor import TensorDescriptor
 
         described = {at: TensorDescriptor.from_tensor(arguments[at], block) for at, block in blocks.items()}
         arguments = tuple(described.get(at, argument) for at, argument in enumerate(arguments))
-    kernel[(programs,)](*arguments, num_warps=num_warps, num_stages=num_stages)
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[(programs,)](*arguments, num_warps=num_warps, num_stages=num_stages)
 
 
 def _record(
@@ -67,7 +70,8 @@ def _configured(kernel: Any, num_warps: int, num_stages: int) -> Any:
     """
     import triton
 
-    if (num_warps, num_stages) == (4, 3):
+    default = triton.Config({})
+    if (num_warps, num_stages) == (default.num_warps, default.num_stages):
         return kernel
     return triton.autotune([triton.Config({}, num_warps=num_warps, num_stages=num_stages)], key=[])(kernel)
 
