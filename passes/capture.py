@@ -63,13 +63,21 @@ class JointGraph:
 
     graph: fx.Graph
     inputs: tuple[Input, ...]
-    batch: Size
+    captured_batch: Size
     samples: dict[fx.Node, int]
     parameters: dict[fx.Node, Input]
     tangents: dict[fx.Node, fx.Node]
     gradients: tuple[Gradient, ...]
     outputs: tuple[fx.Node, ...]
     mutated: dict[fx.Node, str]
+
+    @property
+    def batch(self) -> Size:
+        """A number where torch has made one of the symbol since, as some of its own code does while we trace it."""
+        if isinstance(self.captured_batch, int):
+            return self.captured_batch
+        node, dim = next(iter(self.samples.items()))
+        return size_expression(node.meta["val"].shape[dim])
 
     @property
     def output(self) -> fx.Node:
