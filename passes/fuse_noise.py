@@ -3,7 +3,7 @@
 Runs behind the proof, which reads one add_noise for each gradient. What it changes is where the noise is added:
 
     add_noise(sum(...), key, stream, std)      a sum whose kernel can draw: the same bits, inside
-    add_noise(grad, key, stream, std)          any other small gradient: grad + std * (its part of one draw_normals)
+    add_noise(grad, key, stream, std)          any other small gradient: grad + std * (its own of one draw_normals)
 
 Both draw exactly the numbers that add_noise would draw, those of (key, stream), so streams stay apart as proved.
 """
