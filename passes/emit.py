@@ -7,7 +7,7 @@ stands as early in the graph as its operands allow, so that per-layer clipping f
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ class Emitter:
                 traced = trace(function, values)
             if full_key is not None:
                 self._traces[full_key] = traced
-        return self._inline(traced, operands)
+        return inlined(traced, operands, self._output)
 
     def per_sample(self, function: Callable[..., Any], *operands: fx.Node) -> Any:
         """The nodes of `function(B, *operands)`; B is a number, or the symbolic size of an input that holds samples."""
@@ -50,21 +50,6 @@ class Emitter:
             return self(functools.partial(function, self._batch), *operands)
         samples, dim = next(iter(self._samples.items()))
         return self(lambda x, *values: function(x.shape[dim], *values), samples, *operands)
-
-    def _inline(self, traced: fx.GraphModule, operands: tuple[fx.Node, ...]) -> Any:
-        mapping: dict[fx.Node, Any] = {}
-        remaining = iter(operands)
-        with self.graph.inserting_before(self._output):
-            for node in traced.graph.nodes:
-                if node.op == "placeholder":
-                    mapping[node] = next(remaining)
-                elif node.op == "output":
-                    return fx.map_arg(node.args[0], lambda n: mapping[n])
-                elif node.op == "get_attr":
-                    raise AssertionError("a rewrite may not capture tensors: they belong to one process")
-                else:
-                    mapping[node] = self.graph.node_copy(node, lambda n: mapping[n])
-        raise AssertionError("a traced graph ends in an output")
 
     def settle(self) -> None:
         """Moves every added node to just behind the last value that it needs.
@@ -88,6 +73,27 @@ class Emitter:
 
     def _last_placeholder(self) -> int:
         return max(i for i, n in enumerate(self._original) if n.op == "placeholder")
+
+
+def inlined(
+    traced: fx.GraphModule, operands: Iterable[fx.Node], before: fx.Node, meta: Mapping[str, Any] | None = None
+) -> Any:
+    """The results of `traced` as nodes in front of `before`. With `meta` they know that, beside their own values."""
+    mapping: dict[fx.Node, Any] = {}
+    remaining = iter(operands)
+    with before.graph.inserting_before(before):
+        for node in traced.graph.nodes:
+            if node.op == "placeholder":
+                mapping[node] = next(remaining)
+            elif node.op == "output":
+                return fx.map_arg(node.args[0], mapping.__getitem__)
+            elif node.op == "get_attr":
+                raise AssertionError("what is put into a graph may not capture tensors: they belong to one process")
+            else:
+                new = mapping[node] = before.graph.node_copy(node, mapping.__getitem__)
+                if meta is not None:
+                    new.meta = {**meta, **{k: node.meta[k] for k in ("val", "tensor_meta") if k in node.meta}}
+    raise AssertionError("a traced graph ends in an output")
 
 
 def signature(value: Any) -> Any:

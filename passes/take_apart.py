@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from flashdp_compile.compat import detect_fake_mode, trace
-from flashdp_compile.passes.emit import signature
+from flashdp_compile.passes.emit import inlined, signature
 
 
 class TakeApart:
@@ -29,7 +29,7 @@ class TakeApart:
         if key not in self._traces:
             with detect_fake_mode(values) or torch.no_grad():
                 self._traces[key] = trace(_of_operands(node, function), values)
-        _hand_over(node, inlined(self._traces[key], node))
+        _hand_over(node, inlined(self._traces[key], operands, node, node.meta))
 
 
 def _of_operands(node: fx.Node, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -41,24 +41,6 @@ def _of_operands(node: fx.Node, function: Callable[..., Any]) -> Callable[..., A
         return function(*args, **kwargs)
 
     return called
-
-
-def inlined(traced: fx.GraphModule, node: fx.Node) -> Any:
-    """The results of `traced` as nodes in front of `node`, with what `node` knows of the user's program."""
-    mapping: dict[fx.Node, Any] = {}
-    operands = iter(node.all_input_nodes)
-    with node.graph.inserting_before(node):
-        for inner in traced.graph.nodes:
-            if inner.op == "placeholder":
-                mapping[inner] = next(operands)
-            elif inner.op == "output":
-                return fx.map_arg(inner.args[0], mapping.__getitem__)
-            elif inner.op == "get_attr":
-                raise AssertionError("what is put into a graph may not capture tensors: they belong to one process")
-            else:
-                new = mapping[inner] = node.graph.node_copy(inner, mapping.__getitem__)
-                new.meta = {**node.meta, **{k: inner.meta[k] for k in ("val", "tensor_meta") if k in inner.meta}}
-    raise AssertionError("a traced graph ends in an output")
 
 
 def _hand_over(node: fx.Node, results: Any) -> None:
