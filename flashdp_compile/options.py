@@ -222,10 +222,11 @@ class Options:
         if not isinstance(self.inductor, Mapping):
             raise not_allowed("inductor", self.inductor, "a dict {name in torch._inductor.config: value}")
         settings = dict(self.inductor)
+        fixed = launch_settings() if settings else {}
         for name in settings:
             if name in GRAPH_HOOKS:
                 raise OptionError(f"inductor[{name!r}] could change the graph after flashdp has proved it; not allowed")
-            if name in launch_settings():
+            if name in fixed:
                 raise OptionError(f"inductor[{name!r}] could break the kernels that flashdp launches; not allowed")
         if settings:
             known = inductor_option_names()

@@ -18,12 +18,12 @@ import torch
 from torch import fx
 
 from flashdp_compile.compat import argument
+from flashdp_compile.passes.points import RESHAPES
 
 aten, flashdp = torch.ops.aten, torch.ops.flashdp
 
 # ops whose kernels can draw, if they are given a key
 _DRAWING = {flashdp.product_sum.default, flashdp.weighted_matmul.default, flashdp.embedding_sum.default}
-_SAME_ORDER = {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.unsqueeze.default}
 SMALL = 1 << 20  # elements: a larger gradient is worth a launch of its own
 AT_ONCE = 64  # tensors that one launch draws for: a kernel for hundreds takes long to compile
 
@@ -44,7 +44,7 @@ def _into_sum(noise: fx.Node) -> bool:
     """Hands key, stream and std to the op that makes the sum; False if there is none that can draw."""
     grad, key, stream, std = noise.args
     chain = [grad]  # from the gradient up to its sum, through views that keep the order of the elements
-    while chain[-1].target in _SAME_ORDER and len(chain[-1].users) == 1:
+    while chain[-1].target in RESHAPES and len(chain[-1].users) == 1:
         chain.append(chain[-1].args[0])
     total = chain[-1]
     if total.target not in _DRAWING or len(total.users) != 1 or total.meta["val"].dtype != torch.float32:

@@ -157,7 +157,8 @@ def _point(axes: Axes, key: PointKey, gradient: Gradient) -> Point:
 
 
 _SAME_VALUE = (prims.convert_element_type.default, aten.clone.default, aten.alias.default, aten._to_copy.default)
-_RESHAPES = (
+# ops that keep all elements and their row-major order
+RESHAPES = (
     aten.view.default,
     aten._unsafe_view.default,
     aten.reshape.default,
@@ -177,7 +178,7 @@ def _terms(axes: Axes, node: fx.Node, relabelling: tuple[Any, ...]) -> tuple[Ter
         return (Term(_point(axes, key, _NO_GRADIENT), relabelling),)
     if node.target in _SAME_VALUE:
         return _terms(axes, node.args[0], relabelling)
-    if node.target in _RESHAPES:
+    if node.target in RESHAPES:
         shape = tuple(node.meta["val"].shape)
         if shape == tuple(node.args[0].meta["val"].shape):
             return _terms(axes, node.args[0], relabelling)
@@ -233,7 +234,7 @@ def _kind_of_sum(point: Point, gradient: Gradient) -> str:
     if sum(s != 1 for s in gradient.node.meta["val"].shape) > 1:
         return "table"
     operand, alone = point.node.args[0], True
-    while isinstance(operand, fx.Node) and operand.target in (*_SAME_VALUE, *_RESHAPES):
+    while isinstance(operand, fx.Node) and operand.target in (*_SAME_VALUE, *RESHAPES):
         alone &= len(operand.users) == 1
         operand = operand.args[0]
     # a product that is formed for this sum alone: the gradient of a factor. A bias sums what others use as well

@@ -66,7 +66,8 @@ def launch_settings() -> dict[str, Any]:
         "triton_kernel_default_layout_constraint": "needs_fixed_stride_order",
         "epilogue_fusion_user_defined_triton_kernel": False,
     }
-    return {name: value for name, value in wanted.items() if name in inductor_option_names()}
+    known = inductor_option_names()
+    return {name: value for name, value in wanted.items() if name in known}
 
 
 def versions() -> list[str]:
