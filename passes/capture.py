@@ -205,6 +205,12 @@ def capture(graph: fx.Graph, inputs: tuple[Input, ...], batch_dim: int) -> Joint
             mutated[node] = inputs[changed.idx].name if isinstance(changed, PlainAOTInput) else str(changed)
         else:
             outputs.append(node)
+    devices = {str(g.node.meta["val"].device) for g in gradients if inputs[g.index].role != "sample"}
+    if len(devices) > 1:
+        raise Refusal(
+            f"the parameters are on several devices ({', '.join(sorted(devices))}), and norms and noise of a release "
+            "are made on one: compile the part on each device by itself"
+        )
     for node in graph.nodes:  # mutations that torch kept in the graph
         if node.target is torch.ops.aten.copy_.default and node.args[0] in described:
             mutated.setdefault(node.args[1], described[node.args[0]].name)

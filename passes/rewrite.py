@@ -51,7 +51,6 @@ class Mechanism:
 
 def rewrite(axes: Axes, plan: Plan, mechanism: Mechanism) -> None:
     """Replaces every parameter gradient of the joint graph, in place."""
-    _refuse_several_devices(axes.joint)
     emit = Emitter(axes.joint)
     released: Released = []
     prepared = [_prepare(emit, axes, plan, group.name) for group in plan.groups]
@@ -73,7 +72,6 @@ def _prepare(emit: Emitter, axes: Axes, plan: Plan, group: str) -> list[tuple[Pa
 
 def rewrite_empty(joint: JointGraph, groups: tuple[Group, ...], mechanism: Mechanism) -> None:
     """The release of a batch without samples: zero, and the noise that every release carries."""
-    _refuse_several_devices(joint)
     emit = Emitter(joint)
     zeros = [(g.position, emit(_zeros, g.node)) for g in private_gradients(joint)]
     _release(emit, joint, zeros, mechanism, mechanism.std(groups, 0.0))
@@ -84,7 +82,6 @@ def rewrite_single(joint: JointGraph, groups: tuple[Group, ...], mechanism: Mech
 
     No sample can mix with another, and dimensions of size one leave nothing to prove.
     """
-    _refuse_several_devices(joint)
     emit = Emitter(joint)
     private = {g.name: g for g in private_gradients(joint)}
     released: Released = []
@@ -92,15 +89,6 @@ def rewrite_single(joint: JointGraph, groups: tuple[Group, ...], mechanism: Mech
     for group, weights in zip(groups, _clip(emit, groups, norms, mechanism), strict=True):
         released += [(private[n].position, emit(_weigh_one, private[n].node, weights)) for n in group.members]
     _release(emit, joint, released, mechanism, mechanism.std(groups, MATERIALIZE.slack))
-
-
-def _refuse_several_devices(joint: JointGraph) -> None:
-    devices = sorted({str(g.node.meta["val"].device) for g in private_gradients(joint)})
-    if len(devices) > 1:
-        raise Refusal(
-            f"the parameters are on several devices ({', '.join(devices)}), and norms and noise of a release are made "
-            "on one: compile the part on each device by itself"
-        )
 
 
 def _zeros(gradient: Tensor) -> Tensor:
