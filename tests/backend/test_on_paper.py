@@ -42,6 +42,12 @@ def test_every_linear_layer_is_stored_and_summed_by_launches(backward):
     assert len(calls(backward, "embedding_sqnorm")) == len(calls(backward, "embedding_sum")) == 1
 
 
+def test_warps_and_stages_are_those_of_the_tiles(backward):
+    """One layer has wide tiles, the other one small ones: see tuning.json."""
+    found = re.findall(r"^    configs=(\[.*\]),(?:\n(?!def ).*)*?\ndef flashdp_outer_store\(", backward, re.MULTILINE)
+    assert sorted(found) == ["[{'num_warps': 4, 'num_stages': 4}]", "[{'num_warps': 8, 'num_stages': 3}]"]
+
+
 def test_operands_are_described_with_the_strides_that_they_have(backward):
     """Through TMA descriptors: x and g of [16, 512, .] and the product, in the tiles of tuning.json."""
     described = re.findall(r"TensorDescriptor\.from_tensor\((.*), \[1, (\d+), (\d+)\]\)", backward)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from kernel_cases import arguments, lay, outputs
 
-from flashdp_compile.kernels import FAMILIES, guard, tuning
+from flashdp_compile.kernels import FAMILIES, guard, tuning, weighted_matmul
 from flashdp_compile.kernels.operands import INNER, STRIDED, TMA, layout
 
 # B, T, d, p: rows of 16-byte multiples, no size a multiple of a tile, both sizes of outer_store's tiles
@@ -60,6 +60,11 @@ def test_the_norm_and_the_sum_are_of_one_product(device):
     alone = FAMILIES["weighted_matmul"].launch(x[:1], g[:1], torch.ones(1, device=device))
     sqnorm = FAMILIES["outer_sqnorm"].launch(x[:1], g[:1])
     assert torch.allclose(alone.double().square().sum(), sqnorm.double(), rtol=1e-6)
+
+
+def test_samples_are_cut_into_runs_where_tiles_alone_leave_processors_idle():
+    """For the layers of GPT-2, 16 samples of 1024 tokens on 132 processors; partial sums are not free."""
+    assert [weighted_matmul.runs(16, 1024, tiles, 132) for tiles in (108, 144, 36, 2358)] == [1, 4, 3, 1]
 
 
 def test_tensor_cores_sum_no_more_by_themselves_than_the_guard_allows():

@@ -83,6 +83,10 @@ class TestCosts:
         for T, few in ((20, ("gram", "outer")), (200, ("store",))):
             found = chosen(planned(model, torch.randn(2, T, 64)))
             assert all(strategy in few for strategy in found.values()), found
+        x = torch.randn(2, 34, 64)  # where gram is the fastest, and the product the smaller
+        assert set(chosen(planned(model, x)).values()) == {"store"}
+        assert set(chosen(planned(model, x, clipping="per_layer")).values()) == {"gram"}
+        for T in (20, 200):
             for choice in planned(model, torch.randn(2, T, 64), clipping="per_layer").choices["0"]:
                 assert choice.seconds[choice.strategy.name] == min(choice.seconds.values())
 
