@@ -52,7 +52,8 @@ def specialise(ids: Tensor, g: Tensor) -> Spec:
     return Spec(inner(g), *blocks(g.shape[2]))
 
 
-# One program for each position in sorted order; that of a run's first position does the run's work.
+# One program for each position in sorted order; that of a run's first position does the run's work: one row, and where
+# there are more, blocks of rows.
 TEMPLATE = """
 import triton
 import triton.language as tl
@@ -70,9 +71,12 @@ def kernel(
     before = tl.maximum(n - 1, 0)
     first = (n == 0) | (tl.load(ids_ptr + before) != v) | (tl.load(order_ptr + before) // T != b)
     d = tl.arange(0, {{ block_d }})
-    total = tl.zeros([{{ block_d }}], tl.float32)
-    length = tl.full([], 0.0, tl.float32)
-    more = first & (v >= 0)
+    one = (d < D) & first & (v >= 0)
+    total = tl.load({{ at("g", "b", "(place % T)", "d", g_inner) }}, mask=one, other=0.0).to(tl.float32)
+    length = tl.sqrt(tl.sum(total * total))
+    n += 1
+    after = tl.minimum(n, N - 1)
+    more = first & (v >= 0) & (n < N) & (tl.load(ids_ptr + after) == v) & (tl.load(order_ptr + after) // T == b)
     while more:
         m = n + tl.arange(0, {{ rows }})
         where = tl.load(order_ptr + m, mask=m < N, other=-1)

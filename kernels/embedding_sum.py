@@ -51,7 +51,8 @@ def specialise(ids: Tensor, g: Tensor, *rest: Any) -> Spec:
     return Spec(inner(g), *blocks(g.shape[2]))
 
 
-# One program for each position in sorted order; that of an id's first position does the id's work.
+# One program for each position in sorted order; that of an id's first position does the id's work: one row, and where
+# there are more, blocks of rows.
 TEMPLATE = """
 import triton
 import triton.language as tl
@@ -67,8 +68,13 @@ def kernel(
     v = tl.load(ids_ptr + n).to(tl.int64)
     first = ((n == 0) | (tl.load(ids_ptr + tl.maximum(n - 1, 0)) != v)) & (v >= 0) & (v < V)
     d = tl.arange(0, {{ block_d }})
-    total = tl.zeros([{{ block_d }}], tl.float32)
-    more = first
+    place = tl.load(order_ptr + n)
+    weight = tl.load(weight_ptr + place // T * weight_s0)
+    end = tl.where(weight != 0.0, D, 0)
+    p_one = {{ at("g", "(place // T)", "(place % T)", "d", g_inner) }}
+    total = weight * tl.load(p_one, mask=(d < end) & first, other=0.0).to(tl.float32)
+    n += 1
+    more = first & (n < N) & (tl.load(ids_ptr + tl.minimum(n, N - 1)) == v)
     while more:
         m = n + tl.arange(0, {{ rows }})
         same = (tl.load(ids_ptr + m, mask=m < N, other=-1) == v) & (m < N)

@@ -2,8 +2,8 @@
 
     out = sum_b w_b product_b (+ noise)          product [B, d, p], weights [B] -> [d, p]
 
-A sample of weight 0 is not read: its product may hold NaN or infinity. Sums are in float32, the last sample first. With
-a key, what add_noise would add to the sum is added in the same kernel, to the same bits.
+A sample of weight 0 is not read: its product may hold NaN or infinity. Sums are in float32. With a key, what add_noise
+would add to the sum is added in the same kernel, to the same bits.
 """
 
 from dataclasses import dataclass
@@ -35,7 +35,8 @@ def fake(product: Tensor, weights: Tensor, *noise: Any) -> Tensor:
 class Spec:
     flat: bool  # rows of one sample's product lie end to end
     noise: bool
-    block: int = 1024
+    block: int = 2048
+    at_once: int = 8  # samples whose loads are in flight together
 
 
 def specialise(product: Tensor, weights: Tensor, key: Tensor | None = None, *noise: Any) -> Spec:
@@ -60,12 +61,13 @@ def kernel(
     p_row = product_ptr + n // P * product_s1 + n % P * product_s2
 {% endif %}
     acc = tl.zeros([{{ block }}], tl.float32)
-    for last in range(0, B):
-        b = B - 1 - last  # the newest first: they may still be in the L2 cache
-        w = tl.load(weight_ptr + b * weight_s0)
-        end = tl.where(w != 0.0, N, 0)  # a mask and no branch, so that loads of several samples are in flight
-        p_b = p_row + tl.full([], b, tl.int64) * product_s0
-        acc += w * tl.load(p_b, mask=n < end, other=0.0).to(tl.float32)
+    for first in range(0, B, {{ at_once }}):
+        for b in tl.static_range({{ at_once }}):
+            w = tl.load(weight_ptr + (first + b) * weight_s0, mask=first + b < B, other=0.0)
+            end = tl.where(w != 0.0, N, 0)  # a mask and no branch, which would wait for the weight
+            p_b = p_row + tl.full([], first + b, tl.int64) * product_s0
+            # products are read once; what stays in the L2 cache is better used by the next layer
+            acc += w * tl.load(p_b, mask=n < end, other=0.0, eviction_policy="evict_first").to(tl.float32)
 {% if noise %}
     {{ draw_normals("start // 4 + tl.arange(0, %d)" % (block // 4), block) | indent(4) }}
     acc += tl.full([], std, tl.float32) * normals

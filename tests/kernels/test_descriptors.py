@@ -7,7 +7,7 @@ from kernel_cases import arguments, lay, outputs
 from flashdp_compile.kernels import FAMILIES, guard, tuning, weighted_matmul
 from flashdp_compile.kernels.operands import INNER, STRIDED, TMA, layout
 
-# B, T, d, p: rows of 16-byte multiples, no size a multiple of a tile, both sizes of outer_store's tiles
+# B, T, d, p: rows of 16-byte multiples, no size a multiple of a tile
 SHAPES = [(2, 72, 136, 264), (3, 140, 24, 8), (1, 5, 264, 520)]
 
 
@@ -16,12 +16,15 @@ def h100(monkeypatch):
     monkeypatch.setattr(tuning, "architecture", lambda device: "sm_90")
 
 
+@pytest.mark.parametrize("entry", [0, -1], ids=["large_tiles", "small_tiles"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", ["gram_sqnorm", "outer_sqnorm", "outer_store", "weighted_matmul"])
-def test_descriptors_read_what_pointers_read(name, shape, dtype, device, monkeypatch):
+def test_descriptors_read_what_pointers_read(name, shape, dtype, entry, device, monkeypatch):
     family = FAMILIES[name]
     args = arguments(family, shape, dtype, device)
+    *tiles, _ = tuning._table()["sm_90"][name]["16"][entry]
+    monkeypatch.setattr(tuning, "tiles", lambda *sizes: tuning.Tiles(*tiles))
     assert TMA in repr(family.specialise(*args))
     by_descriptor = outputs(family.launch(*args))
     monkeypatch.setattr(tuning, "has_tma", lambda device: False)
