@@ -30,11 +30,23 @@ def inline_kernels(graph: fx.Graph, device: str = "cuda") -> int:
     found = [(n, launch) for n in graph.nodes if (launch := _launch(n, device)) is not None]
     for node, launch in found:
         take_apart(node, launch)
+    _sort_once(graph)
     launches = recorded_launches(graph)
     for recorded in launches:
         pin_layouts(recorded)
     _check_writes(launches)
     return len(found)
+
+
+def _sort_once(graph: fx.Graph) -> None:
+    """Norm and sum of an embedding sort the same ids. Inductor merges no equal values this late."""
+    first: dict[str, fx.Node] = {}
+    for sort in graph.find_nodes(op="call_function", target=torch.ops.aten.sort.stable):
+        flat = sort.args[0]
+        same = first.setdefault(repr((flat.target, flat.args, flat.kwargs, sort.args[1:], sort.kwargs)), sort)
+        if same is not sort:
+            sort.replace_all_uses_with(same)
+            graph.erase_node(sort)
 
 
 def _check_writes(launches: list[fx.Node]) -> None:

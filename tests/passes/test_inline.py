@@ -9,6 +9,7 @@ from corrupt import NOISY, graph
 from pass_support import random_inputs, rewritten, run
 from small_models import Block, Tied
 from torch import fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from flashdp_compile.compat import recorded_launches
 from flashdp_compile.errors import InternalError
@@ -148,3 +149,17 @@ def test_other_devices_are_left_alone():
     before = [str(n) for n in of.nodes]
     assert fuse_noise(of, device="cuda") == 0 and inline_kernels(of, device="cuda") == 0
     assert [str(n) for n in of.nodes] == before
+
+
+def test_the_norm_and_the_sum_of_an_embedding_sort_the_ids_once():
+    def both(ids, g, other):
+        sqnorm = flashdp.embedding_sqnorm(ids, g)
+        return sqnorm, flashdp.embedding_sum(ids, g, sqnorm, 5), flashdp.embedding_sqnorm(other, g)
+
+    ids, other = torch.randint(0, 5, (2, 4, 6))
+    of = make_fx(both, tracing_mode="fake")(ids, torch.randn(4, 6, 3), other).graph
+    inputs = random_inputs(of)
+    before = outputs(of, inputs)
+    inline_kernels(of, device="cpu")
+    assert len(of.find_nodes(op="call_function", target=aten.sort.stable)) == 2, "for the other ids another time"
+    assert same(before, outputs(of, inputs))
