@@ -18,6 +18,7 @@ import flashdp_compile.passes
 from flashdp_compile.compat import CustomGraphPass, versions
 from flashdp_compile.errors import FlashDPError, InternalError
 from flashdp_compile.options import Options
+from flashdp_compile.passes.align_rows import align_rows
 from flashdp_compile.passes.axes.engine import Axes, propagate
 from flashdp_compile.passes.axes.rules_flashdp import register_runtime_ops
 from flashdp_compile.passes.before import Before
@@ -171,6 +172,7 @@ class LastPass(CustomGraphPass):
         with _as_internal_errors():
             own_memory(graph)
             fuse_noise(graph)
+            align_rows(graph)
             inline_kernels(graph)
 
     def uuid(self) -> Any:

@@ -48,7 +48,7 @@ from flashdp_compile.compat.graphs import (
     source_name,
     trace,
 )
-from flashdp_compile.compat.launches import pin_layouts, recorded_launches, start_kernel, written_by
+from flashdp_compile.compat.launches import padded_row, pin_layouts, recorded_launches, start_kernel, written_by
 
 __all__ = [
     "COMPILED_BACKWARD",
@@ -82,6 +82,7 @@ __all__ = [
     "next_node_number",
     "node_number",
     "partitioned_backend",
+    "padded_row",
     "pin_layouts",
     "real_tensors",
     "recorded_launches",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = ["pin_layouts", "recorded_launches", "start_kernel", "written_by"]
+__all__ = ["padded_row", "pin_layouts", "recorded_launches", "start_kernel", "written_by"]
 
 Blocks = Mapping[int, list[Any]]  # by position of an argument: the blocks in which a TMA descriptor moves that tensor
 
@@ -103,3 +103,13 @@ def written_by(launch: fx.Node) -> set[str]:
     return set(
         get_mutated_tensors(call["kernel_idx"], call["constant_args_idx"], values, call["tma_descriptor_metadata"])
     )
+
+
+def padded_row(width: int, dtype: torch.dtype) -> int:
+    """How many elements apart Inductor puts the rows of a dense matrix that it makes itself. 2.11, 2.13."""
+    from torch._inductor import config
+
+    if not config.comprehensive_padding or width <= config.padding_stride_threshold:
+        return width
+    step = config.padding_alignment_bytes // dtype.itemsize
+    return -(-width // step) * step

@@ -134,12 +134,12 @@ GraphLowering.compile_to_module = GraphLowering._compile_to_module = keep
 
 
 class Model(nn.Module):
-    """An embedding, a normalised linear layer without bias and a head; the loss inside."""
+    """An embedding, a normalised linear layer without bias and a head of odd width; the loss inside."""
 
     def __init__(self) -> None:
         super().__init__()
         self.table, self.norm = nn.Embedding(512, 256), nn.LayerNorm(256)
-        self.up, self.head = nn.Linear(256, 512, bias=False), nn.Linear(512, 512)
+        self.up, self.head = nn.Linear(256, 512, bias=False), nn.Linear(512, 1031)
 
     def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         logits = self.head(self.up(self.norm(self.table(ids))).relu())
@@ -148,6 +148,9 @@ class Model(nn.Module):
 
 
 if __name__ == "__main__":
+    from flashdp_compile.kernels import tuning
+
+    tuning._table()["sm_90"]["outer_store"]["16"][0][-1] = 8  # wide tiles for a product that is cut into so few
     ids = torch.randint(0, 512, (16, 512))
     options = {"clipping": sys.argv[1], "expected_batch_size": 16}
     compiled = torch.compile(Model(), backend="flashdp", fullgraph=True, options=options)
