@@ -23,6 +23,8 @@ from flashdp_compile.kernels.clip import release_weights
 from flashdp_compile.kernels.family import tensors
 from flashdp_compile.passes.take_apart import TakeApart
 
+aten = torch.ops.aten
+
 
 def inline_kernels(graph: fx.Graph, device: str = "cuda") -> int:
     """Inlines every op on a device of this type that has a kernel for its operands, in place; returns how many."""
@@ -41,7 +43,7 @@ def inline_kernels(graph: fx.Graph, device: str = "cuda") -> int:
 def _sort_once(graph: fx.Graph) -> None:
     """Norm and sum of an embedding sort the same ids. Inductor merges no equal values this late."""
     first: dict[str, fx.Node] = {}
-    for sort in graph.find_nodes(op="call_function", target=torch.ops.aten.sort.stable):
+    for sort in graph.find_nodes(op="call_function", target=aten.sort.stable):
         flat = sort.args[0]
         same = first.setdefault(repr((flat.target, flat.args, flat.kwargs, sort.args[1:], sort.kwargs)), sort)
         if same is not sort:
@@ -70,8 +72,12 @@ def _check_writes(launches: list[fx.Node]) -> None:
 
 
 def _is_fresh(node: fx.Node) -> bool:
-    """Whether a value is memory and nothing more: made from no other value."""
-    return node.op == "call_function" and not node.all_input_nodes
+    """Whether a value is memory and nothing more: empty, or all zero. Weights of one are values to be read."""
+    if node.op != "call_function" or node.all_input_nodes:
+        return False
+    if node.target is aten.ones.default:
+        return False
+    return node.target is not aten.full.default or argument(node, "fill_value") == 0
 
 
 def _launch(node: fx.Node, device: str) -> Callable[..., Any] | None:

@@ -152,7 +152,7 @@ if __name__ == "__main__":
 
     tuning._table()["sm_90"]["outer_store"]["16"][0][-1] = 8  # wide tiles for a product that is cut into so few
     ids = torch.randint(0, 512, (16, 512))
-    options = {"clipping": sys.argv[1], "expected_batch_size": 16}
+    options = {"clipping": sys.argv[1], "norm_strategy": sys.argv[2], "expected_batch_size": 16}
     compiled = torch.compile(Model(), backend="flashdp", fullgraph=True, options=options)
     try:
         with torch.autocast("cpu", torch.bfloat16):

@@ -17,15 +17,19 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module", params=["per_layer", "flat"])
-def backward(request) -> str:
+def backward_of(clipping: str, strategy: str) -> str:
     """The code of the backward."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    script = str(Path(__file__).with_name("on_paper.py"))
-    done = subprocess.run([sys.executable, script, request.param], env=environment, capture_output=True, text=True)
+    command = [sys.executable, str(Path(__file__).with_name("on_paper.py")), clipping, strategy]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])[1]
+
+
+@pytest.fixture(scope="module", params=["per_layer", "flat"])
+def backward(request) -> str:
+    return backward_of(request.param, "auto")
 
 
 def calls(code: str, kernel: str) -> list[list[str]]:
@@ -88,3 +92,11 @@ def test_a_buffer_is_read_only_after_the_launch_that_fills_it(backward):
                 for buffer in re.findall(r"\bbuf\d+\b", line):
                     made = [n for n, text in enumerate(lines) if re.match(rf" +{buffer} = ", text)]
                     assert made and made[0] < number, (kernel, buffer)
+
+
+@pytest.mark.parametrize("strategy, norm", [("gram", "gram_sqnorm"), ("outer", "outer_sqnorm")])
+def test_weighted_products_are_summed_in_runs(strategy, norm):
+    """One layer is cut into too few tiles for 132 processors: runs of samples, then their sum, with weights of one."""
+    code = backward_of("flat", strategy)
+    assert len(calls(code, norm)) == len(calls(code, "weighted_matmul")) == 2
+    assert len(calls(code, "product_sum")) >= 1
