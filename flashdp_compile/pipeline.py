@@ -32,6 +32,7 @@ from flashdp_compile.passes.inline import inline_kernels
 from flashdp_compile.passes.own_memory import own_memory
 from flashdp_compile.passes.plan import Plan, make_plan
 from flashdp_compile.passes.points import ParameterGradient, check_single, find_points
+from flashdp_compile.passes.release_late import release_late
 from flashdp_compile.passes.rewrite import Mechanism, private_gradients, rewrite, rewrite_empty, rewrite_single
 from flashdp_compile.passes.strategies.materialize import MATERIALIZE
 from flashdp_compile.passes.verify import verify
@@ -172,6 +173,7 @@ class LastPass(CustomGraphPass):
         with _as_internal_errors():
             own_memory(graph)
             fuse_noise(graph)
+            release_late(graph)
             align_rows(graph)
             inline_kernels(graph)
 
