@@ -1,0 +1,68 @@
+"""Steps as people run them on a GPU: Inductor, bfloat16 autocast, fused AdamW; gradients against a loop over samples.
+
+The models are small, and of the sizes at which kernels change their ways: a vocabulary whose rows descriptors cannot
+read, products of several tiles, one layer much larger than the others, layers with few tokens for their width.
+"""
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.measure import prepare, run_steps
+from benchmarks.settings import Settings
+from benchmarks.workloads import WORKLOADS, Workload
+
+pytestmark = pytest.mark.gpu
+
+WIDE, NARROW = {"layers": 2, "heads": 2, "width": 512}, {"layers": 2, "heads": 2, "width": 128}
+SHAPES = {
+    "odd vocabulary": ("gpt", 4, 128, {**NARROW, "vocabulary": 2051}),
+    "one sample more than a block": ("gpt", 9, 72, {**NARROW, "vocabulary": 512}),
+    "few tokens": ("gpt", 8, 16, {**WIDE, "vocabulary": 1031}),
+    "gated": ("llama", 4, 136, {**NARROW, "mlp": 344, "vocabulary": 1500}),
+    "images": ("vit", 4, 17, {**NARROW, "image": 32, "patch": 8, "classes": 10}),
+}
+
+
+def workload(name: str) -> Workload:
+    family, batch, length, size = SHAPES[name]
+    return Workload(name=name, family=family, batch=batch, length=length, size=size)
+
+
+@pytest.mark.parametrize("clipping", ["per_layer", "flat"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_gradients_are_those_of_a_loop_over_samples(name, clipping, monkeypatch):
+    monkeypatch.setitem(WORKLOADS, name, workload(name))
+    found = prepare(name, f"flashdp-{clipping}", Settings(device="cuda", dtype="bf16"))  # raises CheckFailed
+    run_steps(found.step, found.batches, 3)
+    assert found.step.complaint() is None
+
+
+def gradients(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor], compiled: nn.Module) -> torch.Tensor:
+    model.zero_grad(set_to_none=True)
+    with torch.autocast("cuda", torch.bfloat16):
+        losses = compiled(*batch)
+    losses.mean().backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()]).clone()
+
+
+@pytest.mark.parametrize("clipping", ["per_layer", "flat"])
+def test_cuda_graphs_release_what_launches_one_by_one_release(clipping):
+    """With fresh noise at every replay."""
+    its = workload("odd vocabulary")
+    model, batches = its.model(device="cuda"), its.batches(3, "cuda")
+    options = {"clipping": clipping, "noise_multiplier": 0.0, "expected_batch_size": 4}
+    one_by_one = torch.compile(model, backend="flashdp", options=options)
+    expected = [gradients(model, batch, one_by_one) for batch in batches]
+    torch._dynamo.reset()
+    replayed = torch.compile(model, backend="flashdp", options={**options, "mode": "reduce-overhead"})
+    for _ in range(3):  # recorded by the second step
+        for batch, gradient in zip(batches, expected, strict=True):
+            torch.testing.assert_close(gradients(model, batch, replayed), gradient, rtol=1e-3, atol=1e-5)
+    torch._dynamo.reset()
+    noisy = {**options, "mode": "reduce-overhead", "noise_multiplier": 1.0}
+    replayed = torch.compile(model, backend="flashdp", options=noisy)
+    seen = [gradients(model, batches[0], replayed) - expected[0] for _ in range(6)]
+    for one, other in zip(seen, seen[1:], strict=False):
+        assert one.std().item() == pytest.approx(1 / 4, rel=0.02)
+        assert abs(torch.corrcoef(torch.stack([one, other]))[0, 1].item()) < 0.02
