@@ -16,6 +16,7 @@ from torch._dynamo.exc import ShortenTraceback as UnwrappedCompilerError
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from flashdp_compile.compat.graphs import decompositions
+from flashdp_compile.compat.launches import analysed_once
 
 __all__ = [
     "GRAPH_HOOKS",
@@ -88,7 +89,7 @@ def compile_with_inductor(
     """Inductor, with a pass over the joint graph before all of its own, and one over the graphs of forward and backward
     after all but those that make writes in place. 2.11 takes one pass object, 2.13 also lists."""
     from torch._inductor import list_mode_options
-    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     patches = {
         **(list_mode_options(mode) if mode else {}),
@@ -97,7 +98,8 @@ def compile_with_inductor(
         "joint_custom_pre_pass": joint_pass,
         "post_grad_custom_post_pass": last_pass,
     }
-    compiled: Any = compile_fx(gm, example_inputs, config_patches=patches)
+    one_graph = analysed_once(compile_fx_inner)
+    compiled: Any = compile_fx(gm, example_inputs, inner_compile=one_graph, config_patches=patches)
     return compiled
 
 

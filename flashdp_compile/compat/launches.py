@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import fx
 
-__all__ = ["padded_row", "pin_layouts", "recorded_launches", "start_kernel", "written_by"]
+__all__ = ["analysed_once", "padded_row", "pin_layouts", "recorded_launches", "start_kernel", "written_by"]
 
 Blocks = Mapping[int, list[Any]]  # by position of an argument: the blocks in which a TMA descriptor moves that tensor
 
@@ -113,3 +114,55 @@ def padded_row(width: int, dtype: torch.dtype) -> int:
         return width
     step = config.padding_alignment_bytes // dtype.itemsize
     return -(-width // step) * step
+
+
+def analysed_once(compile_graph: Callable[..., Any]) -> Callable[..., Any]:
+    """Inductor's compilation of one graph, with a memory for what launches write.
+
+    Inductor translates a kernel to Triton's intermediate code to see which arguments it writes, twice for every launch:
+    a sixth of the time that compiling a transformer takes. Launches of one kernel with equal numbers and tensors of
+    equal types have one answer. 2.11, 2.13, which call the analysis by different names.
+    """
+
+    @functools.wraps(compile_graph)
+    def remembering(*args: Any, **kwargs: Any) -> Any:
+        import torch._higher_order_ops.triton_kernel_wrap as module
+
+        name = "identify_accessed_tensors"
+        name = name if hasattr(module, name) else "identify_mutated_tensors"
+        analyse = getattr(module, name)
+        setattr(module, name, _remembered(analyse))
+        try:
+            return compile_graph(*args, **kwargs)
+        finally:
+            setattr(module, name, analyse)
+
+    return remembering
+
+
+def _remembered(analyse: Callable[..., Any]) -> Callable[..., Any]:
+    known: dict[Any, Any] = {}
+
+    def answer(kernel: Any, arguments: dict[str, Any], descriptors: Any) -> Any:
+        function = kernel if hasattr(kernel, "params") else kernel.fn  # an autotuner has one
+        described = tuple((name, _as_compiled(value)) for name, value in arguments.items())
+        if any(p.is_constexpr for p in function.params) or any(d is None for _, d in described):
+            return analyse(kernel, arguments, descriptors)
+        key = (id(function), described, repr(descriptors))
+        if key not in known:
+            known[key] = kernel, analyse(kernel, arguments, descriptors)  # the kernel, so that its id stays its own
+        return copy.deepcopy(known[key][1])
+
+    return answer
+
+
+def _as_compiled(value: Any) -> tuple[Any, ...] | None:
+    """What Triton compiles a kernel for: a number's type, whether it is 1, and whether 16 divides it. None for what
+    only Inductor understands."""
+    if isinstance(value, torch.Tensor):
+        return "tensor", value.dtype
+    if hasattr(value, "get_dtype"):  # a tensor as Inductor writes it
+        return "tensor", value.get_dtype()
+    if type(value) is int:
+        return "int", value == 1, value % 16 == 0, value.bit_length() > 31
+    return ("float",) if type(value) is float else None
