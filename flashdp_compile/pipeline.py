@@ -15,10 +15,10 @@ from torch import fx
 
 import flashdp_compile.kernels
 import flashdp_compile.passes
-from flashdp_compile.compat import CustomGraphPass, versions
+from flashdp_compile.compat import CustomGraphPass, sort_topologically, versions
 from flashdp_compile.errors import FlashDPError, InternalError
 from flashdp_compile.options import Options
-from flashdp_compile.passes.align_rows import align_rows
+from flashdp_compile.passes.align_rows import aligned_rows
 from flashdp_compile.passes.axes.engine import Axes, propagate
 from flashdp_compile.passes.axes.rules_flashdp import register_runtime_ops
 from flashdp_compile.passes.before import Before
@@ -167,15 +167,19 @@ class FlashDPPass(CustomGraphPass):
 
 
 class LastPass(CustomGraphPass):
-    """What Inductor runs on the graphs of forward and backward, before it makes their writes in place."""
+    """What Inductor runs on the graphs of forward and backward, before it makes their writes in place.
+
+    Inductor's own passes before it leave nodes in any order, and sort them only behind it.
+    """
 
     def __call__(self, graph: fx.Graph) -> None:
         with _as_internal_errors():
+            sort_topologically(graph)
             own_memory(graph)
             fuse_noise(graph)
             release_late(graph)
-            align_rows(graph)
-            inline_kernels(graph)
+            with aligned_rows(graph):
+                inline_kernels(graph)
 
     def uuid(self) -> Any:
         """The key of compile caches."""

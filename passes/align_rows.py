@@ -4,11 +4,12 @@ A vocabulary of 50257 makes rows of 100514 bytes, and a TMA descriptor moves row
 Inductor makes such a tensor it pads the rows, for its own matrix products, but hands over to a launch the strides that
 the launch was traced with: a second, unpadded tensor, which pointers read element by element. So the operands of our
 kernels are traced with the strides that Inductor chooses. Where it chose others, it copies.
-
-Runs behind the proof: values stay what they are, only the distance of their rows changes.
 """
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import fx
@@ -25,22 +26,32 @@ READERS = (
 )
 
 
-def align_rows(graph: fx.Graph, device: str = "cuda") -> int:
-    """Gives every operand that descriptors could read, but for its strides, aligned ones; returns how many."""
+@contextlib.contextmanager
+def aligned_rows(graph: fx.Graph, device: str = "cuda") -> Iterator[list[fx.Node]]:
+    """Within, operands that descriptors could read, but for their strides, have aligned ones; gives these operands.
+
+    Afterwards they have their own values again: by the storage of these Inductor tells what shares memory with what,
+    and what it may overwrite.
+    """
     readers = [n for op in READERS for n in graph.find_nodes(op="call_function", target=op)]
-    operands = {n: None for reader in readers for n in reader.args[:2] if isinstance(n, fx.Node)}
-    return sum(_align(n) for n in operands if n.meta["val"].device.type == device)
+    operands = dict.fromkeys(n for reader in readers for n in reader.all_input_nodes)
+    own = {n: n.meta["val"] for n in operands if _is_misaligned(n, device)}
+    for node, value in own.items():
+        _, T, width = value.shape
+        row = padded_row(width, value.dtype)
+        node.meta["val"] = value.as_strided(value.shape, (T * row, row, 1))
+    try:
+        yield list(own)
+    finally:
+        for node, value in own.items():
+            node.meta["val"] = value
 
 
-def _align(node: fx.Node) -> bool:
+def _is_misaligned(node: fx.Node, device: str) -> bool:
     value = node.meta["val"]
-    static = all(isinstance(n, int) for n in (*value.shape, *value.stride()))
-    made_here = node.op == "call_function"
-    if not (static and made_here and value.is_contiguous() and value.element_size() == 2):
+    if node.op != "call_function" or value.ndim != 3 or value.element_size() != 2 or value.device.type != device:
         return False
-    if value.shape[2] * 2 % 16 == 0 or not tuning.has_tma(value.device):
+    if not all(isinstance(n, int) for n in (*value.shape, *value.stride())) or not value.is_contiguous():
         return False
-    _, T, width = value.shape
-    row = padded_row(width, value.dtype)
-    node.meta["val"] = value.new_empty_strided(value.shape, (T * row, row, 1))
-    return row != width
+    width = value.shape[2]
+    return width % 8 != 0 and padded_row(width, value.dtype) != width and tuning.has_tma(value.device)

@@ -5,7 +5,7 @@ takes the host longer than the device. Inlined, an op is a fresh buffer, a launc
 code, and ordinary torch code that it fuses with what is around.
 
 It runs behind the proof and behind every pass that simplifies graphs: launches write into their arguments. Ops whose
-sizes are known only at run time stay as they are, and so does everything on a CPU.
+sizes are known only at run time stay as they are, and so do all ops on a CPU.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from flashdp_compile.errors import InternalError
 from flashdp_compile.kernels import FAMILIES
 from flashdp_compile.kernels.clip import release_weights
 from flashdp_compile.kernels.family import tensors
+from flashdp_compile.passes.points import RESHAPES
 from flashdp_compile.passes.take_apart import TakeApart
 
 aten = torch.ops.aten
@@ -41,10 +42,15 @@ def inline_kernels(graph: fx.Graph, device: str = "cuda") -> int:
 
 
 def _sort_once(graph: fx.Graph) -> None:
-    """Norm and sum of an embedding sort the same ids. Inductor merges no equal values this late."""
+    """Norm and sum of an embedding sort the same ids. Inductor merges no equal values this late.
+
+    Equal are views of one node; of two nodes that read the same, each may be a random draw.
+    """
     first: dict[str, fx.Node] = {}
     for sort in graph.find_nodes(op="call_function", target=aten.sort.stable):
         flat = sort.args[0]
+        if flat.target not in RESHAPES:
+            continue
         same = first.setdefault(repr((flat.target, flat.args, flat.kwargs, sort.args[1:], sort.kwargs)), sort)
         if same is not sort:
             sort.replace_all_uses_with(same)

@@ -5,9 +5,9 @@ memory, so a write in place puts every sample's values into all the others: samp
 apart, in the forward as well as in the backward (2.13, every device). A copy in front of the write keeps them apart,
 whoever wrote the op.
 
-This runs behind every pass that simplifies graphs, as the last one before writes are made in place: Inductor drops
-`+ 0` and `* 1` and a copy that looks superfluous, and what was a dense tensor in the joint graph is then an expanded
-one. For the same reason it believes no strides, which such passes leave as they were: it copies whatever is a view.
+This runs behind every pass that simplifies graphs, shortly before writes are made in place: Inductor drops `+ 0` and `*
+1` and a copy that looks superfluous, and what was a dense tensor in the joint graph is then an expanded one. For the
+same reason it believes no strides, which such passes leave as they were: it copies whatever is a view.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ Inductor keeps the order of a graph unless one of its own has a lower peak.
 from __future__ import annotations
 
 import operator
+from collections.abc import Set
 from itertools import accumulate
 
 import torch
@@ -40,8 +41,8 @@ def release_late(graph: fx.Graph) -> int:
     if not stores or not all(_is_static(n) for n in stores):
         return 0
     memory = _Memory(graph)
-    large = [n for n in stores if memory.bytes[n] > LARGE * memory.peak(list(graph.nodes))]
-    return sum(_put_off(graph, memory, n) for n in large)
+    large = LARGE * memory.peak(list(graph.nodes))
+    return sum(_put_off(graph, memory, n) for n in stores if memory.bytes[n] > large)
 
 
 def _put_off(graph: fx.Graph, memory: _Memory, store: fx.Node) -> bool:
@@ -50,6 +51,8 @@ def _put_off(graph: fx.Graph, memory: _Memory, store: fx.Node) -> bool:
     first = nodes.index(store)
     places = range(first, len(nodes) - 1)
     order, lowest = nodes, memory.peak(nodes) * (1 - GAIN)
+    if memory.peak(nodes, without=chain) >= lowest:  # the peak is elsewhere
+        return False
     for last in places[:: max(1, len(places) // CANDIDATES)]:
         moved = [n for n in nodes[first : last + 1] if n in chain]
         tried = [*nodes[:first], *(n for n in nodes[first : last + 1] if n not in chain), *moved, *nodes[last + 1 :]]
@@ -97,11 +100,13 @@ class _Memory:
                 owner = self._owner[value]
                 self.bytes[owner] = _size(owner.meta.get("val"))
 
-    def peak(self, order: list[fx.Node]) -> int:
-        """The most bytes held at a time when nodes run in this order."""
+    def peak(self, order: list[fx.Node], without: Set[fx.Node] = frozenset()) -> int:
+        """The most bytes held at a time when nodes run in this order; `without` are not run and make nothing."""
         made: dict[fx.Node, int] = {}
         read: dict[fx.Node, int] = {}
         for at, node in enumerate(order):
+            if node in without:
+                continue
             made.setdefault(self._owner[node], at)
             for used in (node, *node.all_input_nodes):
                 read[self._owner[used]] = at

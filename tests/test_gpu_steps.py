@@ -66,3 +66,37 @@ def test_cuda_graphs_release_what_launches_one_by_one_release(clipping):
     for one, other in zip(seen, seen[1:], strict=False):
         assert one.std().item() == pytest.approx(1 / 4, rel=0.02)
         assert abs(torch.corrcoef(torch.stack([one, other]))[0, 1].item()) < 0.02
+
+
+class Overwritten(nn.Module):
+    """The gradient of `h` is one tensor with zeros written into it for one layer, and without them for the other."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(16, 16)
+        self.a, self.b = nn.Linear(16, width, bias=False), nn.Linear(16, width, bias=False)
+        self.register_buffer("places", torch.tensor([0, 2, 3]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        other = self.b(x)
+        h = self.a(x).clone()
+        h[:, self.places] = 0
+        return (h + other).float().pow(3).sum((1, 2))
+
+
+@pytest.mark.parametrize("strategy", ["auto", "gram", "outer"])
+@pytest.mark.parametrize("width", [64, 1101])
+def test_an_operand_is_read_before_it_is_overwritten(width, strategy):
+    """Inductor writes the zeros in place where it believes that nothing reads the memory later."""
+    torch.manual_seed(0)
+    model = Overwritten(width).cuda()
+    x = torch.randn(4, 8, 16, device="cuda")
+    model(x).mean().backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    options = {"noise_multiplier": 0.0, "max_grad_norm": 1e12, "norm_strategy": strategy}
+    compiled = torch.compile(model.bfloat16(), backend="flashdp", fullgraph=True, options=options)
+    compiled(x.bfloat16()).mean().backward()
+    for p, gradient in zip(model.parameters(), expected, strict=True):
+        assert (p.grad.float() - gradient).norm() < 2e-2 * gradient.norm()

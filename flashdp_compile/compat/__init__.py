@@ -45,6 +45,7 @@ from flashdp_compile.compat.graphs import (
     settle_size,
     size_expression,
     size_hint,
+    sort_topologically,
     source_name,
     trace,
 )
@@ -90,6 +91,7 @@ __all__ = [
     "settle_size",
     "size_expression",
     "size_hint",
+    "sort_topologically",
     "source_name",
     "start_kernel",
     "trace",

@@ -48,6 +48,7 @@ __all__ = [
     "settle_size",
     "size_expression",
     "size_hint",
+    "sort_topologically",
     "source_name",
     "trace",
 ]
@@ -106,7 +107,8 @@ def live_tensor(placeholder: torch.fx.Node) -> torch.Tensor | None:
 
 def is_argument(placeholder: torch.fx.Node) -> bool:
     """Whether an input is an argument of the compiled call (or lies inside one), as opposed to an attribute of a
-    module, a global, or a variable of an enclosing function. 2.11, 2.13."""
+    module, a global, or a variable of an enclosing function. Both an argument that inner functions use and such a
+    variable lie in cells; only the first is an input of the call. 2.11, 2.13."""
     source = getattr(placeholder, "_dynamo_source", None)
     if source is None:
         return False
@@ -114,7 +116,8 @@ def is_argument(placeholder: torch.fx.Node) -> bool:
     root = source
     while getattr(root, "base", None) is not None:
         root = root.base
-    return guard.name == "LOCAL" and not getattr(root, "is_derefed_cell_contents", False)
+    from_outside = getattr(root, "is_derefed_cell_contents", False) and not root.is_input
+    return guard.name == "LOCAL" and not from_outside
 
 
 def is_python_float(placeholder: torch.fx.Node) -> bool:
@@ -145,6 +148,13 @@ def returns_views(op: OpOverload) -> bool:
     """Whether results of an op may share memory with its arguments: so its schema says, or it is `_unsafe_view`.
     2.11, 2.13."""
     return op._opname == "_unsafe_view" or any(r.alias_info is not None for r in op._schema.returns)
+
+
+def sort_topologically(graph: torch.fx.Graph) -> None:
+    """Puts every node behind what it reads, and otherwise leaves the order. 2.11, 2.13."""
+    from torch._inductor.pattern_matcher import stable_topological_sort
+
+    stable_topological_sort(graph)
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:

@@ -5,7 +5,7 @@ import torch
 from torch import fx
 
 from flashdp_compile.kernels import tuning
-from flashdp_compile.passes.align_rows import align_rows
+from flashdp_compile.passes.align_rows import aligned_rows
 
 flashdp = torch.ops.flashdp
 
@@ -28,9 +28,36 @@ def h100(monkeypatch):
 
 def test_rows_start_at_multiples_of_sixteen_bytes():
     graph, g = operand(50257, torch.bfloat16)
-    assert align_rows(graph, device="meta") == 1
-    assert g.meta["val"].shape == (2, 4, 50257)
-    assert g.meta["val"].stride() == (4 * 50304, 50304, 1)
+    with aligned_rows(graph, device="meta") as aligned:
+        assert aligned == [g]
+        assert g.meta["val"].shape == (2, 4, 50257)
+        assert g.meta["val"].stride() == (4 * 50304, 50304, 1)
+
+
+def test_operands_of_a_list_are_aligned_too():
+    graph, g = operand(50257, torch.bfloat16)
+    x = next(n for n in graph.nodes if n.name == "x")
+    graph.call_function(flashdp.gram_sqnorm.default, ([x], [g, g]))
+    with aligned_rows(graph, device="meta") as aligned:
+        assert aligned == [g]
+
+
+def test_an_operand_shares_its_memory_with_the_same_values_as_before():
+    """By their storages Inductor tells which values a write in place would change."""
+    graph, g = operand(50257, torch.bfloat16)
+    own = g.meta["val"]
+    view = own.view(8, 50257)
+    with aligned_rows(graph, device="meta"):
+        assert g.meta["val"].untyped_storage()._cdata == view.untyped_storage()._cdata
+    assert g.meta["val"] is own
+
+
+def test_operands_have_their_own_values_again_after_an_error():
+    graph, g = operand(50257, torch.bfloat16)
+    own = g.meta["val"]
+    with pytest.raises(ZeroDivisionError), aligned_rows(graph, device="meta"):
+        raise ZeroDivisionError
+    assert g.meta["val"] is own
 
 
 @pytest.mark.parametrize(
@@ -44,10 +71,12 @@ def test_rows_start_at_multiples_of_sixteen_bytes():
 )
 def test_other_operands_are_left_alone(width, dtype, given):
     graph, g = operand(width, dtype, given=given)
-    assert align_rows(graph, device="meta") == 0
-    assert g.meta["val"].is_contiguous()
+    own = g.meta["val"]
+    with aligned_rows(graph, device="meta") as aligned:
+        assert not aligned and g.meta["val"] is own
 
 
 def test_other_devices_are_left_alone():
     graph, _ = operand(50257, torch.bfloat16)
-    assert align_rows(graph, device="cuda") == 0
+    with aligned_rows(graph, device="cuda") as aligned:
+        assert not aligned

@@ -64,6 +64,24 @@ batch.y    sample     [2, 3, 5]  float32  dim 0
 mask       public     [3, 5]     float32""",
         )
 
+    def test_an_argument_that_an_inner_function_uses(self):
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.fc = nn.Linear(6, 5)
+
+            def forward(self, x):
+                return (lambda: self.fc(x))().square()
+
+        self.assertExpectedInline(
+            self.table(Net(), torch.randn(2, 6)),
+            """\
+input      role       shape   dtype    batch axis
+x          sample     [2, 6]  float32  dim 0
+fc.weight  parameter  [5, 6]  float32
+fc.bias    parameter  [5]     float32""",
+        )
+
     def test_batch_in_another_dimension(self):
         self.assertExpectedInline(
             self.table(Tied(), torch.zeros(4, 4, dtype=torch.int64), batch_dim=1),

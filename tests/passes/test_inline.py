@@ -15,6 +15,7 @@ from flashdp_compile.compat import recorded_launches
 from flashdp_compile.errors import InternalError
 from flashdp_compile.passes.fuse_noise import fuse_noise
 from flashdp_compile.passes.inline import inline_kernels
+from flashdp_compile.pipeline import LastPass
 from flashdp_compile.runtime import noise
 
 aten, flashdp = torch.ops.aten, torch.ops.flashdp
@@ -164,3 +165,29 @@ def test_the_norm_and_the_sum_of_an_embedding_sort_the_ids_once():
     assert len(of.find_nodes(op="call_function", target=aten.sort.stable)) == 2, "for the other ids another time"
     if not ON_GPU:  # the launches are those of CPU tensors, in the interpreter
         assert same(before, outputs(of, inputs))
+
+
+def test_equal_draws_are_sorted_apart():
+    """Two permutations of a model's own: what reads the same need not be the same."""
+
+    def permutations(scores):
+        draws = [torch.randperm(6) for _ in range(2)] + [torch.rand_like(scores) for _ in range(2)]
+        return [torch.sort(draw, stable=True)[1] for draw in draws]
+
+    of = make_fx(permutations, tracing_mode="fake")(torch.ones(6)).graph
+    inline_kernels(of, device="cpu")
+    assert len(of.find_nodes(op="call_function", target=aten.sort.stable)) == 4
+
+
+def test_nodes_may_come_in_any_order():
+    """So Inductor's own passes leave them; it sorts them only behind ours."""
+    of = graph("store").joint.graph
+    inputs = random_inputs(of)
+    before = outputs(of, inputs)
+    store = next(iter(of.find_nodes(op="call_function", target=flashdp.outer_store.default)))
+    of.output_node().prepend(store)  # behind all that reads it
+    with pytest.raises(RuntimeError):
+        of.lint()
+    LastPass()(of)
+    of.lint()
+    assert same(before, outputs(of, inputs))
