@@ -4,9 +4,13 @@
 
 Every step's gradients are compared with a reference before it is timed; a step that fails has no times. Results are
 saved after every run. The exit status is 1 if one of them failed.
+
+With `--at-once N` all runs compile first, N at a time, and are timed afterwards, one by one: much sooner, but their
+compile times are those of a busy machine.
 """
 
 import argparse
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -15,6 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks import settings
+from benchmarks.fill import fill, folder
 from benchmarks.implementations import IMPLEMENTATIONS
 from benchmarks.processes import call
 from benchmarks.results import Results, Run
@@ -22,8 +27,19 @@ from benchmarks.tables import terminal
 from benchmarks.workloads import WORKLOADS
 
 
-def run(workload: str, implementation: str, own: settings.Settings, warm: bool, results: Results) -> Run:
-    """One run in a process with empty caches; `warm` adds a second process that finds them filled."""
+def run(
+    workload: str,
+    implementation: str,
+    own: settings.Settings,
+    warm: bool,
+    results: Results,
+    caches: Path,
+    compile_s: float | None = None,
+) -> Run:
+    """One run in a process with these caches, which are empty unless `compile_s` tells what filling them took.
+
+    `warm` adds a second process that finds them filled.
+    """
 
     def outcome(status: str, **content: Any) -> Run:
         return Run(workload=workload, implementation=implementation, status=status, **content)
@@ -31,19 +47,20 @@ def run(workload: str, implementation: str, own: settings.Settings, warm: bool, 
     if (reason := IMPLEMENTATIONS[implementation].missing()) is not None:
         return outcome("skipped", reason=reason)
     arguments = {"workload": workload, "implementation": implementation, "settings": own.record()}
-    with tempfile.TemporaryDirectory(prefix="benchmark_caches_") as caches:
-        found = call("benchmarks.measure:measure", arguments, caches)
-        if "failed" in found:
-            return outcome("failed", reason=found["failed"])
-        environment = found.pop("environment")
-        if results.environment and results.environment | {"date": environment["date"]} != environment:
-            raise RuntimeError(f"device, versions or commit changed between runs: {results.environment}, {environment}")
-        results.environment = environment
-        if warm:
-            again = call("benchmarks.measure:first_step", arguments, caches)
-            if "failed" in again:
-                return outcome("failed", reason=f"warm start: {again['failed']}")
-            found["warm_s"] = again["seconds"]
+    found = call("benchmarks.measure:measure", arguments, caches)
+    if "failed" in found:
+        return outcome("failed", reason=found["failed"])
+    environment = found.pop("environment")
+    if results.environment and results.environment | {"date": environment["date"]} != environment:
+        raise RuntimeError(f"device, versions or commit changed between runs: {results.environment}, {environment}")
+    results.environment = environment
+    if compile_s is not None:
+        found["warm_s"], found["compile_s"] = found["compile_s"], compile_s
+    elif warm:
+        again = call("benchmarks.measure:first_step", arguments, caches)
+        if "failed" in again:
+            return outcome("failed", reason=f"warm start: {again['failed']}")
+        found["warm_s"] = again["seconds"]
     return outcome("ok", shapes=WORKLOADS[workload].shapes(), **found)
 
 
@@ -51,12 +68,18 @@ def main() -> None:
     arguments = parse()
     own = settings.from_arguments(arguments)
     console = Console(width=None if sys.stdout.isatty() else 180)
-    results = Results(environment={}, settings=own.record())
-    for workload in arguments.workloads:
-        for implementation in arguments.implementations:
-            console.print(f"{workload}: {implementation}", highlight=False)
-            results.runs.append(run(workload, implementation, own, arguments.warm, results))
+    results = Results(environment={}, settings=own.record() | {"at_once": arguments.at_once})
+    jobs = [(w, i) for w in arguments.workloads for i in arguments.implementations]
+    with tempfile.TemporaryDirectory(prefix="benchmark_caches_") as temporary:
+        root = Path(temporary)
+        wanted = [job for job in jobs if IMPLEMENTATIONS[job[1]].missing() is None]
+        filled = fill(wanted, own, root, arguments.at_once) if arguments.at_once > 1 else {}
+        for job in jobs:
+            console.print(": ".join(job), highlight=False)
+            caches = folder(root, *job)
+            results.runs.append(run(*job, own, arguments.warm, results, caches, filled.get(job)))
             results.save(arguments.out)
+            shutil.rmtree(caches, ignore_errors=True)
     console.print(terminal(results))
     sys.exit(any(r.status == "failed" for r in results.runs))
 
@@ -67,6 +90,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--implementations", nargs="+", required=True, choices=IMPLEMENTATIONS, metavar="NAME")
     parser.add_argument("--out", type=Path, required=True, help="the JSON file")
     parser.add_argument("--warm", action="store_true", help="also time the first step of a second process")
+    parser.add_argument("--at-once", type=int, default=1, metavar="N", help="compile N runs at a time first")
     settings.add_arguments(parser)
     return parser.parse_args()
 

@@ -82,6 +82,8 @@ def caption(results: Results) -> str:
         parts.append(run["dtype"])
     if "steps" in run:
         parts.append(f"{run['steps']} steps after {run['warmup']}")
+    if run.get("at_once", 1) > 1:
+        parts.append(f"compiled {run['at_once']} at a time")
     return "; ".join(parts)
 
 

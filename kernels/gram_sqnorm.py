@@ -53,7 +53,19 @@ def specialise(x: Tensor, gs: list[Tensor], bias: list[bool]) -> Spec:
     return Spec(dot_type(x, *gs), layout(x), tuple(map(layout, gs)), sum(bias), tiles)
 
 
+# pairs(...): into += the Gram matrix of a block of rows with another. A block with itself is loaded once.
 TEMPLATE = """
+{%- macro pairs(into, name, how, end) -%}
+if i == j:
+        for k in range(0, {{ end }}, {{ tiles.depth }}):
+            b_t = {{ tile(name, how, "b", "t", tiles.rows, "T", "k", tiles.depth, end) }}.to({{ dot_type }})
+            {{ into }} += {{ fresh_dot("b_t", "tl.trans(b_t)", tiles.depth) }}
+    else:
+        for k in range(0, {{ end }}, {{ tiles.depth }}):
+            b_t = {{ tile(name, how, "b", "t", tiles.rows, "T", "k", tiles.depth, end) }}.to({{ dot_type }})
+            b_u = {{ tile(name, how, "b", "u", tiles.rows, "T", "k", tiles.depth, end) }}.to({{ dot_type }})
+            {{ into }} += {{ fresh_dot("b_t", "tl.trans(b_u)", tiles.depth) }}
+{%- endmacro -%}
 import triton
 import triton.language as tl
 
@@ -77,10 +89,7 @@ def kernel(
     u = j * {{ tiles.rows }}
 
     a = tl.zeros([{{ tiles.rows }}, {{ tiles.rows }}], tl.float32)  # x_t . x_u
-    for k in range(0, D, {{ tiles.depth }}):
-        b_t = {{ tile("x", x, "b", "t", tiles.rows, "T", "k", tiles.depth, "D") }}.to({{ dot_type }})
-        b_u = {{ tile("x", x, "b", "u", tiles.rows, "T", "k", tiles.depth, "D") }}.to({{ dot_type }})
-        a += {{ fresh_dot("b_t", "tl.trans(b_u)", tiles.depth) }}
+    {{ pairs("a", "x", x, "D") }}
 
     g = tl.zeros([{{ tiles.rows }}, {{ tiles.rows }}], tl.float32)  # sum_l g_lt . g_lu
 {% for how in gs %}
@@ -88,10 +97,7 @@ def kernel(
 {% if n == biased and biased > 0 %}
     g_bias = g  # the operands up to here have a bias
 {% endif %}
-    for k in range(0, {{ end }}, {{ tiles.depth }}):
-        b_t = {{ tile(name, how, "b", "t", tiles.rows, "T", "k", tiles.depth, end) }}.to({{ dot_type }})
-        b_u = {{ tile(name, how, "b", "u", tiles.rows, "T", "k", tiles.depth, end) }}.to({{ dot_type }})
-        g += {{ fresh_dot("b_t", "tl.trans(b_u)", tiles.depth) }}
+    {{ pairs("g", name, how, end) }}
 {% endfor %}
 {% if biased == gs | length %}
     g_bias = g

@@ -108,7 +108,7 @@ def run(family: Family, spec: Spec, x: Tensor, g: Tensor, *out: Tensor) -> Tenso
         *argument(g, spec.g, tiles.depth, tiles.columns),
         *(argument(t, spec.out, tiles.rows, tiles.columns // spec.halves)[0] for t in out),
     )
-    programs = min(part.numel(), tuning.processors(x.device) * max(1, 8 // tiles.warps))  # 8 warps fill the registers
+    programs = min(part.numel(), tuning.room(tiles, x.device))
     arguments = (*loaded, part, T, D, P, *count, part.numel(), programs)
     start(kernel(family, spec), programs, x, *arguments, num_warps=tiles.warps, num_stages=tiles.stages)
     return part.sum(1)

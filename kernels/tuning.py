@@ -54,9 +54,14 @@ def has_tma(device: torch.device) -> bool:
     return name.startswith("sm_") and int(name[3:]) >= 90
 
 
+def room(tiles: Tiles, device: torch.device) -> int:
+    """How many programs with such tiles a device runs at a time: 8 warps fill the registers of a multiprocessor."""
+    return processors(device) * max(1, 8 // tiles.warps)
+
+
 @functools.cache
 def processors(device: torch.device) -> int:
-    """How many programs a device runs at a time, one on each multiprocessor."""
+    """The number of multiprocessors."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 

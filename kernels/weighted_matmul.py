@@ -2,9 +2,12 @@
 
     out = sum_b w_b x_b^T g_b (+ noise)          x [B, T, d], g [B, T, p], weights [B] -> [d, p]
 
-Each sample's product is accumulated in float32 and then scaled in float32: neither x nor g is scaled and rounded to
-its own narrow dtype, so what is added has the norm that was clipped, to within float32 rounding. A sample of weight 0
-adds nothing, whatever it holds. With a key, what add_noise would add to the sum is added as well, to the same bits.
+Neither x nor g is scaled and rounded to its own narrow dtype: products are accumulated in float32, onto the sum of the
+samples before them. In front of every sample that sum is scaled, in float32, to units of the sample's own weight, so
+what is added has the norm that was clipped, to within float32 rounding of the sum. A tile has one accumulator then, and
+two programs fit onto a multiprocessor, of which one scales while the other multiplies. No ratio of two weights
+overflows: clip.py keeps norms between 2^-60 and 2^64. A sample of weight 0 is not read. With a key, what add_noise
+would add to the sum is added as well, to the same bits.
 """
 
 from dataclasses import dataclass, replace
@@ -51,8 +54,7 @@ def specialise(x: Tensor, g: Tensor, weights: Tensor, key: Tensor | None = None,
     return Spec(dot_type(x, g), layout(x), layout(g), tiles, key is not None and g.shape[2] % 4 == 0)
 
 
-# Programs [tiles, runs]: where the tiles alone would leave multiprocessors idle, each takes a run of the samples. One
-# loop over samples and tokens, so that the loads of a sample are under way while the one before is added.
+# Programs [tiles, runs]: where the tiles alone would leave multiprocessors idle, each takes a run of the samples.
 TEMPLATE = """
 import triton
 import triton.language as tl
@@ -61,22 +63,24 @@ import triton.language as tl
 @triton.jit
 def kernel(
     {{ operand("x", x) }}, {{ operand("g", g) }}, weight_ptr, weight_s0,
-    {% if noise %}key_ptr, noise_stream, std, {% endif %}out_ptr, B, T, D, P, TILES_D, TILES_P, RUN, STEPS,
+    {% if noise %}key_ptr, noise_stream, std, {% endif %}out_ptr, B, T, D, P, TILES_D, TILES_P, RUN,
 ):
     number, run = tl.program_id(0) % (TILES_D * TILES_P), tl.program_id(0) // (TILES_D * TILES_P)
     {{ swizzled("number", tiles) | indent(4) }}
     total = tl.zeros([{{ tiles.rows }}, {{ tiles.columns }}], tl.float32)
-    acc = tl.zeros([{{ tiles.rows }}, {{ tiles.columns }}], tl.float32)
-    for step in range(run * RUN * STEPS, tl.minimum(run * RUN + RUN, B) * STEPS):
-        b = step // STEPS
-        t = step % STEPS * {{ tiles.depth }}
-        b_x = {{ tile("x", x, "b", "t", tiles.depth, "T", "d", tiles.rows, "D") }}.to({{ dot_type }})
-        b_g = {{ tile("g", g, "b", "t", tiles.depth, "T", "p", tiles.columns, "P") }}.to({{ dot_type }})
-        acc = {{ dot("tl.trans(b_x)", "b_g", "acc") }}
-        if t + {{ tiles.depth }} >= T:
-            w = tl.load(weight_ptr + b * weight_s0)
-            total += tl.where(w != 0.0, w * acc, 0.0)
-            acc = tl.zeros([{{ tiles.rows }}, {{ tiles.columns }}], tl.float32)
+    unit = tl.full([], 1.0, tl.float32)  # what total is to be multiplied by
+    for sample in range(run * RUN, tl.minimum(run * RUN + RUN, B)):
+        b = tl.full([], sample, tl.int32)
+        w = tl.load(weight_ptr + b * weight_s0)
+        kept = w != 0.0
+        w = tl.where(kept, w, unit)
+        total *= unit / w
+        unit = w
+        for t in range(tl.where(kept, 0, T), T, {{ tiles.depth }}):
+            b_x = {{ tile("x", x, "b", "t", tiles.depth, "T", "d", tiles.rows, "D") }}.to({{ dot_type }})
+            b_g = {{ tile("g", g, "b", "t", tiles.depth, "T", "p", tiles.columns, "P") }}.to({{ dot_type }})
+            total = {{ dot("tl.trans(b_x)", "b_g", "total") }}
+    total *= unit
 {% if noise %}
 {% set quarter = tiles.columns // 4 %}
     rows = (d + tl.arange(0, {{ tiles.rows }}))[:, None].to(tl.int64)
@@ -98,12 +102,12 @@ def launch(
     if 0 in (B, T, *count):
         nothing = x.new_zeros((D, P), dtype=torch.float32)
         return nothing if key is None else gaussian.launch(nothing, key, stream, std)
-    run = cdiv(B, runs(B, T, count[0] * count[1], tuning.processors(x.device)))
+    run = cdiv(B, runs(B, T, count[0] * count[1], tuning.room(tiles, x.device)))
     out = x.new_empty((cdiv(B, run), D, P), dtype=torch.float32)
     loaded = *argument(x, spec.x, tiles.depth, tiles.rows), *argument(g, spec.g, tiles.depth, tiles.columns)
     inside = spec.noise and len(out) == 1  # else the sum of the runs adds it, or a kernel of its own
     noise = (key, gaussian.word(stream), std) if inside else ()
-    arguments = (*loaded, weights, weights.stride(0), *noise, out, B, T, D, P, *count, run, cdiv(T, tiles.depth))
+    arguments = (*loaded, weights, weights.stride(0), *noise, out, B, T, D, P, *count, run)
     programs = len(out) * count[0] * count[1]
     chosen = kernel(FAMILY, replace(spec, noise=inside))
     start(chosen, programs, x, *arguments, num_warps=tiles.warps, num_stages=tiles.stages)
@@ -117,14 +121,14 @@ def launch(
 RUN_COST = 1600
 
 
-def runs(samples: int, tokens: int, tiles: int, processors: int) -> int:
-    """Into how many runs to cut the samples so that `tiles` times as many programs keep the processors busy."""
+def runs(samples: int, tokens: int, tiles: int, room: int) -> int:
+    """Into how many runs to cut the samples, with `tiles` programs for each, on a device with room for so many."""
 
     def cost(count: int) -> float:
-        waves = cdiv(tiles * count, processors) * processors / tiles  # what all processors do while the last is busy
+        waves = cdiv(tiles * count, room) * room / tiles  # what all could do while the last ones work
         return waves * 2 * tokens * cdiv(samples, count) + (RUN_COST * count if count > 1 else 0)
 
-    return min(range(1, min(samples, processors) + 1), key=cost)
+    return min(range(1, min(samples, room) + 1), key=cost)
 
 
 def example(case, dtype, device, generator):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import reference
-from benchmarks import check, measure, plot, step, tables
+from benchmarks import check, fill, measure, plot, step, tables
 from benchmarks.implementations import BASELINE, IMPLEMENTATIONS
 from benchmarks.processes import call
 from benchmarks.results import Results, Run
@@ -173,22 +173,22 @@ def test_json_becomes_table_and_plot(results, tmp_path):
         Results.load(tmp_path / "other.json")
 
 
-def test_a_failed_run_has_no_times(monkeypatch):
+def test_a_failed_run_has_no_times(monkeypatch, tmp_path):
     monkeypatch.setattr(step, "call", lambda *arguments: {"failed": "CheckFailed: off"})
-    found = step.run("tiny-gpt", "eager", QUICK, False, Results(environment={}, settings={}))
+    found = step.run("tiny-gpt", "eager", QUICK, False, Results(environment={}, settings={}), tmp_path)
     assert (found.status, found.reason, found.median_ms, found.step_ms) == ("failed", "CheckFailed: off", None, [])
 
 
-def test_figures_of_two_machines_do_not_meet(monkeypatch):
+def test_figures_of_two_machines_do_not_meet(monkeypatch, tmp_path):
     environments = iter(
         [{"device": "one", "date": "1"}, {"device": "one", "date": "2"}, {"device": "two", "date": "2"}]
     )
     monkeypatch.setattr(step, "call", lambda *arguments: {"environment": next(environments), "median_ms": 1.0})
     together = Results(environment={}, settings={})
     for _ in range(2):
-        assert step.run("tiny-gpt", "eager", QUICK, False, together).status == "ok"
+        assert step.run("tiny-gpt", "eager", QUICK, False, together, tmp_path).status == "ok"
     with pytest.raises(RuntimeError, match="changed between runs"):
-        step.run("tiny-gpt", "eager", QUICK, False, together)
+        step.run("tiny-gpt", "eager", QUICK, False, together, tmp_path)
 
 
 def test_the_command(monkeypatch, tmp_path):
@@ -206,15 +206,37 @@ def test_the_command(monkeypatch, tmp_path):
     assert run.error < 1e-4
 
 
+def test_caches_are_filled_by_several_processes_first(monkeypatch, tmp_path):
+    """Choices that were tuned meanwhile are dropped, and what failed is left to the run itself."""
+    both = [("tiny-gpt", "compile"), ("tiny-gpt", "flashdp-flat")]
+
+    def call(function, arguments, caches):
+        caches.mkdir()
+        (caches / "kernel.py").touch()
+        (caches / "kernel.best_config").touch()
+        return {"seconds": 3.0} if arguments["implementation"] == "compile" else {"failed": "out of memory"}
+
+    monkeypatch.setattr(fill, "call", call)
+    assert fill.fill(both, QUICK, tmp_path, 2) == {("tiny-gpt", "compile"): 3.0}
+    left = [path.name for path in tmp_path.rglob("kernel.*")]
+    assert left == ["kernel.py", "kernel.py"]
+
+    measured = {"environment": {"device": "one"}, "median_ms": 1.0, "compile_s": 0.5}
+    monkeypatch.setattr(step, "call", lambda *arguments: dict(measured))
+    nothing = Results(environment={}, settings={})
+    run = step.run("tiny-gpt", "compile", QUICK, True, nothing, tmp_path, 3.0)
+    assert (run.compile_s, run.warm_s) == (3.0, 0.5)
+
+
 def test_a_process_tells_why_it_failed(tmp_path):
     found = call("benchmarks.check:check", {"actual": {}}, tmp_path)
     assert found["failed"].startswith("TypeError: check() missing")
 
 
-def test_an_implementation_that_is_not_installed_is_skipped(monkeypatch):
+def test_an_implementation_that_is_not_installed_is_skipped(monkeypatch, tmp_path):
     absent = replace(IMPLEMENTATIONS["opacus-ghost"], needs="no_such_module")
     monkeypatch.setitem(IMPLEMENTATIONS, "opacus-ghost", absent)
-    found = step.run("tiny-gpt", "opacus-ghost", QUICK, False, Results(environment={}, settings={}))
+    found = step.run("tiny-gpt", "opacus-ghost", QUICK, False, Results(environment={}, settings={}), tmp_path)
     assert (found.status, found.reason) == ("skipped", "no_such_module is not installed")
 
 

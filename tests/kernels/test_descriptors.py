@@ -66,8 +66,9 @@ def test_the_norm_and_the_sum_are_of_one_product(device):
 
 
 def test_samples_are_cut_into_runs_where_tiles_alone_leave_processors_idle():
-    """For the layers of GPT-2, 16 samples of 1024 tokens on 132 processors; partial sums are not free."""
-    assert [weighted_matmul.runs(16, 1024, tiles, 132) for tiles in (108, 144, 36, 2358)] == [1, 4, 3, 1]
+    """For the layers of GPT-2, two programs on each of 132 multiprocessors; partial sums are not free."""
+    assert [weighted_matmul.runs(16, 1024, tiles, 264) for tiles in (108, 144, 36, 2358)] == [2, 3, 6, 1]
+    assert [weighted_matmul.runs(64, 256, tiles, 264) for tiles in (108, 144, 36, 2358)] == [2, 5, 7, 1]
 
 
 def test_tensor_cores_sum_no_more_by_themselves_than_the_guard_allows():

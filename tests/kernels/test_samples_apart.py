@@ -23,6 +23,19 @@ def test_weight_zero_is_not_read(name, poison, path, device):
     assert torch.equal(getattr(family, path)(*args), clean)
 
 
+@pytest.mark.parametrize("scales", [(0, 60, -64, None, 20, -60, 64), (64, None, -60), (-60, 64, None, 0)], ids=str)
+@pytest.mark.parametrize("path", ["launch", "reference"])
+def test_samples_whose_norms_are_far_apart_count_the_same(path, scales, device):
+    """Each is worth as much in the sum, whatever came before it: as far as clip.py lets norms go."""
+    x, g, _ = arguments(FAMILIES["weighted_matmul"], (len(scales), 40, 24, 17), device=device)
+    g, dropped = g / 40, torch.tensor([s is None for s in scales], device=device)
+    exponents = torch.tensor([s or 0.0 for s in scales], device=device, dtype=torch.float32)
+    weights = torch.where(dropped, 0.0, (-exponents).exp2())
+    expected = torch.einsum("btd,btp->dp", x[~dropped].double(), g[~dropped].double())
+    found = getattr(FAMILIES["weighted_matmul"], path)(x, g * exponents.exp2()[:, None, None], weights)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 @both
 @pytest.mark.parametrize("name", ["product_sum", "weighted_matmul", "embedding_sum"])
 def test_all_weights_zero(name, path, device):
