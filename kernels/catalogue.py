@@ -1,7 +1,6 @@
 """The explicit list of families. Adding one is a file beside this one, and a line here."""
 
 from flashdp_compile.kernels import (
-    draw_normals,
     embedding_sqnorm,
     embedding_sum,
     gaussian,
@@ -10,6 +9,7 @@ from flashdp_compile.kernels import (
     outer_store,
     product_sum,
     tied_cross,
+    vector_sums,
     weighted_matmul,
 )
 
@@ -25,6 +25,6 @@ FAMILIES = {
         embedding_sum,
         tied_cross,
         gaussian,
-        draw_normals,
+        vector_sums,
     )
 }

@@ -35,12 +35,14 @@ def fake(product: Tensor, weights: Tensor, *noise: Any) -> Tensor:
 class Spec:
     flat: bool  # rows of one sample's product lie end to end
     noise: bool
+    weighted: bool = True
     block: int = 2048
     at_once: int = 8  # samples whose loads are in flight together
 
 
-def specialise(product: Tensor, weights: Tensor, key: Tensor | None = None, *noise: Any) -> Spec:
-    return Spec(product.stride(2) == 1 and product.stride(1) == product.shape[2], key is not None)
+def specialise(product: Tensor, weights: Tensor | None, key: Tensor | None = None, *noise: Any) -> Spec:
+    flat = product.stride(2) == 1 and product.stride(1) == product.shape[2]
+    return Spec(flat, key is not None, weights is not None)
 
 
 TEMPLATE = """
@@ -50,7 +52,8 @@ import triton.language as tl
 
 @triton.jit
 def kernel(
-    product_ptr, product_s0, {% if not flat %}product_s1, product_s2, {% endif %}weight_ptr, weight_s0,
+    product_ptr, product_s0, {% if not flat %}product_s1, product_s2, {% endif %}
+    {% if weighted %}weight_ptr, weight_s0, {% endif %}
     {% if noise %}key_ptr, noise_stream, std, {% endif %}out_ptr, B, P, N,
 ):
     start = tl.program_id(0).to(tl.int64) * {{ block }}
@@ -63,7 +66,11 @@ def kernel(
     acc = tl.zeros([{{ block }}], tl.float32)
     for first in range(0, B, {{ at_once }}):
         for b in tl.static_range({{ at_once }}):
+{% if weighted %}
             w = tl.load(weight_ptr + (first + b) * weight_s0, mask=first + b < B, other=0.0)
+{% else %}
+            w = tl.where(first + b < B, 1.0, 0.0)
+{% endif %}
             end = tl.where(w != 0.0, N, 0)  # a mask and no branch, which would wait for the weight
             p_b = p_row + tl.full([], first + b, tl.int64) * product_s0
             # products are read once; what stays in the L2 cache is better used by the next layer
@@ -76,14 +83,18 @@ def kernel(
 """
 
 
-def launch(product: Tensor, weights: Tensor, key: Tensor | None = None, stream: int = 0, std: float = 0.0) -> Tensor:
+def launch(
+    product: Tensor, weights: Tensor | None, key: Tensor | None = None, stream: int = 0, std: float = 0.0
+) -> Tensor:
+    """Without weights, which the op always has: the plain sum."""
     B, D, P = product.shape
     spec = specialise(product, weights, key)
     out = product.new_empty((D, P), dtype=torch.float32)
     strides = product.stride()[:1] if spec.flat else product.stride()
     programs = cdiv(D * P, spec.block)
     noise = () if key is None else (key, gaussian.word(stream), std)
-    arguments = (product, *strides, weights, weights.stride(0), *noise, out, B, P, D * P)
+    weighted = () if weights is None else (weights, weights.stride(0))
+    arguments = (product, *strides, *weighted, *noise, out, B, P, D * P)
     start(kernel(FAMILY, spec), programs, out, *arguments)
     return out
 

@@ -112,7 +112,7 @@ def launch(
     chosen = kernel(FAMILY, replace(spec, noise=inside))
     start(chosen, programs, x, *arguments, num_warps=tiles.warps, num_stages=tiles.stages)
     if len(out) > 1:
-        return product_sum.launch(out, out.new_ones(len(out)), key, stream, std)
+        return product_sum.launch(out, None, key, stream, std)
     return out[0] if key is None or inside else gaussian.launch(out[0], key, stream, std)
 
 

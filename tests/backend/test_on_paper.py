@@ -75,18 +75,18 @@ def test_rows_of_odd_length_are_padded_once(backward):
 
 
 def test_each_gradient_draws_from_a_stream_of_its_own(backward):
-    """The sums and the table draw inside, with one key; norm scale and biases share a launch."""
+    """The sums and the table draw inside, with one key; norm scale and biases are summed by one launch."""
     streams = [arguments[5] for arguments in calls(backward, "product_sum")]
     streams += [arguments[1] for arguments in calls(backward, "noise")]
     assert len(streams) == len(set(streams)) == 3 and all(stream.isdecimal() for stream in streams)
-    assert len(calls(backward, "draw_normals")) == 1
-    drawn = re.search(r"^def flashdp_draw_normals\(key_ptr, (.*)\):$", backward, re.MULTILINE)
-    assert drawn and drawn[1].split(", ") == ["out0_ptr", "out1_ptr", "out2_ptr"]
+    assert len(calls(backward, "vector_sums")) == 1
+    drawn = re.search(r"^def flashdp_vector_sums\(key_ptr, std, B, (.*)\):$", backward, re.MULTILINE)
+    assert drawn and drawn[1].split(", ") == [f"{name}{n}_ptr" for n in range(3) for name in ("v", "w", "out")]
 
 
 def test_a_buffer_is_read_only_after_the_launch_that_fills_it(backward):
     lines = backward.splitlines()
-    for kernel in ("outer_store", "product_sum", "embedding_sqnorm", "embedding_sum", "noise", "draw_normals"):
+    for kernel in ("outer_store", "product_sum", "embedding_sqnorm", "embedding_sum", "noise", "vector_sums"):
         for number, line in enumerate(lines):
             if re.match(rf" +flashdp_{kernel}_\d+\.run\(", line):
                 for buffer in re.findall(r"\bbuf\d+\b", line):

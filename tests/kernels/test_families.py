@@ -26,8 +26,10 @@ def check(name, got, args):
     for n, (value, truth, bound) in enumerate(zip(outputs(got), exact, terms, strict=True)):
         if name in NORMS:
             bound = truth  # no allowance for cancellation: random examples hardly cancel
-        elif name in ("add_noise", "draw_normals"):
+        elif name == "add_noise":
             bound = torch.ones_like(truth)
+        elif name == "vector_sums":  # its noise has a sign of its own
+            bound = bound.abs() + 1
         elif name == "outer_store" and n == 1:
             truth = bound = outputs(got)[0].double().square().sum((1, 2))  # of what was stored
         error = (value.double() - truth).abs()
@@ -49,7 +51,7 @@ def test_twin(name, case, dtype, layout, device):
     check(name, FAMILIES[name].reference(*args), args)
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "draw_normals"])  # its result is float32
+@pytest.mark.parametrize("name", FAMILIES)
 def test_twin_keeps_float64(name, device):
     args = double(arguments(FAMILIES[name], FAMILIES[name].cases[0], device=device))
     for value in outputs(FAMILIES[name].op(*args)):

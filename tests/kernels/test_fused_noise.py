@@ -47,10 +47,11 @@ def test_a_stream_is_a_word(name, device):
 
 
 @pytest.mark.parametrize("path", ["launch", "reference"])
-@pytest.mark.parametrize("case", FAMILIES["draw_normals"].cases)
-def test_one_draw_gives_what_add_noise_adds_to_each(case, path, device):
-    key, sizes, streams = arguments(FAMILIES["draw_normals"], case, device=device)
-    drawn = getattr(FAMILIES["draw_normals"], path)(key, sizes, streams)
-    for normals, size, stream in zip(drawn, sizes, streams, strict=True):
-        apart = getattr(gaussian, path)(torch.zeros(size, device=device), key, stream, 1.0)
-        assert torch.equal(normals, apart)
+@pytest.mark.parametrize("case", FAMILIES["vector_sums"].cases)
+def test_vectors_get_the_noise_of_their_own_streams(case, path, device):
+    values, weights, key, streams, std = arguments(FAMILIES["vector_sums"], case, device=device)
+    silent = [torch.zeros_like(v) for v in values]
+    noises = getattr(FAMILIES["vector_sums"], path)(silent, weights, key, streams, std)
+    for noise, stream in zip(noises, streams, strict=True):
+        apart = getattr(gaussian, path)(torch.zeros_like(noise), key, stream, std)
+        assert torch.equal(noise, apart)

@@ -62,6 +62,17 @@ def test_a_poisoned_sample_spoils_its_own_norm_only(name, poison, path, device):
 
 
 @both
+@pytest.mark.parametrize("poison", POISONS)
+def test_vectors_of_weight_zero_are_not_read(poison, path, device):
+    values, *rest = arguments(FAMILIES["vector_sums"], (5, 130, 3), device=device)
+    clean = getattr(FAMILIES["vector_sums"], path)(values, *rest)
+    for v in values:
+        v[1::3] = poison
+    for now, was in zip(getattr(FAMILIES["vector_sums"], path)(values, *rest), clean, strict=True):
+        assert torch.equal(now, was)
+
+
+@both
 @pytest.mark.parametrize("name", ["embedding_sqnorm", "embedding_sum", "tied_cross"])
 def test_excluded_positions_are_not_read(name, path, device):
     family = FAMILIES[name]

@@ -15,6 +15,7 @@ from flashdp_compile.compat import recorded_launches
 from flashdp_compile.errors import InternalError
 from flashdp_compile.passes.fuse_noise import fuse_noise
 from flashdp_compile.passes.inline import inline_kernels
+from flashdp_compile.passes.sum_vectors import sum_vectors
 from flashdp_compile.pipeline import LastPass
 from flashdp_compile.runtime import noise
 
@@ -63,9 +64,11 @@ def test_noise_is_fused_and_stays_the_same(model, strategy):
     inputs = random_inputs(of)
     before = outputs(of, inputs)
     assert "add_noise" in names(of)
-    assert fuse_noise(of, device="cpu") == 0
+    left = fuse_noise(of, device="cpu")
+    alone = (model, strategy) == ("tied", "gram")  # what two kernels have summed gets its noise afterwards
+    assert sum_vectors(of, device="cpu") == left - alone
     of.lint()
-    assert "add_noise" not in names(of)
+    assert names(of).count("add_noise") == alone
     assert same(before, outputs(of, inputs))
 
 
@@ -92,13 +95,35 @@ def test_a_sum_that_is_used_twice_keeps_its_noise_apart():
 
 
 def test_large_gradients_keep_a_launch_of_their_own(monkeypatch):
-    monkeypatch.setattr("flashdp_compile.passes.fuse_noise.SMALL", 5)
+    monkeypatch.setattr("flashdp_compile.passes.sum_vectors.SMALL", 3 * 5)
     of = graph("materialize").joint.graph
     inputs = random_inputs(of)
     before = outputs(of, inputs)
-    assert fuse_noise(of, device="cpu") == 3  # of 36, 6, 30 and 5 elements
-    assert sorted(n for n in names(of) if "n" in n).count("add_noise") == 3
+    assert sum_vectors(of, device="cpu") == 1  # of 36, 6, 30 and 5 elements for each of 3 samples
+    assert names(of).count("add_noise") == 3
     assert same(before, outputs(of, inputs))
+
+
+def test_vectors_are_summed_so_many_at_a_time(monkeypatch):
+    monkeypatch.setattr("flashdp_compile.passes.sum_vectors.AT_ONCE", 2)
+    of = graph("materialize").joint.graph
+    inputs = random_inputs(of)
+    before = outputs(of, inputs)
+    assert sum_vectors(of, device="cpu") == 4
+    assert names(of).count("vector_sums") == 2
+    assert not of.find_nodes(op="call_function", target=aten.where.self), "what was read before is gone"
+    assert same(before, outputs(of, inputs))
+
+
+def test_weights_along_another_dimension_are_left_alone():
+    """As many samples as elements: the shapes alone do not tell."""
+    of = graph("materialize").joint.graph
+    noise = next(iter(of.find_nodes(op="call_function", target=flashdp.add_noise.default)))
+    weighted = noise.args[0].args[0].args[1]
+    by = next(n for n in weighted.args if n.target is aten.view.default)
+    by.meta["val"] = by.meta["val"].new_empty(tuple(by.meta["val"].shape)[::-1])
+    left = len(of.find_nodes(op="call_function", target=flashdp.add_noise.default))
+    assert 0 < sum_vectors(of, device="cpu") < left
 
 
 @pytest.mark.skipif(ON_GPU, reason="runs kernels on CPU tensors; the tests of Inductor run them on a GPU")
@@ -108,6 +133,7 @@ def test_kernels_take_the_place_of_ops(model, strategy):
     inputs = random_inputs(of)
     before = outputs(of, inputs)
     fuse_noise(of, device="cpu")
+    sum_vectors(of, device="cpu")
     ops = names(of)
     assert inline_kernels(of, device="cpu") == len(ops) - ops.count("draw_key") - 1
     of.lint()
