@@ -35,7 +35,7 @@ from flashdp_compile.passes.points import ParameterGradient, check_single, find_
 from flashdp_compile.passes.release_late import release_late
 from flashdp_compile.passes.rewrite import Mechanism, private_gradients, rewrite, rewrite_empty, rewrite_single
 from flashdp_compile.passes.strategies.materialize import MATERIALIZE
-from flashdp_compile.passes.sum_vectors import sum_vectors
+from flashdp_compile.passes.vectors import norm_vectors, sum_vectors
 from flashdp_compile.passes.verify import verify
 from flashdp_compile.runtime import clipping, noise  # noqa: F401  registers the ops that the rewrite inserts
 
@@ -178,6 +178,7 @@ class LastPass(CustomGraphPass):
             sort_topologically(graph)
             own_memory(graph)
             fuse_noise(graph)
+            norm_vectors(graph)
             sum_vectors(graph)
             release_late(graph)
             with aligned_rows(graph):

@@ -11,6 +11,7 @@
 | embedding_sum(ids, g, weights, num_embeddings) [V, d] | sum_b w_b (gradient of the table of sample b)             |
 | tied_cross(ids, ge, x, gl)               [B]          | <gradient by the embedding, gradient by the tied head>    |
 | add_noise(grad, key, stream, std)        like grad    | grad + std * counter-based standard normal                |
+| vector_sqnorms(values)                   [B]          | sum_i |v_ib|^2 of several small v                         |
 | vector_sums(values, weights, key, streams, std) [n], ... | sum_b w_b v_b, with noise, of several small v       |
 
 Common rules. x is [B, T, d], g is [B, T, p]: any strides, any size may be 0 or 1. Results are float32, or float64

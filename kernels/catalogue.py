@@ -9,6 +9,7 @@ from flashdp_compile.kernels import (
     outer_store,
     product_sum,
     tied_cross,
+    vector_sqnorms,
     vector_sums,
     weighted_matmul,
 )
@@ -25,6 +26,7 @@ FAMILIES = {
         embedding_sum,
         tied_cross,
         gaussian,
+        vector_sqnorms,
         vector_sums,
     )
 }

@@ -9,7 +9,7 @@ from flashdp_compile.kernels import FAMILIES
 # Relative to the exact value of each sample. The shapes of the cases are small: this is float32 accumulation.
 TOLERANCE = 5e-6
 ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
-NORMS = ("gram_sqnorm", "outer_sqnorm", "embedding_sqnorm")
+NORMS = ("gram_sqnorm", "outer_sqnorm", "embedding_sqnorm", "vector_sqnorms")
 
 POINTS = [
     pytest.param(name, case, dtype, layout, id=f"{name}-{'x'.join(map(str, case))}-{str(dtype)[6:]}-{layout}")

@@ -15,7 +15,7 @@ from flashdp_compile.compat import recorded_launches
 from flashdp_compile.errors import InternalError
 from flashdp_compile.passes.fuse_noise import fuse_noise
 from flashdp_compile.passes.inline import inline_kernels
-from flashdp_compile.passes.sum_vectors import sum_vectors
+from flashdp_compile.passes.vectors import norm_vectors, sum_vectors
 from flashdp_compile.pipeline import LastPass
 from flashdp_compile.runtime import noise
 
@@ -95,7 +95,7 @@ def test_a_sum_that_is_used_twice_keeps_its_noise_apart():
 
 
 def test_large_gradients_keep_a_launch_of_their_own(monkeypatch):
-    monkeypatch.setattr("flashdp_compile.passes.sum_vectors.SMALL", 3 * 5)
+    monkeypatch.setattr("flashdp_compile.passes.vectors.SMALL", 3 * 5)
     of = graph("materialize").joint.graph
     inputs = random_inputs(of)
     before = outputs(of, inputs)
@@ -105,7 +105,7 @@ def test_large_gradients_keep_a_launch_of_their_own(monkeypatch):
 
 
 def test_vectors_are_summed_so_many_at_a_time(monkeypatch):
-    monkeypatch.setattr("flashdp_compile.passes.sum_vectors.AT_ONCE", 2)
+    monkeypatch.setattr("flashdp_compile.passes.vectors.AT_ONCE", 2)
     of = graph("materialize").joint.graph
     inputs = random_inputs(of)
     before = outputs(of, inputs)
@@ -113,6 +113,36 @@ def test_vectors_are_summed_so_many_at_a_time(monkeypatch):
     assert names(of).count("vector_sums") == 2
     assert not of.find_nodes(op="call_function", target=aten.where.self), "what was read before is gone"
     assert same(before, outputs(of, inputs))
+
+
+@pytest.mark.parametrize("model, strategy", [("linear", "materialize"), ("block", "gram"), ("tied", "materialize")])
+@pytest.mark.parametrize("at_once", [1, 64])
+def test_norms_of_vectors_are_taken_together(model, strategy, at_once, monkeypatch):
+    """Of the layers that are clipped together; the others' norms, which the count of bad samples reads, come along."""
+    monkeypatch.setattr("flashdp_compile.passes.vectors.AT_ONCE", at_once)
+    of = MODELS[model](strategy).joint.graph
+    inputs = random_inputs(of)
+    before = outputs(of, inputs)
+    squares = len(of.find_nodes(op="call_function", target=aten.pow.Tensor_Scalar))
+    done = norm_vectors(of, device="cpu")
+    of.lint()
+    assert done >= 2
+    assert len(of.find_nodes(op="call_function", target=aten.pow.Tensor_Scalar)) == squares - done
+    assert names(of).count("vector_sqnorms") >= done / at_once / 2
+    assert same(before, outputs(of, inputs))
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_norm_that_counts_twice_does_so_afterwards(apart):
+    def weights(*vectors):
+        twice, *once = (v.square().sum(1) for v in vectors)
+        total = twice + once[0] + once[1] + twice if apart else twice + twice + once[0] + once[1]
+        return [flashdp.clip_factors(total, 0.5, "hard", False, None)]
+
+    vectors = [torch.randn(3, n) for n in (4, 5, 6)]
+    of = make_fx(weights, tracing_mode="fake")(*vectors).graph
+    assert norm_vectors(of, device="cpu") == 2
+    assert torch.allclose(outputs(of, vectors)[0], weights(*vectors)[0])
 
 
 def test_weights_along_another_dimension_are_left_alone():
@@ -133,6 +163,7 @@ def test_kernels_take_the_place_of_ops(model, strategy):
     inputs = random_inputs(of)
     before = outputs(of, inputs)
     fuse_noise(of, device="cpu")
+    norm_vectors(of, device="cpu")
     sum_vectors(of, device="cpu")
     ops = names(of)
     assert inline_kernels(of, device="cpu") == len(ops) - ops.count("draw_key") - 1

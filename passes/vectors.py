@@ -1,12 +1,13 @@
-"""The clipped sums of small gradients, of all layers, in a few launches.
+"""Norms and clipped sums of small gradients, of all layers, in a few launches.
 
-A model has hundreds of biases and scales of norms, each of which would be summed over the samples by a launch of its
-own. Their per-sample gradients [B, n] are small, so they can wait for each other:
+A model has hundreds of biases and scales of norms, each of which would be measured and summed by launches of its own.
+Their per-sample gradients v [B, n] are small, so they can wait for each other:
 
+    clip_factors(sum(v^2, [1]) + sum(u^2, [1]) + ...)                   clip_factors(vector_sqnorms([v, u]) + ...)
     add_noise(sum(where(w != 0, v * w, 0), [0]), key, stream, std)      one of the results of vector_sums
 
 Runs behind the proof. The noise is exactly what add_noise would draw, that of (key, stream), so streams stay apart as
-proved; the sums differ by rounding.
+proved; norms and sums differ by rounding.
 """
 
 from __future__ import annotations
@@ -26,6 +27,62 @@ aten, flashdp = torch.ops.aten, torch.ops.flashdp
 
 SMALL = 1 << 20  # elements of all samples: a larger gradient is worth a launch of its own
 AT_ONCE = 64  # vectors that one launch sums: a kernel for hundreds takes long to compile
+
+
+def norm_vectors(graph: fx.Graph, device: str = "cuda") -> int:
+    """Rewrites the norms on devices of this type, in place; returns how many."""
+    done = 0
+    for clip in graph.find_nodes(op="call_function", target=flashdp.clip_factors.default):
+        total = clip.args[0]
+        terms = [(n, _squared(n)) for n in _terms(total)]
+        vectors = [v for _, v in terms if v is not None and v.meta["val"].device.type == device]
+        if len(vectors) < 2:
+            continue
+        with graph.inserting_before(clip):
+            added = [n for n, v in terms if v is None or v.meta["val"].device.type != device]
+            values = [_call(graph, aten.reshape.default, v, _rows(v)) for v in vectors]
+            for first in range(0, len(values), AT_ONCE):
+                added.append(_call(graph, flashdp.vector_sqnorms.default, values[first : first + AT_ONCE]))
+            rest, *more = added
+            for term in more:
+                rest = _call(graph, aten.add.Tensor, rest, term)
+        total.replace_all_uses_with(rest)
+        _erase(total)
+        done += len(vectors)
+    sort_topologically(graph)  # a norm may now come behind what reads it
+    return done
+
+
+def _terms(total: fx.Node) -> list[fx.Node]:
+    """What is added up to the total, in order, as far as nobody else reads the sums in between."""
+    found, stack = [], [total]
+    while stack:
+        node = stack.pop()
+        inside = node is total or len(node.users) == 1
+        if inside and node.target is aten.add.Tensor and len(node.all_input_nodes) == 2 and not node.kwargs:
+            stack += reversed(node.args)
+        else:
+            found.append(node)
+    return found
+
+
+def _squared(norm: fx.Node) -> fx.Node | None:
+    """v, if a value is the squared norm of each sample's v, and nobody else reads it."""
+    squares = norm
+    if norm.target is aten.sum.dim_IntList:
+        squares = _viewed(norm.args[0])
+        if len(norm.args) != 2 or norm.kwargs or list(norm.args[1]) != [1] or norm.args[0].meta["val"].dim() != 2:
+            return None
+    if squares.target is not aten.pow.Tensor_Scalar or squares.args[1] != 2 or len(norm.users) != 1:
+        return None
+    values = squares.args[0]
+    if (
+        not isinstance(values, fx.Node)
+        or norm.meta["val"].dim() != 1
+        or not _fits(values.meta["val"], norm.meta["val"])
+    ):
+        return None
+    return values
 
 
 class Vector(NamedTuple):
@@ -62,8 +119,8 @@ def _read(noise: fx.Node) -> Vector | None:
     if nonzero.target is not aten.ne.Scalar or nonzero.args[1] != 0 or not is_zero(otherwise):
         return None
     weights = _viewed(nonzero.args[0])
-    factors = weighted.args if weighted.target is aten.mul.Tensor else ()
-    values = [n for n in factors if isinstance(n, fx.Node) and _viewed(n) is not weights]
+    factors = weighted.all_input_nodes if weighted.target is aten.mul.Tensor else []
+    values = [n for n in factors if _viewed(n) is not weights]
     if len(factors) != 2 or len(values) != 1 or not _fits(values[0].meta["val"], weights.meta["val"]):
         return None
     by = next(n for n in factors if n is not values[0])
@@ -73,7 +130,7 @@ def _read(noise: fx.Node) -> Vector | None:
     return Vector(noise, values[0], weights)
 
 
-def _viewed(node: fx.Node) -> fx.Node:
+def _viewed(node: Any) -> Any:
     while node.target in RESHAPES:
         node = node.args[0]
     return node
