@@ -3,6 +3,7 @@
 import gc
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import pairwise
 from statistics import median
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.check import CheckFailed, check, expected_gradients
+from benchmarks.check import CheckFailed, check, expected_gradients, inexactness
 from benchmarks.environment import environment
 from benchmarks.implementations import IMPLEMENTATIONS
 from benchmarks.settings import Settings
@@ -36,11 +37,14 @@ def prepare(workload: str, implementation: str, settings: Settings) -> Prepared:
     its, maker = WORKLOADS[workload], IMPLEMENTATIONS[implementation]
     model = its.model(batched_positions=maker.batched_positions, device=settings.device)
     batches = its.batches(settings.pool, settings.device)
-    expected = expected_gradients(model, batches[0], maker.clipping, settings.max_grad_norm, settings.autocast)
+    policy = maker.clipping, settings.max_grad_norm
+    expected = expected_gradients(model, batches[0], *policy, settings.autocast)
+    allowed = inexactness(expected, expected_gradients(model, batches[0], *policy, nullcontext), settings.tolerance)
     step = maker.make(model, its.batch, settings)
     seconds = _seconds(lambda: step.backward(batches[0]), settings)
     observed = step.observe(batches[0])
-    error = check(observed.gradients, expected, observed.rounding, settings.tolerance)
+    rounding = {name: allowed[name] + observed.rounding[name] for name in allowed}
+    error = check(observed.gradients, expected, rounding, settings.tolerance)
     return Prepared(step, batches, seconds, error)
 
 

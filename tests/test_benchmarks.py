@@ -80,6 +80,14 @@ def test_a_gradient_that_is_missing_or_not_finite_is_found():
                 check.check(gradients | {name: gradients[name] * wrong}, gradients, rounding, 2e-2)
 
 
+def test_a_reference_in_16_bits_allows_what_it_misses_itself():
+    exact = {"a": torch.ones(100), "b": torch.full((100,), 2.0)}
+    expected = {"a": exact["a"] * 1.03, "b": exact["b"] * 1.001}
+    allowed = check.inexactness(expected, exact, 2e-2)
+    assert allowed["a"] == pytest.approx(10 * (2 * 0.03 - 0.02), rel=1e-3)
+    assert allowed["b"] == 0
+
+
 def test_a_wrong_private_step_is_found(monkeypatch):
     """The groups, the bound, the weights of samples and the noise of one compiled step, each against another claim."""
     batch = TINY.batches(1, "cpu")[0]
