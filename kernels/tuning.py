@@ -54,6 +54,14 @@ def has_tma(device: torch.device) -> bool:
     return name.startswith("sm_") and int(name[3:]) >= 90
 
 
+def for_tokens(tiles: Tiles, tokens: int) -> Tiles:
+    """The same tiles, with blocks of half the depth where that many tokens fill them better."""
+    half = tiles.depth // 2
+    if half < 32 or -(-tokens // half) * half == -(-tokens // tiles.depth) * tiles.depth:
+        return tiles
+    return tiles._replace(depth=half, stages=tiles.stages + 2)
+
+
 def room(tiles: Tiles, device: torch.device) -> int:
     """How many programs with such tiles a device runs at a time: 8 warps fill the registers of a multiprocessor."""
     return processors(device) * max(1, 8 // tiles.warps)

@@ -50,6 +50,8 @@ class Spec:
 
 def specialise(x: Tensor, g: Tensor, weights: Tensor, key: Tensor | None = None, *noise: Any) -> Spec:
     tiles = tiles_for("weighted_matmul", [x, g], x.shape[2], g.shape[2])
+    if isinstance(x.shape[1], int):
+        tiles = tuning.for_tokens(tiles, x.shape[1])
     # a Philox block makes four elements: they must lie in one row of the tile
     return Spec(dot_type(x, g), layout(x), layout(g), tiles, key is not None and g.shape[2] % 4 == 0)
 

@@ -74,3 +74,12 @@ def test_samples_are_cut_into_runs_where_tiles_alone_leave_processors_idle():
 def test_tensor_cores_sum_no_more_by_themselves_than_the_guard_allows():
     tables = tuning._table().values()
     assert all(depth <= guard.BLOCK for t in tables for e in t["gram_sqnorm"].values() for _, _, depth, *_ in e)
+
+
+def test_blocks_are_as_deep_as_the_tokens_fill():
+    """Of 197 tokens four blocks of 64 would be a quarter empty."""
+    tiles = tuning.Tiles(128, 128, 64, 4, 3)
+    assert tuning.for_tokens(tiles, 197) == tiles._replace(depth=32, stages=5)
+    assert tuning.for_tokens(tiles, 256) == tuning.for_tokens(tiles, 250) == tiles
+    small = tuning.Tiles(64, 64, 32, 4, 2)
+    assert tuning.for_tokens(small, 5) == small
