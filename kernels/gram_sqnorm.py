@@ -48,8 +48,7 @@ class Spec:
 
 def specialise(x: Tensor, gs: list[Tensor], bias: list[bool]) -> Spec:
     gs = _biased_first(gs, bias)
-    T = x.shape[1] if isinstance(x.shape[1], int) else 1  # a size yet unknown, while sources are printed
-    tiles = tiles_for("gram_sqnorm", [x, *gs], T, T)
+    tiles = tiles_for("gram_sqnorm", [x, *gs], 1, sum(g.shape[2] for g in gs))  # deep for long sums, for those of heads
     return Spec(dot_type(x, *gs), layout(x), tuple(map(layout, gs)), sum(bias), tiles)
 
 

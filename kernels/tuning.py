@@ -5,9 +5,9 @@ The file maps an architecture to families to bits per element to a list of entri
     [rows, columns, depth, warps, stages, tiles]
 
 of which the first is taken that cuts one sample's product into at least so many `tiles`: large tiles reuse more, small
-ones fill the device. The batch size has no say, so that a sample's numbers do not depend on the samples beside it. An
-architecture that is missing takes "default". outer_sqnorm and weighted_matmul must agree in `depth`. The sizes for
-sm_90 were the fastest of six on an H100 (docs/performance.md).
+ones fill the device. (gram_sqnorm counts along the features that it sums over.) The batch size has no say, so that a
+sample's numbers do not depend on the samples beside it. An architecture that is missing takes "default". outer_sqnorm
+and weighted_matmul must agree in `depth`. The sizes for sm_90 were the fastest of six on an H100 (docs/performance.md).
 """
 
 import functools

@@ -7,7 +7,7 @@ samples before them. In front of every sample that sum is scaled, in float32, to
 what is added has the norm that was clipped, to within float32 rounding of the sum. A tile has one accumulator then, and
 two programs fit onto a multiprocessor, of which one scales while the other multiplies. No ratio of two weights
 overflows: clip.py keeps norms between 2^-60 and 2^64. A sample of weight 0 is not read. With a key, what add_noise
-would add to the sum is added as well, to the same bits.
+would add to the sum is added as well; a compiler may round the two once where it would twice.
 """
 
 from dataclasses import dataclass, replace

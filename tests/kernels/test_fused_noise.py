@@ -23,7 +23,9 @@ def test_the_same_bits_as_noise_apart(name, case, path, device):
     args = arguments(family, case, device=device)
     run = getattr(family, path)
     apart = getattr(gaussian, path)(run(*args), key, 9, 0.7)
-    if name == "embedding_sum":  # adds to the noise, where add_noise may fuse its product into the addition
+    # embedding_sum adds to the noise, where add_noise may fuse its product into the addition; weighted_matmul scales a
+    # sum and adds, which may be fused as well
+    if name in ("embedding_sum", "weighted_matmul"):
         torch.testing.assert_close(run(*args, key, 9, 0.7), apart, rtol=1e-6, atol=1e-7)
     else:
         assert torch.equal(run(*args, key, 9, 0.7), apart)
