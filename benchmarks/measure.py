@@ -26,6 +26,7 @@ class Prepared(NamedTuple):
     batches: list[Batch]
     first_step_s: float
     error: float
+    worst: str  # the parameter that has this error
 
 
 def prepare(workload: str, implementation: str, settings: Settings) -> Prepared:
@@ -44,14 +45,13 @@ def prepare(workload: str, implementation: str, settings: Settings) -> Prepared:
     seconds = _seconds(lambda: step.backward(batches[0]), settings)
     observed = step.observe(batches[0])
     rounding = {name: allowed[name] + observed.rounding[name] for name in allowed}
-    error = check(observed.gradients, expected, rounding, settings.tolerance)
-    return Prepared(step, batches, seconds, error)
+    return Prepared(step, batches, seconds, *check(observed.gradients, expected, rounding, settings.tolerance))
 
 
 def measure(workload: str, implementation: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Times of `steps` steps after `warmup` others, and the peak of allocated memory during them."""
     own = Settings(**settings)
-    step, batches, first_step_s, error = prepare(workload, implementation, own)
+    step, batches, first_step_s, error, worst = prepare(workload, implementation, own)
     gc.collect()
     if own.device == "cuda":
         torch.cuda.empty_cache()  # of what the check has held; before the warm-up, which allocates again
@@ -71,6 +71,7 @@ def measure(workload: str, implementation: str, settings: dict[str, Any]) -> dic
         "peak_bytes": torch.cuda.max_memory_allocated() if own.device == "cuda" else None,
         "compile_s": round(first_step_s, 2),
         "error": error,
+        "worst": worst,
     }
 
 

@@ -1,4 +1,7 @@
-"""Bars of throughput relative to the plain compiled step: python -m benchmarks.plot results.json picture.svg"""
+"""Bars of throughput relative to the plain compiled step: python -m benchmarks.plot results.json picture.svg
+
+Of several files, each workload is compared within its own.
+"""
 
 import argparse
 from pathlib import Path
@@ -55,10 +58,13 @@ def draw(results: Results, picture: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("results", type=Path)
+    parser.add_argument("results", type=Path, nargs="+")
     parser.add_argument("picture", type=Path)
     arguments = parser.parse_args()
-    draw(Results.load(arguments.results), arguments.picture)
+    first, *more = map(Results.load, arguments.results)
+    for results in more:
+        first.runs += [run for run in results.runs if run.workload not in {r.workload for r in first.runs}]
+    draw(first, arguments.picture)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ IDLE = "idle"
 def profile(workload: str, implementation: str, settings_: dict[str, Any]) -> dict[str, Any]:
     """The times of one implementation's step by category and by kernel."""
     own = settings.Settings(**settings_)
-    step, batches, _, error = measure.prepare(workload, implementation, own)
+    step, batches, _, error, _ = measure.prepare(workload, implementation, own)
     measure.run_steps(step, batches, own.warmup)
     step_ms, _ = measure.timed_steps(step, batches, own)
     activities = [torch.profiler.ProfilerActivity.CPU]

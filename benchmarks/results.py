@@ -17,7 +17,7 @@ class Run:
     step_ms     of every timed step; empty where only the median was kept
     peak_bytes  of allocated device memory during the timed steps; None on a CPU
     compile_s   the first forward and backward, caches empty; warm_s the same in a second process with the caches left
-    error       of the gradients against the reference, see check.py
+    error       of the gradients against the reference, see check.py; worst is the parameter that has it
     """
 
     workload: str
@@ -31,6 +31,7 @@ class Run:
     compile_s: float | None = None
     warm_s: float | None = None
     error: float | None = None
+    worst: str = ""
 
 
 @dataclass(kw_only=True)
