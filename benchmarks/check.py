@@ -108,3 +108,24 @@ def check(
             allowed = tolerance + rounding[name] / norm
             raise CheckFailed(f"the gradient of {name} is off by {error / norm:.2e}; allowed: {allowed:.2e}")
     return max((error / norm, name) for name, (error, norm) in errors.items())
+
+
+PREFIX = 64  # elements
+
+
+def check_noise(noise: Mapping[str, Tensor], deviation: float) -> None:
+    """A step without noise, or with less, or with the same for several parameters would be another step.
+
+    Raises:
+        CheckFailed: the noise of a parameter has another deviation, or looks like that of another parameter.
+    """
+    for name, values in noise.items():
+        found = float(torch.linalg.vector_norm(values, dtype=torch.float64)) / sqrt(max(1, values.numel()))
+        if not 0 < found or not abs(found / deviation - 1) < 0.01 + 5 / sqrt(2 * values.numel()):
+            raise CheckFailed(f"the noise of {name} has deviation {found:.3g}, not {deviation:.3g}")
+    long = {name: values.flatten()[:PREFIX] for name, values in noise.items() if values.numel() >= PREFIX}
+    if len(long) > 1:
+        alike = torch.corrcoef(torch.stack(list(long.values())).double()).abs().fill_diagonal_(0)
+        if not float(alike.max()) < 6 / sqrt(PREFIX):
+            one, other = divmod(int(alike.argmax()), len(long))
+            raise CheckFailed(f"the noise of {list(long)[one]} and {list(long)[other]} is alike")

@@ -1,5 +1,6 @@
 """Compile caches filled by several processes at a time: most of a benchmark is compilation, and one core does it."""
 
+import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,6 +31,8 @@ def fill(jobs: Sequence[Job], settings: Settings, root: Path, at_once: int) -> d
     ordered = sorted(jobs, key=lambda job: job[1])
     with ThreadPoolExecutor(at_once) as pool:
         seconds = dict(zip(ordered, pool.map(first_step, ordered), strict=True))
+    for job in (job for job, s in seconds.items() if s is None):  # half filled, they would be timed as if empty
+        shutil.rmtree(folder(root, *job), ignore_errors=True)
     for tuned in root.rglob("*.best_config"):
         tuned.unlink()
     return {job: s for job, s in seconds.items() if s is not None}

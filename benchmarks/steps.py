@@ -2,14 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import sqrt
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import flashdp_compile
-from benchmarks.check import CheckFailed
+from benchmarks.check import check_noise
 from benchmarks.settings import Settings
 from benchmarks.workloads import Batch
 from flashdp_compile.testing import replay_noise
@@ -94,16 +93,9 @@ class FlashDPStep(Step):
         (self.losses(batch).mean() * float("nan")).backward()
         noise = self.gradients()
         self.dropped = flashdp_compile.nonfinite_samples()
-        self._check_deviation(noise)
+        check_noise(noise, self.deviation)
         rounding = {name: 2.0**-23 * float(torch.linalg.vector_norm(n)) for name, n in noise.items()}
         return Observed({name: g - noise[name] for name, g in released.items()}, rounding)
-
-    def _check_deviation(self, noise: dict[str, Tensor]) -> None:
-        """The noise has the size that was asked for: a step without it would be another step."""
-        squares = sum(float(torch.linalg.vector_norm(n, dtype=torch.float64)) ** 2 for n in noise.values())
-        found = sqrt(squares / sum(n.numel() for n in noise.values()))
-        if not abs(found / self.deviation - 1) < 0.05:
-            raise CheckFailed(f"the noise has deviation {found:.3g}, not {self.deviation:.3g}")
 
     def complaint(self) -> str | None:
         dropped = flashdp_compile.nonfinite_samples() - self.dropped

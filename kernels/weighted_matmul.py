@@ -4,10 +4,11 @@
 
 Neither x nor g is scaled and rounded to its own narrow dtype: products are accumulated in float32, onto the sum of the
 samples before them. In front of every sample that sum is scaled, in float32, to units of the sample's own weight, so
-what is added has the norm that was clipped, to within float32 rounding of the sum. A tile has one accumulator then, and
-two programs fit onto a multiprocessor, of which one scales while the other multiplies. No ratio of two weights
-overflows: clip.py keeps norms between 2^-60 and 2^64. A sample of weight 0 is not read. With a key, what add_noise
-would add to the sum is added as well; a compiler may round the two once where it would twice.
+what is added has the norm that was clipped, to within float32 rounding of the sum. The units are kept in float64, as
+what the sum was really scaled by: else the rounding of ratios would add up over the samples. A tile has one accumulator
+then, and two programs fit onto a multiprocessor, of which one scales while the other multiplies. No ratio of two
+weights overflows: clip.py keeps norms between 2^-60 and 2^64. A sample of weight 0 is not read. With a key, what
+add_noise would add to the sum is added as well; a compiler may round the two once where it would twice.
 """
 
 from dataclasses import dataclass, replace
@@ -70,19 +71,19 @@ def kernel(
     number, run = tl.program_id(0) % (TILES_D * TILES_P), tl.program_id(0) // (TILES_D * TILES_P)
     {{ swizzled("number", tiles) | indent(4) }}
     total = tl.zeros([{{ tiles.rows }}, {{ tiles.columns }}], tl.float32)
-    unit = tl.full([], 1.0, tl.float32)  # what total is to be multiplied by
+    unit = tl.full([], 0.0, tl.float64)  # what total is to be multiplied by; 0 before the first sample
     for sample in range(run * RUN, tl.minimum(run * RUN + RUN, B)):
         b = tl.full([], sample, tl.int32)
-        w = tl.load(weight_ptr + b * weight_s0)
+        w = tl.load(weight_ptr + b * weight_s0).to(tl.float64)
         kept = w != 0.0
-        w = tl.where(kept, w, unit)
-        total *= unit / w
-        unit = w
+        ratio = tl.where(kept & (unit != 0.0), unit / w, 1.0).to(tl.float32)
+        total *= ratio
+        unit = tl.where(kept & (unit == 0.0), w, unit / ratio.to(tl.float64))
         for t in range(tl.where(kept, 0, T), T, {{ tiles.depth }}):
             b_x = {{ tile("x", x, "b", "t", tiles.depth, "T", "d", tiles.rows, "D") }}.to({{ dot_type }})
             b_g = {{ tile("g", g, "b", "t", tiles.depth, "T", "p", tiles.columns, "P") }}.to({{ dot_type }})
             total = {{ dot("tl.trans(b_x)", "b_g", "total") }}
-    total *= unit
+    total *= unit.to(tl.float32)
 {% if noise %}
 {% set quarter = tiles.columns // 4 %}
     rows = (d + tl.arange(0, {{ tiles.rows }}))[:, None].to(tl.int64)

@@ -22,6 +22,7 @@ from flashdp_compile.compat import OpOverload, returns_views
 STORES = (torch.ops.flashdp.outer_store.default,)
 LARGE = 0.03  # of the peak: what is smaller stays where its operands are in the cache
 CANDIDATES = 64  # places that are tried for each layer
+PATIENCE = 4  # layers in a row for which no later place is better: under one group for all, none is
 GAIN = 0.01  # of the peak, at least, for a later place
 _CALLS = (
     "mm",
@@ -41,8 +42,12 @@ def release_late(graph: fx.Graph) -> int:
     if not stores or not all(_is_static(n) for n in stores):
         return 0
     memory = _Memory(graph)
-    large = LARGE * memory.peak(list(graph.nodes))
-    return sum(_put_off(graph, memory, n) for n in stores if memory.bytes[n] > large)
+    least, moved, stayed = LARGE * memory.peak(list(graph.nodes)), 0, 0
+    for store in stores:
+        if memory.bytes[store] > least and stayed < PATIENCE:
+            gains = _put_off(graph, memory, store)
+            moved, stayed = (moved + 1, 0) if gains else (moved, stayed + 1)
+    return moved
 
 
 def _put_off(graph: fx.Graph, memory: _Memory, store: fx.Node) -> bool:

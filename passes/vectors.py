@@ -26,6 +26,7 @@ from flashdp_compile.passes.points import RESHAPES
 aten, flashdp = torch.ops.aten, torch.ops.flashdp
 
 SMALL = 1 << 20  # elements of all samples: a larger gradient is worth a launch of its own
+LONG = 1 << 15  # elements of one sample: the kernel adds up longer ones in chains whose rounding nears the slack
 AT_ONCE = 64  # vectors that one launch sums: a kernel for hundreds takes long to compile
 
 

@@ -108,8 +108,19 @@ def test_a_wrong_private_step_is_found(monkeypatch):
         with pytest.raises(check.CheckFailed):
             check.check(observed.gradients, wrong, observed.rounding, 2e-2)
     private.deviation *= 1.1
-    with pytest.raises(check.CheckFailed, match="the noise has deviation 0.25"):
+    with pytest.raises(check.CheckFailed, match="the noise of .* has deviation 0.2"):
         private.observe(batch)
+
+
+@pytest.mark.parametrize("wrong", ["missing", "less", "shared"])
+def test_noise_that_is_wrong_for_one_parameter_is_found(wrong):
+    """However few elements it has, next to a table."""
+    torch.manual_seed(0)
+    noise = {"table": 0.25 * torch.randn(1000, 64), "bias": 0.25 * torch.randn(64), "scale": 0.25 * torch.randn(64)}
+    check.check_noise(noise, 0.25)
+    noise["bias"] = {"missing": torch.zeros(64), "less": noise["bias"] / 2, "shared": noise["scale"]}[wrong]
+    with pytest.raises(check.CheckFailed, match="the noise of (bias|scale)"):
+        check.check_noise(noise, 0.25)
 
 
 def test_dropped_samples_are_found():
@@ -229,7 +240,7 @@ def test_caches_are_filled_by_several_processes_first(monkeypatch, tmp_path):
     monkeypatch.setattr(fill, "call", call)
     assert fill.fill(both, QUICK, tmp_path, 2) == {("tiny-gpt", "compile"): 3.0}
     left = [path.name for path in tmp_path.rglob("kernel.*")]
-    assert left == ["kernel.py", "kernel.py"]
+    assert left == ["kernel.py"]
 
     measured = {"environment": {"device": "one"}, "median_ms": 1.0, "compile_s": 0.5}
     monkeypatch.setattr(step, "call", lambda *arguments: dict(measured))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from kernel_cases import arguments, outputs
 
-from flashdp_compile.kernels import FAMILIES
+from flashdp_compile.kernels import FAMILIES, tuning
 
 POISONS = [float("nan"), float("inf")]
 both = pytest.mark.parametrize("path", ["launch", "reference"])
@@ -34,6 +34,16 @@ def test_samples_whose_norms_are_far_apart_count_the_same(path, scales, device):
     expected = torch.einsum("btd,btp->dp", x[~dropped].double(), g[~dropped].double())
     found = getattr(FAMILIES["weighted_matmul"], path)(x, g * exponents.exp2()[:, None, None], weights)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_rounding_of_ratios_does_not_add_up(device, monkeypatch):
+    """Two weights in turn, whose ratios, both ways, are rounded up: 512 samples in one run, and one that counts."""
+    monkeypatch.setattr(tuning, "processors", lambda device: 1)
+    weights = torch.tensor([0.1191243, 0.118871816], device=device).repeat(256)
+    x, g = torch.zeros(512, 1, 1, device=device), torch.zeros(512, 1, 1, device=device)
+    x[0], g[0] = 1.0, 1.0
+    found = FAMILIES["weighted_matmul"].launch(x, g, weights)
+    assert found.item() == pytest.approx(weights[0].item(), rel=2.0**-18)
 
 
 @both
