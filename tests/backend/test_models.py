@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 import flashdp_compile
 from flashdp_compile import FlashDPError
-from zoo import Model
+from zoo import CASES, Model
+from zoo.training import compiled_gradients
 
 EAGER = {"compiler": "eager", "noise_multiplier": 0.0}
 
@@ -249,3 +250,12 @@ def test_a_thaw_that_torch_does_not_see(compiler):
         torch.compiler.reset()
     backward(module, x)
     assert_exact(model, reference(model, x, 0.05))
+
+
+def test_a_product_of_broadcast_tensors_in_16_bits():
+    """torch computes it with other strides than it traces, so the interpreter may not take views of it by the trace."""
+    case = CASES["weight_per_time_step"]
+    model, batch = case.model().bfloat16(), case.batch(case.batch_sizes[0]).to(torch.bfloat16)
+    for clipping in ("flat", "per_layer"):
+        found = compiled_gradients(case, model, batch, "inside", clipping=clipping, **EAGER)
+        assert all(gradient.isfinite().all() for gradient in found.values())

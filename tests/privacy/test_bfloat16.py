@@ -10,7 +10,7 @@ from zoo import CASES, Case
 from zoo.case import as_float, map_tensors
 from zoo.training import loss_of
 
-NAMES = ("mlp", "linear_3d", "embedding_then_linear", "rms_norm", "causal_attention", "weight_per_time_step")
+NAMES = ("mlp", "linear_3d", "embedding_then_linear", "rms_norm", "causal_attention")
 # Rounding to bfloat16 happens before the noise, so a sum of many samples carries their rounding beyond the bound.
 
 
