@@ -3,10 +3,12 @@
 | op, in torch.ops.flashdp                              | gives                                                     |
 |-------------------------------------------------------|-----------------------------------------------------------|
 | gram_sqnorm(x, gs, bias)                 [B]          | sum_l of |x_b^T g_lb|^2 + bias_l |sum_t g_lbt|^2, by pairs |
+| gram_sqnorms(xs, gs, bias)        [layers, B]          | the same of several layers                                 |
 | outer_sqnorm(x, g)                       [B]          | |x_b^T g_b|^2, by tiles of the d x p product              |
 | outer_store(x, g)               [B, d, p], [B]        | the product in x's dtype, and the norm of what was stored |
 | product_sum(product, weights)            [d, p]       | sum_b w_b product_b                                       |
 | weighted_matmul(x, g, weights)           [d, p]       | sum_b w_b x_b^T g_b                                       |
+| weighted_matmuls(xs, gs, weights, key, streams, std) [d, p], ... | the same of several layers, with noise |
 | embedding_sqnorm(ids, g)                 [B]          | |gradient of the table|^2 of each sample                  |
 | embedding_sum(ids, g, weights, num_embeddings) [V, d] | sum_b w_b (gradient of the table of sample b)             |
 | tied_cross(ids, ge, x, gl)               [B]          | <gradient by the embedding, gradient by the tied head>    |

@@ -5,6 +5,7 @@ from flashdp_compile.kernels import (
     embedding_sum,
     gaussian,
     gram_sqnorm,
+    gram_sqnorms,
     outer_sqnorm,
     outer_store,
     product_sum,
@@ -12,16 +13,19 @@ from flashdp_compile.kernels import (
     vector_sqnorms,
     vector_sums,
     weighted_matmul,
+    weighted_matmuls,
 )
 
 FAMILIES = {
     module.FAMILY.name: module.FAMILY
     for module in (
         gram_sqnorm,
+        gram_sqnorms,
         outer_sqnorm,
         outer_store,
         product_sum,
         weighted_matmul,
+        weighted_matmuls,
         embedding_sqnorm,
         embedding_sum,
         tied_cross,

@@ -18,7 +18,7 @@ from typing import Any
 
 import jinja2
 
-from flashdp_compile.kernels import operands, philox
+from flashdp_compile.kernels import operands, philox, several
 from flashdp_compile.kernels.family import Family, Template
 
 # args(name, dims, inner): the parameters of a strided operand; at(...): the address of a tile, in 64 bits;
@@ -51,7 +51,9 @@ _rendered: dict[tuple[str, Any], str] = {}
 @functools.cache
 def source(family: Family | Template, spec: Any) -> str:
     """The Triton source of one specialisation, headed by the names of both."""
-    body = _environment.from_string(MACROS + operands.MACROS + philox.MACROS + family.template).render(**asdict(spec))
+    body = _environment.from_string(MACROS + operands.MACROS + philox.MACROS + several.MACROS + family.template).render(
+        **asdict(spec)
+    )
     settings = ", ".join(f"{key}={value!r}" for key, value in asdict(spec).items())
     body = body.strip().replace("def kernel(", f"def {_name(family)}(")
     return f"# flashdp kernel {family.name}, rendered from its template with\n#   {settings}\n\n{body}\n"

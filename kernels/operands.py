@@ -15,7 +15,8 @@ from flashdp_compile.kernels.tuning import Tiles
 
 STRIDED, INNER, TMA = "strided", "inner", "tma"
 
-# operand(name, layout): its parameters; tile(name, layout, b, row, rows, row_end, col, cols, col_end): the tile of
+# operand(name, layout): its parameters; described(...): the descriptor of a kernel that makes its own, of tiles of
+# [height, width] in [B, rows, columns]; tile(name, layout, b, row, rows, row_end, col, cols, col_end): the tile of
 # sample b that starts at (row, col), zero beyond (row_end, col_end); swizzled(number, tiles): where the tile of that
 # number starts, (d, p), in bands of 8 rows of tiles; store_tile(name, b, value, tiles): the tile at (d, p) of a
 # contiguous [., D, P].
@@ -23,6 +24,14 @@ MACROS = """\
 {%- macro operand(name, layout) -%}
 {% if layout == "tma" %}{{ name }}_desc{% else %}
 {{ name }}_ptr, {{ name }}_s0, {{ name }}_s1{% if layout == "strided" %}, {{ name }}_s2{% endif %}
+{% endif %}
+{%- endmacro -%}
+{%- macro described(name, layout, B, rows, columns, height, width) -%}
+{% if layout == "tma" %}
+{{ name }}_desc = tl.make_tensor_descriptor(
+    {{ name }}_ptr, [{{ B }}, {{ rows }}, {{ columns }}], [{{ name }}_s0, {{ name }}_s1, 1], \
+[1, {{ height }}, {{ width }}]
+)
 {% endif %}
 {%- endmacro -%}
 {%- macro tile(name, layout, b, row, rows, row_end, col, cols, col_end) -%}
@@ -82,15 +91,18 @@ def _address(t: Tensor) -> int:
         return offset * t.element_size() if isinstance(offset, int) else 0
 
 
-def tiles_for(family: str, operands: list[Tensor], rows: int, columns: int) -> Tiles:
+def tiles_for(family: str, operands: list[Tensor], *shapes: tuple[int, int]) -> Tiles:
     """The tiles of `tuning.json`; small ones for scattered operands, whose addresses fill the registers."""
     if STRIDED in map(layout, operands):
         return Tiles(64, 64, 32, 4, 2)
-    return tuning.tiles(family, dot_dtype(*operands), operands[0].device, rows, columns)
+    return tuning.tiles(family, dot_dtype(*operands), operands[0].device, *shapes)
 
 
 def argument(t: Tensor, layout: str, rows: int, columns: int) -> tuple[Any, ...]:
     """`t` as kernel arguments, in the order of the macro `operand`; tiles are [rows, columns]."""
-    if layout != TMA:
-        return (t, *t.stride()) if layout == STRIDED else (t, *t.stride()[:2])
-    return (Tiled(t, [1, rows, columns]),)
+    return (Tiled(t, [1, rows, columns]),) if layout == TMA else (t, *strides(t, layout))
+
+
+def strides(t: Tensor, layout: str) -> tuple[int, ...]:
+    """The strides that tiles in this layout are found with."""
+    return t.stride() if layout == STRIDED else t.stride()[:2]

@@ -44,7 +44,7 @@ class Spec:
 
 
 def specialise(x: Tensor, g: Tensor) -> Spec:
-    tiles = tiles_for("outer_sqnorm", [x, g], x.shape[2], g.shape[2])
+    tiles = tiles_for("outer_sqnorm", [x, g], (x.shape[2], g.shape[2]))
     if isinstance(x.shape[1], int):
         tiles = tuning.for_tokens(tiles, x.shape[1])
     return Spec(dot_type(x, g), layout(x), layout(g), tiles)

@@ -31,7 +31,7 @@ def specialise(x: Tensor, g: Tensor) -> outer_sqnorm.Spec:
     # the product is fresh memory with rows of p elements
     whole_rows = g.shape[2] * x.element_size() % 16 == 0
     out = TMA if x.element_size() == 2 and whole_rows and tuning.has_tma(x.device) else INNER
-    tiles = tiles_for("outer_store" if out == TMA else "outer_store by pointers", [x, g], x.shape[2], g.shape[2])
+    tiles = tiles_for("outer_store" if out == TMA else "outer_store by pointers", [x, g], (x.shape[2], g.shape[2]))
     spec = replace(outer_sqnorm.specialise(x, g), tiles=tiles, store=TRITON_NAMES[x.dtype], out=out)
     return replace(spec, halves=2 if tiles.columns > 64 else 1)
 

@@ -4,7 +4,7 @@ The file maps an architecture to families to bits per element to a list of entri
 
     [rows, columns, depth, warps, stages, tiles]
 
-of which the first is taken that cuts one sample's product into at least so many `tiles`: large tiles reuse more, small
+of which the first is taken that cuts one sample's products into at least so many `tiles`: large tiles reuse more, small
 ones fill the device. (gram_sqnorm counts along the features that it sums over.) The batch size has no say, so that a
 sample's numbers do not depend on the samples beside it. An architecture that is missing takes "default". outer_sqnorm
 and weighted_matmul must agree in `depth`. The sizes for sm_90 were the fastest of six on an H100 (docs/performance.md).
@@ -28,13 +28,13 @@ class Tiles(NamedTuple):
     stages: int
 
 
-def tiles(family: str, dtype: torch.dtype, device: torch.device, rows: int, columns: int) -> Tiles:
-    """The tiles for a product of [rows, columns] whose operands meet in `dtype`."""
+def tiles(family: str, dtype: torch.dtype, device: torch.device, *shapes: tuple[int, int]) -> Tiles:
+    """The tiles for a launch that makes products of these shapes [rows, columns], whose operands meet in `dtype`."""
     table = _table()
     entries = table.get(architecture(device), table["default"])[family][str(8 * dtype.itemsize)]
     for *sizes, least in entries:
         chosen = Tiles(*sizes)
-        if -(-rows // chosen.rows) * -(-columns // chosen.columns) >= least:
+        if sum(-(-rows // chosen.rows) * -(-columns // chosen.columns) for rows, columns in shapes) >= least:
             break
     return chosen
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from kernel_cases import arguments, lay, outputs
 
-from flashdp_compile.kernels import FAMILIES, guard, tuning, weighted_matmul
+from flashdp_compile.kernels import FAMILIES, guard, tuning, weighted_matmuls
 from flashdp_compile.kernels.operands import INNER, STRIDED, TMA, layout
 
 # B, T, d, p: rows of 16-byte multiples, no size a multiple of a tile
@@ -47,7 +47,7 @@ def test_what_a_descriptor_cannot_read_is_read_by_pointers(device):
 
 
 def test_tiles_depend_on_the_product_and_not_on_the_batch(device):
-    small, large = (tuning.tiles("outer_store", torch.bfloat16, torch.device(device), n, n) for n in (256, 4096))
+    small, large = (tuning.tiles("outer_store", torch.bfloat16, torch.device(device), (n, n)) for n in (256, 4096))
     assert small.columns < large.columns
     for batch in (1, 64):
         args = arguments(FAMILIES["outer_sqnorm"], (batch, 8, 16, 16), torch.bfloat16, device)
@@ -67,8 +67,8 @@ def test_the_norm_and_the_sum_are_of_one_product(device):
 
 def test_samples_are_cut_into_runs_where_tiles_alone_leave_processors_idle():
     """For the layers of GPT-2, two programs on each of 132 multiprocessors; partial sums are not free."""
-    assert [weighted_matmul.runs(16, 1024, tiles, 264) for tiles in (108, 144, 36, 2358)] == [2, 3, 6, 1]
-    assert [weighted_matmul.runs(64, 256, tiles, 264) for tiles in (108, 144, 36, 2358)] == [2, 5, 7, 1]
+    assert [weighted_matmuls.runs(16, 1024, tiles, 264) for tiles in (108, 144, 36, 2358)] == [2, 3, 6, 1]
+    assert [weighted_matmuls.runs(64, 256, tiles, 264) for tiles in (108, 144, 36, 2358)] == [2, 5, 7, 1]
 
 
 def test_tensor_cores_sum_no_more_by_themselves_than_the_guard_allows():

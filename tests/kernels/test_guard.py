@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flashdp_compile.kernels import FAMILIES, SLACK, embedding_sqnorm, gram_sqnorm
+from flashdp_compile.kernels import FAMILIES, SLACK, embedding_sqnorm, gram_sqnorms
 from flashdp_compile.kernels.guard import guarded
 
 both = pytest.mark.parametrize("path", ["launch", "reference"])
@@ -35,7 +35,7 @@ def test_gram_is_never_below_the_true_norm(path, repeats, p, device, monkeypatch
     truth = true_norm(x, g)
     out = run(x, [g], [False])
     assert (out.double().sqrt() * (1 + SLACK) >= truth).all()
-    monkeypatch.setattr(gram_sqnorm, "guarded", lambda est, bound: est)
+    monkeypatch.setattr(gram_sqnorms, "guarded", lambda est, bound: est)
     naive = run(x, [g], [False]).double().clamp_min(0).sqrt()
     assert (naive * (1 + SLACK) < truth).any(), "this example no longer needs the guard"
 
@@ -77,7 +77,7 @@ def test_embedding_rows_that_cancel(path, device):
     assert (out.cpu().double().sqrt() * (1 + SLACK) >= truth).all()
 
 
-@pytest.mark.parametrize("module, guard", [(gram_sqnorm, "guarded"), (embedding_sqnorm, "guarded_root")])
+@pytest.mark.parametrize("module, guard", [(gram_sqnorms, "guarded"), (embedding_sqnorm, "guarded_root")])
 def test_ordinary_samples_get_the_estimate_itself(module, guard, device, monkeypatch):
     args = module.FAMILY.example(module.FAMILY.cases[1], torch.float32, device, torch.Generator().manual_seed(0))
     out = module.launch(*args)
