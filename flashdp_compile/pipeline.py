@@ -26,6 +26,7 @@ from flashdp_compile.passes.capture import Input, JointGraph, capture
 from flashdp_compile.passes.dump import graph_text
 from flashdp_compile.passes.fuse_noise import fuse_noise
 from flashdp_compile.passes.fused_cells import take_cells_apart
+from flashdp_compile.passes.group_layers import group_layers
 from flashdp_compile.passes.groups import form_groups
 from flashdp_compile.passes.guarantee import Guarantee
 from flashdp_compile.passes.inline import inline_kernels
@@ -180,6 +181,7 @@ class LastPass(CustomGraphPass):
             fuse_noise(graph)
             norm_vectors(graph)
             sum_vectors(graph)
+            group_layers(graph)
             release_late(graph)
             with aligned_rows(graph):
                 inline_kernels(graph)

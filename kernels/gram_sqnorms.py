@@ -12,16 +12,17 @@ sqrt(out) (1 + SLACK) bounds the true norm.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from flashdp_compile.kernels import several
+from flashdp_compile.kernels import several, tuning
 from flashdp_compile.kernels.codegen import kernel
 from flashdp_compile.kernels.common import accumulator, cdiv, dot_type, randn, start, widen
 from flashdp_compile.kernels.family import Family, supported
 from flashdp_compile.kernels.guard import floor, gamma, guarded
-from flashdp_compile.kernels.operands import layout, strides, tiles_for
+from flashdp_compile.kernels.operands import layout, sources, strides, tiles_for
 from flashdp_compile.kernels.tuning import Tiles
 
 
@@ -59,6 +60,7 @@ class Spec:
     biased: int
     tiles: Tiles  # square
     kinds: tuple[int, ...]  # how many layers are of each
+    whole: bool  # a program makes all pairs of a sample
     floor: float = floor(torch.float32, 1)
 
 
@@ -69,23 +71,28 @@ def specialise(xs: list[Tensor], gs: list[Tensor], bias: list[bool]) -> Spec:
     width = max(sum(g.shape[2] for g in each) for _, each in _layers(xs, gs, bias))
     tiles = tiles_for("gram_sqnorm", [x, *own], (1, width))  # deep for long sums, for those of heads
     kinds = tuple(map(len, several.kinds(xs, *_columns(gs, bias))))
-    return Spec(dot_type(x, *own), layout(x), tuple(map(layout, own)), sum(bias), tiles, kinds)
+    # making descriptors takes a twentieth of the time that a pair takes
+    whole = len(xs) > 1 and len(xs) * x.shape[0] >= ROUNDS * tuning.room(tiles, x.device)
+    return Spec(dot_type(x, *own), layout(x), tuple(map(layout, own)), sum(bias), tiles, kinds, whole)
 
 
 def _columns(gs: list[Tensor], bias: list[bool]) -> list[list[Tensor]]:
     return [gs[number :: len(bias)] for number in range(len(bias))]
 
 
-# Programs [layers, samples, pairs]. pairs(...): into += the Gram matrix of a block of rows with another. A block with
+# Programs [layers, samples, pairs], or [layers, samples] for so many rounds of programs that few idle in the last.
+ROUNDS = 4
+
+# pairs(...): into += the Gram matrix of a block of rows with another. A block with
 # itself is loaded once.
 TEMPLATE = """
 {%- set names = range(gs | length) -%}
-{%- set pointers = ["x_ptr"] -%}
+{%- set pointers = [source("x", x, kinds)] -%}
 {%- set sizes = ["PROGRAMS", "D"] -%}
 {%- set strides = ["x_s0", "x_s1"] + (["x_s2"] if x == "strided" else []) -%}
 {%- for how in gs -%}
 {%- set g = "g%d" % loop.index0 -%}
-{%- set _ = pointers.append(g ~ "_ptr") -%}
+{%- set _ = pointers.append(source(g, how, kinds)) -%}
 {%- set _ = sizes.append("p%d" % loop.index0) -%}
 {%- set _ = strides.extend([g ~ "_s0", g ~ "_s1"] + ([g ~ "_s2"] if how == "strided" else [])) -%}
 {%- endfor -%}
@@ -110,8 +117,20 @@ def kernel(
 {{ "    " }}part_ptr, root_ptr, B, T, PAIRS, BLOCKS,
 ):
     {{ selected(pointers, ["row"], sizes, strides, kinds) | indent(4) }}
+    {{ described("x", x, "B", "T", "D", tiles.rows, tiles.depth, kinds) | indent(4) }}
+{% for how in gs %}
+    {{ described("g%d" % loop.index0, how, "B", "T", "p%d" % loop.index0, tiles.rows, tiles.depth, kinds)
+        | indent(4) }}
+{% endfor %}
+{% if whole %}
+    b = number
+    for each in range(0, PAIRS):
+        pair = tl.full([], each, tl.int32)
+{% else %}
     b = number // PAIRS
     pair = number % PAIRS
+{% endif %}
+{% set body %}
     # pair = i (i + 1) / 2 + j with j <= i; the root in float32 may be off by one
     i = ((tl.sqrt(8.0 * pair.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
     i = tl.where(i * (i + 1) // 2 > pair, i - 1, i)
@@ -119,10 +138,6 @@ def kernel(
     j = pair - i * (i + 1) // 2
     t = i * {{ tiles.rows }}
     u = j * {{ tiles.rows }}
-    {{ described("x", x, "B", "T", "D", tiles.rows, tiles.depth) | indent(4) }}
-{% for how in gs %}
-    {{ described("g%d" % loop.index0, how, "B", "T", "p%d" % loop.index0, tiles.rows, tiles.depth) | indent(4) }}
-{% endfor %}
 
     a = tl.zeros([{{ tiles.rows }}, {{ tiles.rows }}], tl.float32)  # x_t . x_u
     {{ pairs("a", "x", x, "D") }}
@@ -151,6 +166,8 @@ def kernel(
         square += tl.sum(tl.where(diagonal, g_bias, 0.0), 1) + g_least
 {% endif %}
         tl.store(root_ptr + (row * B + b) * BLOCKS + i, tl.sum(tl.where(t + rows < T, tl.sqrt(square), 0.0)))
+{% endset %}
+{{ body | indent(4, true) if whole else body }}
 """
 
 
@@ -166,13 +183,16 @@ def launch(xs: list[Tensor], gs: list[Tensor], bias: list[bool]) -> Tensor:
     # every slot is written by one program, so empty is safe, and the sums are the same bits on every run
     part, root = (xs[0].new_empty((len(xs), B, n), dtype=torch.float32) for n in (pairs, blocks))
     layers = [(x, _biased_first(own, bias)) for x, own in _layers(xs, gs, bias)]
-    own = [(x, *its, row) for row, (x, its) in enumerate(layers)]
+    own: list[tuple[Any, ...]] = [(x, *its, row) for row, (x, its) in enumerate(layers)]
+    if len(layers) == 1:
+        layouts = zip(own[0][:-1], (spec.x, *spec.gs), strict=True)
+        own = [(*(s for t, how in layouts for s in sources([t], how, tiles.rows, tiles.depth)), 0)]
     common = []
     for x, its in (layers[numbers[0]] for numbers in by_kind):
         steps = [s for t, how in zip((x, *its), (spec.x, *spec.gs), strict=True) for s in strides(t, how)]
-        common.append((B * pairs, x.shape[2], *(g.shape[2] for g in its), *steps))
+        common.append((B if spec.whole else B * pairs, x.shape[2], *(g.shape[2] for g in its), *steps))
     arguments = (*several.arguments(own, common, by_kind), part, root, B, T, pairs, blocks)
-    programs = len(xs) * B * pairs
+    programs = len(xs) * B * (1 if spec.whole else pairs)
     start(kernel(FAMILY, spec), programs, xs[0], *arguments, num_warps=tiles.warps, num_stages=tiles.stages)
     chain = max(
         max(cdiv(x.shape[2], tiles.depth), sum(cdiv(g.shape[2], tiles.depth) for g in its)) for x, its in layers
@@ -207,7 +227,13 @@ FAMILY = Family(
     specialise=specialise,
     template=TEMPLATE,
     # B, T, operands of a layer, d_0, p_00, ..., d_1, p_10, ...
-    cases=((3, 5, 2, 7, 9, 7, 9), (2, 65, 3, 63, 65, 3, 8, 9, 16, 63, 65, 3), (1, 1, 2, 1, 1), (0, 4, 2, 3, 2, 1, 1)),
+    cases=(
+        (3, 5, 2, 7, 9, 7, 9),
+        (2, 65, 3, 63, 65, 3, 8, 9, 16, 63, 65, 3),
+        (1, 1, 2, 1, 1),
+        (11, 70, 2, *3 * (3, 4)),
+        (0, 4, 2, 3, 2, 1, 1),
+    ),
     example=example,
     supports=supports,
 )

@@ -15,19 +15,23 @@ from flashdp_compile.kernels.tuning import Tiles
 
 STRIDED, INNER, TMA = "strided", "inner", "tma"
 
-# operand(name, layout): its parameters; described(...): the descriptor of a kernel that makes its own, of tiles of
-# [height, width] in [B, rows, columns]; tile(name, layout, b, row, rows, row_end, col, cols, col_end): the tile of
+# operand(name, layout): its parameters; tile(name, layout, b, row, rows, row_end, col, cols, col_end): the tile of
 # sample b that starts at (row, col), zero beyond (row_end, col_end); swizzled(number, tiles): where the tile of that
 # number starts, (d, p), in bands of 8 rows of tiles; store_tile(name, b, value, tiles): the tile at (d, p) of a
-# contiguous [., D, P].
+# contiguous [., D, P]. For kernels of several layers (several.py): source(name, layout, kinds), the parameter of each
+# layer; described(...), the descriptor of tiles [height, width] in [B, rows, columns], made from a pointer, because the
+# host takes long for each. That of a lone layer is made by the host: its programs start sooner then.
 MACROS = """\
 {%- macro operand(name, layout) -%}
 {% if layout == "tma" %}{{ name }}_desc{% else %}
 {{ name }}_ptr, {{ name }}_s0, {{ name }}_s1{% if layout == "strided" %}, {{ name }}_s2{% endif %}
 {% endif %}
 {%- endmacro -%}
-{%- macro described(name, layout, B, rows, columns, height, width) -%}
-{% if layout == "tma" %}
+{%- macro source(name, layout, kinds) -%}
+{{ name }}_{{ "desc" if layout == "tma" and kinds | sum == 1 else "ptr" }}
+{%- endmacro -%}
+{%- macro described(name, layout, B, rows, columns, height, width, kinds) -%}
+{% if layout == "tma" and kinds | sum > 1 %}
 {{ name }}_desc = tl.make_tensor_descriptor(
     {{ name }}_ptr, [{{ B }}, {{ rows }}, {{ columns }}], [{{ name }}_s0, {{ name }}_s1, 1], \
 [1, {{ height }}, {{ width }}]
@@ -101,6 +105,13 @@ def tiles_for(family: str, operands: list[Tensor], *shapes: tuple[int, int]) -> 
 def argument(t: Tensor, layout: str, rows: int, columns: int) -> tuple[Any, ...]:
     """`t` as kernel arguments, in the order of the macro `operand`; tiles are [rows, columns]."""
     return (Tiled(t, [1, rows, columns]),) if layout == TMA else (t, *strides(t, layout))
+
+
+def sources(operands: list[Tensor], layout: str, rows: int, columns: int) -> list[Any]:
+    """What the macro `source` names, one for each layer."""
+    if layout == TMA and len(operands) == 1:
+        return [Tiled(operands[0], [1, rows, columns])]
+    return list(operands)
 
 
 def strides(t: Tensor, layout: str) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ from flashdp_compile.kernels import gaussian, product_sum, several, tuning
 from flashdp_compile.kernels.codegen import kernel
 from flashdp_compile.kernels.common import accumulator, cdiv, dot_type, randn, sample_products, start
 from flashdp_compile.kernels.family import Family, supported
-from flashdp_compile.kernels.operands import layout, strides, tiles_for
+from flashdp_compile.kernels.operands import layout, sources, strides, tiles_for
 from flashdp_compile.kernels.tuning import Tiles
 
 
@@ -76,7 +76,7 @@ def specialise(xs: list[Tensor], gs: list[Tensor], weights: list[Tensor], key: T
 # Programs [layers, runs, tiles]: where the tiles alone would leave multiprocessors idle, each takes a run of
 # the samples.
 TEMPLATE = """
-{%- set pointers = ["x_ptr", "g_ptr", "weight_ptr", "out_ptr"] -%}
+{%- set pointers = [source("x", x, kinds), source("g", g, kinds), "weight_ptr", "out_ptr"] -%}
 {%- set numbers = ["noise_stream"] if noise else [] -%}
 {%- set sizes = ["PROGRAMS", "B", "T", "D", "P", "TILES_D", "TILES_P", "RUN"] -%}
 {%- set strides = ["x_s0", "x_s1"] + (["x_s2"] if x == "strided" else []) + ["g_s0", "g_s1"]
@@ -93,8 +93,8 @@ def kernel(
     {{ selected(pointers, numbers, sizes, strides, kinds) | indent(4) }}
     number, run = number % (TILES_D * TILES_P), number // (TILES_D * TILES_P)
     {{ swizzled("number", tiles) | indent(4) }}
-    {{ described("x", x, "B", "T", "D", tiles.depth, tiles.rows) }}
-    {{ described("g", g, "B", "T", "P", tiles.depth, tiles.columns) }}
+    {{ described("x", x, "B", "T", "D", tiles.depth, tiles.rows, kinds) }}
+    {{ described("g", g, "B", "T", "P", tiles.depth, tiles.columns, kinds) }}
     total = tl.zeros([{{ tiles.rows }}, {{ tiles.columns }}], tl.float32)
     unit = tl.full([], 0.0, tl.float64)  # what total is to be multiplied by; 0 before the first sample
     for sample in range(run * RUN, tl.minimum(run * RUN + RUN, B)):
@@ -129,8 +129,9 @@ def launch(
     std: float = 0.0,
 ) -> list[Tensor]:
     """Layers of which all have the layouts of the first, and as many samples."""
+    streams = streams or [0] * len(xs)  # without noise there need not be any
     if any(0 in (*x.shape, *g.shape) for x, g in zip(xs, gs, strict=True)):
-        return [_nothing(x, g, key, stream, std) for x, g, stream in zip(xs, gs, streams or [0] * len(xs), strict=True)]
+        return [_nothing(x, g, key, stream, std) for x, g, stream in zip(xs, gs, streams, strict=True)]
     spec = specialise(xs, gs, weights, key)
     tiles, by_kind = spec.tiles, several.kinds(xs, gs, weights)
     counts = [(cdiv(x.shape[2], tiles.rows), cdiv(g.shape[2], tiles.columns)) for x, g in zip(xs, gs, strict=True)]
@@ -139,7 +140,9 @@ def launch(
     number = cdiv(B, run)
     out = [x.new_empty((number, x.shape[2], g.shape[2]), dtype=torch.float32) for x, g in zip(xs, gs, strict=True)]
     inside = spec.noise and number == 1  # else the sum of the runs adds it, or a kernel of its own
-    own: list[tuple[Any, ...]] = list(zip(xs, gs, weights, out, strict=True))
+    loaded_xs = sources(xs, spec.x, tiles.depth, tiles.rows)
+    loaded_gs = sources(gs, spec.g, tiles.depth, tiles.columns)
+    own: list[tuple[Any, ...]] = list(zip(loaded_xs, loaded_gs, weights, out, strict=True))
     if inside:
         own = [(*tensors, gaussian.word(stream)) for tensors, stream in zip(own, streams, strict=True)]
     common = []
@@ -152,9 +155,9 @@ def launch(
     chosen = kernel(FAMILY, replace(spec, noise=inside))
     start(chosen, programs, xs[0], *arguments, num_warps=tiles.warps, num_stages=tiles.stages)
     if number == 1 and (key is None or inside):
-        return [t[0] for t in out]
+        return [t.squeeze(0) for t in out]
     if number == 1:
-        return [gaussian.launch(t[0], key, stream, std) for t, stream in zip(out, streams, strict=True)]
+        return [gaussian.launch(t.squeeze(0), key, stream, std) for t, stream in zip(out, streams, strict=True)]
     return [product_sum.launch(t, None, key, stream, std) for t, stream in zip(out, streams, strict=True)]
 
 
@@ -211,7 +214,7 @@ FAMILY = Family(
     specialise=specialise,
     template=TEMPLATE,
     # B, T, d_0, p_0, d_1, p_1, ...
-    cases=((3, 5, 7, 9), (4, 65, 63, 64, 8, 4, 63, 64, 130, 12), (1, 1, 1, 1, 1, 1), (0, 4, 3, 2, 3, 2), (2, 0, 3, 2)),
+    cases=((3, 5, 7, 9), (4, 65, 63, 64, 65, 8, 63, 64, 130, 16), (1, 1, 1, 1, 1, 1), (0, 4, 3, 2, 3, 2), (2, 0, 3, 2)),
     example=example,
     supports=supports,
 )

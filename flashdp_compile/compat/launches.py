@@ -38,6 +38,11 @@ def start_kernel(
 
         described = {at: TensorDescriptor.from_tensor(arguments[at], block) for at, block in blocks.items()}
         arguments = tuple(described.get(at, argument) for at, argument in enumerate(arguments))
+    if device.type == "cuda":
+        import triton
+
+        # memory for descriptors that a kernel makes itself; Inductor sets the like before each of its launches
+        triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=device))
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[(programs,)](*arguments, num_warps=num_warps, num_stages=num_stages)
 

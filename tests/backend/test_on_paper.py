@@ -94,9 +94,9 @@ def test_a_buffer_is_read_only_after_the_launch_that_fills_it(backward):
                     assert made and made[0] < number, (kernel, buffer)
 
 
-@pytest.mark.parametrize("strategy, norm", [("gram", "gram_sqnorm"), ("outer", "outer_sqnorm")])
+@pytest.mark.parametrize("strategy, norm", [("gram", "gram_sqnorms"), ("outer", "outer_sqnorm")])
 def test_weighted_products_are_summed_in_runs(strategy, norm):
     """One layer is cut into too few tiles for 132 processors: runs of samples, then their sum, with weights of one."""
     code = backward_of("flat", strategy)
-    assert len(calls(code, norm)) == len(calls(code, "weighted_matmul")) == 2
+    assert len(calls(code, norm)) == len(calls(code, "weighted_matmuls")) == 2
     assert len(calls(code, "product_sum")) >= 1

@@ -35,6 +35,25 @@ def test_descriptors_read_what_pointers_read(name, shape, dtype, entry, device, 
         torch.testing.assert_close(got, expected, rtol=rounding, atol=1e-5)
 
 
+SEVERAL = {
+    "gram_sqnorms": [(2, 140, 3, 24, 8, 16, 136, 72, 264, 24, 8, 16), (9, 5, 2, 8, 16)],
+    "weighted_matmuls": [(3, 140, 24, 8, 136, 264, 24, 8), (2, 5, 264, 520)],
+}
+
+
+@pytest.mark.parametrize("processors", [1, 132])
+@pytest.mark.parametrize("name, case", [(name, case) for name, cases in SEVERAL.items() for case in cases])
+def test_kernels_of_several_layers_make_their_own_descriptors(name, case, processors, device, monkeypatch):
+    """Few processors: each program of gram_sqnorms makes all pairs of a sample. Many: samples are summed in runs."""
+    monkeypatch.setattr(tuning, "processors", lambda device: processors)
+    family = FAMILIES[name]
+    args = arguments(family, case, torch.bfloat16, device)
+    assert family.supports(*args) and TMA in repr(family.specialise(*args))
+    by_descriptor, twin = family.launch(*args), family.reference(*args)
+    for got, expected in zip(outputs(by_descriptor), outputs(twin), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-4)
+
+
 def test_what_a_descriptor_cannot_read_is_read_by_pointers(device):
     t = torch.randn(2, 6, 24, device=device).bfloat16()
     assert layout(t) == TMA

@@ -6,7 +6,8 @@ from corrupt import NOISY
 from pass_support import random_inputs, rewritten, run
 from torch import fx, nn
 
-from flashdp_compile.passes.release_late import _Memory, release_late
+from flashdp_compile.passes.memory import Memory
+from flashdp_compile.passes.release_late import release_late
 from flashdp_compile.runtime import noise
 
 STORE = torch.ops.flashdp.outer_store.default
@@ -39,7 +40,7 @@ def outputs(of: fx.Graph, inputs: list[object]) -> list[torch.Tensor]:
 
 
 def peak(of: fx.Graph) -> int:
-    return _Memory(of).peak(list(of.nodes))
+    return Memory(of).peak(list(of.nodes))
 
 
 def stores(of: fx.Graph) -> list[int]:
@@ -88,8 +89,8 @@ def test_memory_is_held_from_the_maker_to_the_last_reader():
     of.output((b,))
     for node in (x, a, view, fused, b):
         node.meta["val"] = torch.empty(8)
-    assert _Memory(of).peak(list(of.nodes)) == 2 * 8 * 4
-    assert _Memory(of).bytes[view] == _Memory(of).bytes[fused] == 0
+    assert Memory(of).peak(list(of.nodes)) == 2 * 8 * 4
+    assert Memory(of).bytes[view] == Memory(of).bytes[fused] == 0
 
 
 def test_sizes_that_are_symbols_leave_the_order():

@@ -1,0 +1,156 @@
+"""Norms and clipped sums of several layers in one launch each.
+
+One layer alone leaves part of a device idle in its last round of programs, or is cut into runs of samples whose partial
+sums are written and read again; and every launch costs the host as much as a small layer costs the device.
+
+    gram_sqnorm(x, gs, bias), ...                              select(gram_sqnorms([x, ...], [*gs, ...], bias), 0, i)
+    weighted_matmul(x, g, weights, key, stream, std), ...      one of the results of weighted_matmuls
+
+A layer waits for others of its window, and its operands are held meanwhile: windows are as large as the peak of memory
+allows. Runs behind the proof; values differ by rounding, and the noise is that of (key, stream) as before.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import fx
+
+from flashdp_compile.compat import argument, detect_fake_mode, sort_topologically
+from flashdp_compile.kernels import FAMILIES, tuning
+from flashdp_compile.kernels.common import cdiv
+from flashdp_compile.kernels.operands import TMA, layout
+from flashdp_compile.passes.memory import Memory
+
+aten, flashdp = torch.ops.aten, torch.ops.flashdp
+
+ROUNDS = ((3, 8), (1, 3))  # windows of so many rounds of programs, at least and at most: tried in this order
+GROWTH = 0.01  # by how much of the peak memory may grow
+
+
+def group_layers(graph: fx.Graph, device: str = "cuda") -> int:
+    """Rewrites the norms and sums on devices of this type, in place; returns how many launches there are fewer."""
+    nodes = [n for op in (flashdp.gram_sqnorm, flashdp.weighted_matmul) for n in _on(graph, op.default, device)]
+    if len(nodes) < 2:
+        return 0
+    limit = (1 + GROWTH) * Memory(graph).peak(list(graph.nodes))
+    for least, most in ROUNDS:
+        trial = fx.Graph()
+        trial.output(trial.graph_copy(graph, {}))
+        _group(trial, device, least, most)
+        if Memory(trial).peak(list(trial.nodes)) <= limit:
+            return _group(graph, device, least, most)
+    return 0
+
+
+def _on(graph: fx.Graph, op: Any, device: str) -> list[fx.Node]:
+    return [n for n in graph.find_nodes(op="call_function", target=op) if n.meta["val"].device.type == device]
+
+
+def _group(graph: fx.Graph, device: str, least: int, most: int) -> int:
+    fewer = 0
+    for op, read, together in (
+        (flashdp.gram_sqnorm.default, _read_norm, _norms),
+        (flashdp.weighted_matmul.default, _read_sum, _sums),
+    ):
+        alike: dict[Any, list[fx.Node]] = {}
+        for node in _on(graph, op, device):
+            if (kind := read(node)) is not None:
+                alike.setdefault(kind, []).append(node)
+        for nodes in alike.values():
+            room = tuning.processors(nodes[0].meta["val"].device)
+            for window in _windows(nodes, [_tiles(n) for n in nodes], least * room, most * room, room):
+                together(graph, window)
+                fewer += len(window) - 1
+    sort_topologically(graph)
+    return fewer
+
+
+def _read_norm(norm: fx.Node) -> Any:
+    """What norms of one launch have in common; None for a norm that stays alone."""
+    x, gs, bias = _values(norm)
+    if not all(_is_described(t) for t in (x, *gs)) or not FAMILIES["gram_sqnorms"].supports([x], gs, bias):
+        return None
+    return len(gs), tuple(bias), x.shape[:2], x.dtype, tuple(g.dtype for g in gs)
+
+
+def _read_sum(total: fx.Node) -> Any:
+    x, g, weights, *_ = _values(total)
+    if not all(_is_described(t) for t in (x, g)) or not FAMILIES["weighted_matmul"].supports(x, g, weights):
+        return None
+    return argument(total, "key"), argument(total, "std"), x.shape[0], x.dtype, g.dtype
+
+
+def _values(node: fx.Node) -> Any:
+    return fx.map_arg(node.args, lambda n: n.meta["val"])
+
+
+def _is_described(value: torch.Tensor) -> bool:
+    static = all(isinstance(n, int) for n in (*value.shape, *value.stride(), value.storage_offset()))
+    return static and 0 not in value.shape and layout(value) == TMA
+
+
+def _tiles(node: fx.Node) -> int:
+    """Programs of a clipped sum in the largest tiles; a norm counts as the sum that belongs to it."""
+    x, gs, *_ = _values(node)
+    gs = gs if isinstance(gs, (list, tuple)) else [gs]
+    large = tuning.tiles("weighted_matmul", x.dtype, x.device, (2**30, 1))
+    return sum(cdiv(x.shape[2], large.rows) * cdiv(g.shape[2], large.columns) for g in gs)
+
+
+def _windows(nodes: list[fx.Node], tiles: list[int], least: int, most: int, room: int) -> list[list[fx.Node]]:
+    """Runs of nodes with tiles for `least` programs or more, in which as few processors idle as possible.
+
+    Who has enough for itself stays alone, and so does who is left over.
+    """
+    found, window, total, best = [], list[int](), 0, (0.0, 0)
+    waiting = [at for at, count in enumerate(tiles) if count < least]
+    while waiting:
+        window, total, best = [], 0, (0.0, 0)
+        for at in waiting:
+            if total >= least and total + tiles[at] > most:
+                break
+            window.append(at)
+            total += tiles[at]
+            if total >= least or len(window) == len(waiting):
+                best = max(best, (total / (cdiv(total, room) * room), len(window)))
+        taken, waiting = waiting[: best[1]], waiting[best[1] :]
+        if len(taken) > 1:
+            found.append([nodes[at] for at in taken])
+    return found
+
+
+def _norms(graph: fx.Graph, window: Sequence[fx.Node]) -> None:
+    with graph.inserting_before(window[-1]):
+        xs, gs = [n.args[0] for n in window], [g for n in window for g in n.args[1]]
+        norms = _call(graph, flashdp.gram_sqnorms.default, xs, gs, list(window[0].args[2]))
+        results = [_call(graph, aten.select.int, norms, 0, number) for number in range(len(window))]
+    _replace(window, results)
+
+
+def _sums(graph: fx.Graph, window: Sequence[fx.Node]) -> None:
+    operands = (list(column) for column in zip(*(n.args[:3] for n in window), strict=True))
+    streams = [argument(n, "stream") for n in window]
+    key, std = argument(window[0], "key"), argument(window[0], "std")
+    with graph.inserting_before(window[-1]):
+        sums = _call(graph, flashdp.weighted_matmuls.default, *operands, key, streams, std)
+        results = [_call(graph, operator.getitem, sums, number) for number in range(len(window))]
+    _replace(window, results)
+
+
+def _replace(window: Sequence[fx.Node], results: Sequence[fx.Node]) -> None:
+    for node, result in zip(window, results, strict=True):
+        node.replace_all_uses_with(result)
+        node.graph.erase_node(node)
+
+
+def _call(graph: fx.Graph, op: Callable[..., Any], *args: Any) -> fx.Node:
+    node = graph.call_function(op, args)
+    values = fx.map_arg(args, lambda n: n.meta["val"])
+    with detect_fake_mode(values) or nullcontext():
+        node.meta["val"] = op(*values)
+    return node

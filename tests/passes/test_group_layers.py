@@ -1,0 +1,102 @@
+"""Norms and sums of several layers in one launch: what is grouped, in which windows, and that values stay."""
+
+import pytest
+import torch
+from torch import fx
+
+from flashdp_compile.kernels import tuning
+from flashdp_compile.passes import group_layers as module
+from flashdp_compile.passes.group_layers import group_layers
+
+flashdp = torch.ops.flashdp
+
+
+@pytest.fixture(autouse=True)
+def h100(monkeypatch):
+    """As if the CPU had descriptors, and two processors."""
+    monkeypatch.setattr(tuning, "has_tma", lambda device: True)
+    monkeypatch.setattr(tuning, "processors", lambda device: 2)
+    monkeypatch.setattr(module, "GROWTH", 1.0)
+
+
+def linears(widths, noise=True, flat=True):
+    """(graph module, inputs): norms and clipped sums of linears with these widths, one after the other."""
+    generator = torch.Generator().manual_seed(0)
+    graph, inputs = fx.Graph(), []
+
+    def add(value, target=None, *args, **kwargs):
+        node = graph.placeholder(f"in{len(inputs)}") if target is None else graph.call_function(target, args, kwargs)
+        if target is None:
+            inputs.append(value)
+        node.meta["val"] = value if target is None else target(*fx.map_arg(args, lambda n: n.meta["val"]))
+        return node
+
+    key = add(torch.tensor([3, 4]))
+    pairs = [
+        tuple(add(torch.randn(3, 6, n, generator=generator).bfloat16()) for n in (d, p))
+        for d, p in zip(widths, widths[1:], strict=False)
+    ]
+    norms = [add(None, flashdp.gram_sqnorm.default, x, [g], [True]) for x, g in pairs]
+    total = norms[0]
+    for norm in norms[1:] if flat else []:
+        total = add(None, torch.ops.aten.add.Tensor, total, norm)
+    draw = {"key": key, "std": 0.5} if noise else {}
+    sums = [
+        add(
+            None,
+            flashdp.weighted_matmul.default,
+            x,
+            g,
+            total if flat else norm,
+            **(draw | {"stream": n} if noise else {}),
+        )
+        for n, ((x, g), norm) in enumerate(zip(pairs, norms, strict=True))
+    ]
+    graph.output(tuple(sums))
+    return fx.GraphModule({}, graph), inputs
+
+
+def count(graph, op):
+    return len(graph.find_nodes(op="call_function", target=op))
+
+
+@pytest.mark.parametrize("noise", [True, False])
+@pytest.mark.parametrize("flat", [True, False])
+def test_values_stay(flat, noise):
+    gm, inputs = linears([8, 16, 8, 16, 24, 8, 32, 8, 16], noise, flat)
+    expected = gm(*inputs)
+    assert group_layers(gm.graph, "cpu") == 14
+    gm.graph.lint()
+    gm.recompile()
+    assert count(gm.graph, flashdp.gram_sqnorms.default) == count(gm.graph, flashdp.weighted_matmuls.default) == 1
+    assert count(gm.graph, flashdp.gram_sqnorm.default) == count(gm.graph, flashdp.weighted_matmul.default) == 0
+    for got, value in zip(gm(*inputs), expected, strict=True):
+        torch.testing.assert_close(got, value, rtol=1e-6, atol=1e-6)
+
+
+def test_layers_that_descriptors_cannot_read_stay_alone():
+    gm, _ = linears([8, 16, 9, 16, 8])
+    assert group_layers(gm.graph, "cpu") == 2  # the norms, and the sums, of the first and the last
+
+
+def test_other_devices_are_left_alone():
+    gm, _ = linears([8, 16, 8])
+    assert group_layers(gm.graph) == 0
+
+
+def test_nothing_waits_where_memory_would_grow(monkeypatch):
+    """Operands that somebody else frees early would be held to the end."""
+    gm, _ = linears([8, 16, 8, 16], flat=False)
+    monkeypatch.setattr(module, "GROWTH", -1.0)
+    assert group_layers(gm.graph, "cpu") == 0
+    assert count(gm.graph, flashdp.weighted_matmul.default) == 3
+
+
+def test_windows_fill_whole_rounds_and_leave_large_layers_alone():
+    tiles = [18, 72, 1182, 54, 72] * 8
+    windows = module._windows(list(range(40)), tiles, 3 * 132, 8 * 132, 132)
+    sizes = [sum(tiles[at] for at in window) for window in windows]
+    assert sorted(at for window in windows for at in window) == [at for at in range(40) if tiles[at] < 1000]
+    assert all(3 * 132 <= size <= 8 * 132 and size / (-(-size // 132) * 132) > 0.95 for size in sizes[:-1])
+    assert module._windows(["a", "b"], [1, 2], 396, 1056, 132) == [["a", "b"]]
+    assert module._windows(["a"], [1], 396, 1056, 132) == []
