@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashdp_compile.kernels import several, tuning
+from flashdp_compile.kernels import several
 from flashdp_compile.kernels.codegen import kernel
 from flashdp_compile.kernels.common import accumulator, cdiv, dot_type, randn, start, widen
 from flashdp_compile.kernels.family import Family, supported
@@ -60,7 +60,6 @@ class Spec:
     biased: int
     tiles: Tiles  # square
     kinds: tuple[int, ...]  # how many layers are of each
-    whole: bool  # a program makes all pairs of a sample
     floor: float = floor(torch.float32, 1)
 
 
@@ -71,19 +70,14 @@ def specialise(xs: list[Tensor], gs: list[Tensor], bias: list[bool]) -> Spec:
     width = max(sum(g.shape[2] for g in each) for _, each in _layers(xs, gs, bias))
     tiles = tiles_for("gram_sqnorm", [x, *own], (1, width))  # deep for long sums, for those of heads
     kinds = tuple(map(len, several.kinds(xs, *_columns(gs, bias))))
-    # making descriptors takes a twentieth of the time that a pair takes
-    whole = len(xs) > 1 and len(xs) * x.shape[0] >= ROUNDS * tuning.room(tiles, x.device)
-    return Spec(dot_type(x, *own), layout(x), tuple(map(layout, own)), sum(bias), tiles, kinds, whole)
+    return Spec(dot_type(x, *own), layout(x), tuple(map(layout, own)), sum(bias), tiles, kinds)
 
 
 def _columns(gs: list[Tensor], bias: list[bool]) -> list[list[Tensor]]:
     return [gs[number :: len(bias)] for number in range(len(bias))]
 
 
-# Programs [layers, samples, pairs], or [layers, samples] for so many rounds of programs that few idle in the last.
-ROUNDS = 4
-
-# pairs(...): into += the Gram matrix of a block of rows with another. A block with
+# Programs [layers, samples, pairs]. pairs(...): into += the Gram matrix of a block of rows with another. A block with
 # itself is loaded once.
 TEMPLATE = """
 {%- set names = range(gs | length) -%}
@@ -122,15 +116,8 @@ def kernel(
     {{ described("g%d" % loop.index0, how, "B", "T", "p%d" % loop.index0, tiles.rows, tiles.depth, kinds)
         | indent(4) }}
 {% endfor %}
-{% if whole %}
-    b = number
-    for each in range(0, PAIRS):
-        pair = tl.full([], each, tl.int32)
-{% else %}
     b = number // PAIRS
     pair = number % PAIRS
-{% endif %}
-{% set body %}
     # pair = i (i + 1) / 2 + j with j <= i; the root in float32 may be off by one
     i = ((tl.sqrt(8.0 * pair.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
     i = tl.where(i * (i + 1) // 2 > pair, i - 1, i)
@@ -166,8 +153,6 @@ def kernel(
         square += tl.sum(tl.where(diagonal, g_bias, 0.0), 1) + g_least
 {% endif %}
         tl.store(root_ptr + (row * B + b) * BLOCKS + i, tl.sum(tl.where(t + rows < T, tl.sqrt(square), 0.0)))
-{% endset %}
-{{ body | indent(4, true) if whole else body }}
 """
 
 
@@ -190,9 +175,9 @@ def launch(xs: list[Tensor], gs: list[Tensor], bias: list[bool]) -> Tensor:
     common = []
     for x, its in (layers[numbers[0]] for numbers in by_kind):
         steps = [s for t, how in zip((x, *its), (spec.x, *spec.gs), strict=True) for s in strides(t, how)]
-        common.append((B if spec.whole else B * pairs, x.shape[2], *(g.shape[2] for g in its), *steps))
+        common.append((B * pairs, x.shape[2], *(g.shape[2] for g in its), *steps))
     arguments = (*several.arguments(own, common, by_kind), part, root, B, T, pairs, blocks)
-    programs = len(xs) * B * (1 if spec.whole else pairs)
+    programs = len(xs) * B * pairs
     start(kernel(FAMILY, spec), programs, xs[0], *arguments, num_warps=tiles.warps, num_stages=tiles.stages)
     chain = max(
         max(cdiv(x.shape[2], tiles.depth), sum(cdiv(g.shape[2], tiles.depth) for g in its)) for x, its in layers

@@ -24,22 +24,22 @@ MACROS = """\
 {%- endmacro -%}
 {%- macro selected(pointers, numbers, sizes, strides, kinds) -%}
 number = tl.program_id(0)
-zero = number * 0
-far = zero.to(tl.int64)
+near = number * 0
+far = near.to(tl.int64)
 {% if kinds | length == 1 %}
 {% for name in sizes + strides %}
 {{ name }} = {{ name }}_0
 {% endfor %}
 layer = number // PROGRAMS
 {% else %}
-passed, layer, reached = zero, zero, zero  # programs and layers of the kinds before
-{{ all(sizes, "zero", 0) }}
+passed, layer, reached = near, near, near  # programs and layers of the kinds before
+{{ all(sizes, "near", 0) }}
 {{ all(strides, "far", 0) }}
 {% for kind in range(1, kinds | length) %}
 reached += {{ kinds[kind - 1] }} * PROGRAMS_{{ kind - 1 }}
 if number >= reached:
-    passed, layer = reached, zero + {{ kinds[:kind] | sum }}
-    {{ all(sizes, "zero", kind) | indent(4) }}
+    passed, layer = reached, near + {{ kinds[:kind] | sum }}
+    {{ all(sizes, "near", kind) | indent(4) }}
     {{ all(strides, "far", kind) | indent(4) }}
 {% endfor %}
 number -= passed

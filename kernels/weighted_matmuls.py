@@ -109,14 +109,19 @@ def kernel(
             b_g = {{ tile("g", g, "b", "t", tiles.depth, "T", "p", tiles.columns, "P") }}.to({{ dot_type }})
             total = {{ dot("tl.trans(b_x)", "b_g", "total") }}
     total *= unit.to(tl.float32)
-{% if noise %}
-{% set quarter = tiles.columns // 4 %}
-    rows = (d + tl.arange(0, {{ tiles.rows }}))[:, None].to(tl.int64)
-    {{ draw_normals("(rows * P + p) // 4 + tl.arange(0, %d)[None, :]" % quarter,
-                    "%d, %d" % (tiles.rows, tiles.columns)) | indent(4) }}
-    total += tl.full([], std, tl.float32) * normals
-{% endif %}
     {{ store_tile("out", "run", "total", tiles) }}
+{% if noise %}
+{% set rows, quarter = 8, tiles.columns // 4 %}
+    tl.debug_barrier()  # a thread now reads what others have stored
+    for row in range(d, tl.minimum(d + {{ tiles.rows }}, D), {{ rows }}):  # noise for a whole tile would not fit
+        line = (row + tl.arange(0, {{ rows }}))[:, None].to(tl.int64)
+        {{ draw_normals("(line * P + p) // 4 + tl.arange(0, %d)[None, :]" % quarter,
+                        "%d, %d" % (rows, tiles.columns)) | indent(8) }}
+        column = p + tl.arange(0, {{ tiles.columns }})[None, :]
+        within = (line < D) & (column < P)
+        there = out_ptr + line * P + column
+        tl.store(there, tl.load(there, mask=within) + tl.full([], std, tl.float32) * normals, mask=within)
+{% endif %}
 """
 
 

@@ -102,25 +102,28 @@ def _tiles(node: fx.Node) -> int:
     return sum(cdiv(x.shape[2], large.rows) * cdiv(g.shape[2], large.columns) for g in gs)
 
 
-def _windows(nodes: list[fx.Node], tiles: list[int], least: int, most: int, room: int) -> list[list[fx.Node]]:
-    """Runs of nodes with tiles for `least` programs or more, in which as few processors idle as possible.
+def _windows(nodes: list[fx.Node], tiles: list[int], alone: int, most: int, room: int) -> list[list[fx.Node]]:
+    """Runs of nodes with `most` programs or fewer, that take the fewest rounds on a device with room for so many.
 
-    Who has enough for itself stays alone, and so does who is left over.
+    Who has enough to be `alone` is in none.
     """
-    found, window, total, best = [], list[int](), 0, (0.0, 0)
-    waiting = [at for at, count in enumerate(tiles) if count < least]
-    while waiting:
-        window, total, best = [], 0, (0.0, 0)
-        for at in waiting:
-            if total >= least and total + tiles[at] > most:
+    waiting = [at for at, count in enumerate(tiles) if count < alone]
+    best = [(0, 0, 0)]  # for the first so many: rounds, windows, and where the last of these starts
+    for end in range(1, len(waiting) + 1):
+        options, total = [], 0
+        for start in reversed(range(end)):
+            total += tiles[waiting[start]]
+            if total > most and options:
                 break
-            window.append(at)
-            total += tiles[at]
-            if total >= least or len(window) == len(waiting):
-                best = max(best, (total / (cdiv(total, room) * room), len(window)))
-        taken, waiting = waiting[: best[1]], waiting[best[1] :]
-        if len(taken) > 1:
-            found.append([nodes[at] for at in taken])
+            rounds, windows, _ = best[start]
+            options.append((rounds + cdiv(total, room), windows + 1, start))
+        best.append(min(options))
+    found, end = list[list[fx.Node]](), len(waiting)
+    while end:
+        start = best[end][2]
+        if end - start > 1:
+            found.insert(0, [nodes[at] for at in waiting[start:end]])
+        end = start
     return found
 
 

@@ -44,7 +44,7 @@ SEVERAL = {
 @pytest.mark.parametrize("processors", [1, 132])
 @pytest.mark.parametrize("name, case", [(name, case) for name, cases in SEVERAL.items() for case in cases])
 def test_kernels_of_several_layers_make_their_own_descriptors(name, case, processors, device, monkeypatch):
-    """Few processors: each program of gram_sqnorms makes all pairs of a sample. Many: samples are summed in runs."""
+    """Many processors: samples are summed in runs."""
     monkeypatch.setattr(tuning, "processors", lambda device: processors)
     family = FAMILIES[name]
     args = arguments(family, case, torch.bfloat16, device)
