@@ -110,7 +110,7 @@ def _windows(nodes: list[fx.Node], tiles: list[int], alone: int, most: int, room
     waiting = [at for at, count in enumerate(tiles) if count < alone]
     best = [(0, 0, 0)]  # for the first so many: rounds, windows, and where the last of these starts
     for end in range(1, len(waiting) + 1):
-        options, total = [], 0
+        options, total = list[tuple[int, int, int]](), 0
         for start in reversed(range(end)):
             total += tiles[waiting[start]]
             if total > most and options:
