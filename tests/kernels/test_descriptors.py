@@ -51,7 +51,8 @@ def test_kernels_of_several_layers_make_their_own_descriptors(name, case, proces
     assert family.supports(*args) and TMA in repr(family.specialise(*args))
     by_descriptor, twin = family.launch(*args), family.reference(*args)
     for got, expected in zip(outputs(by_descriptor), outputs(twin), strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-4)
+        # tensor cores truncate: up to 1e-6 of the absolute sum, some 400; a tile of another layer is off by 20
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-3)
 
 
 def test_what_a_descriptor_cannot_read_is_read_by_pointers(device):
