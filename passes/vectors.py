@@ -26,7 +26,7 @@ from flashdp_compile.passes.points import RESHAPES
 aten, flashdp = torch.ops.aten, torch.ops.flashdp
 
 SMALL = 1 << 20  # elements of all samples: a larger gradient is worth a launch of its own
-LONG = 1 << 15  # elements of one sample: the kernel adds up longer ones in chains whose rounding nears the slack
+LONG = 1 << 15  # elements of one sample: the kernel squares more in chains whose rounding nears 2^-20, the slack
 AT_ONCE = 64  # vectors that one launch sums: a kernel for hundreds takes long to compile
 
 
@@ -77,11 +77,9 @@ def _squared(norm: fx.Node) -> fx.Node | None:
     if squares.target is not aten.pow.Tensor_Scalar or squares.args[1] != 2 or len(norm.users) != 1:
         return None
     values = squares.args[0]
-    if (
-        not isinstance(values, fx.Node)
-        or norm.meta["val"].dim() != 1
-        or not _fits(values.meta["val"], norm.meta["val"])
-    ):
+    if not isinstance(values, fx.Node) or norm.meta["val"].dim() != 1:
+        return None
+    if not _fits(values.meta["val"], norm.meta["val"]) or _rows(values)[1] > LONG:
         return None
     return values
 

@@ -132,6 +132,21 @@ def test_norms_of_vectors_are_taken_together(model, strategy, at_once, monkeypat
     assert same(before, outputs(of, inputs))
 
 
+def test_norms_of_long_vectors_stay_apart(monkeypatch):
+    """The kernel would add up their squares in long chains, and materialize states a slack of 2^-20."""
+    monkeypatch.setattr("flashdp_compile.passes.vectors.LONG", 6)
+
+    def weights(*vectors):
+        a, b, c, d = (v.square().sum(1) for v in vectors)
+        return [flashdp.clip_factors(a + b + c + d, 0.5, "hard", False, None)]
+
+    vectors = [torch.randn(3, n) for n in (4, 7, 5, 6)]
+    of = make_fx(weights, tracing_mode="fake")(*vectors).graph
+    assert norm_vectors(of, device="cpu") == 3
+    assert len(of.find_nodes(op="call_function", target=aten.pow.Tensor_Scalar)) == 1
+    assert torch.allclose(outputs(of, vectors)[0], weights(*vectors)[0])
+
+
 @pytest.mark.parametrize("apart", [False, True])
 def test_a_norm_that_counts_twice_does_so_afterwards(apart):
     def weights(*vectors):
