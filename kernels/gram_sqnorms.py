@@ -80,7 +80,6 @@ def _columns(gs: list[Tensor], bias: list[bool]) -> list[list[Tensor]]:
 # Programs [layers, samples, pairs]. pairs(...): into += the Gram matrix of a block of rows with another. A block with
 # itself is loaded once.
 TEMPLATE = """
-{%- set names = range(gs | length) -%}
 {%- set pointers = [source("x", x, kinds)] -%}
 {%- set sizes = ["PROGRAMS", "D"] -%}
 {%- set strides = ["x_s0", "x_s1"] + (["x_s2"] if x == "strided" else []) -%}

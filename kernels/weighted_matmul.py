@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flashdp_compile.kernels import weighted_matmuls
-from flashdp_compile.kernels.common import accumulator, randn
+from flashdp_compile.kernels.common import randn
 from flashdp_compile.kernels.family import Family
 
 
@@ -22,7 +22,7 @@ def reference(
 
 
 def fake(x: Tensor, g: Tensor, weights: Tensor, *noise: Any) -> Tensor:
-    return x.new_empty((x.shape[2], g.shape[2]), dtype=accumulator(x, g))
+    return weighted_matmuls.fake([x], [g], [weights])[0]
 
 
 def specialise(x: Tensor, g: Tensor, weights: Tensor, key: Tensor | None = None, *noise: Any) -> weighted_matmuls.Spec:

@@ -16,6 +16,7 @@ from torch import fx
 
 from flashdp_compile.compat import padded_row
 from flashdp_compile.kernels import tuning
+from flashdp_compile.passes.nodes import is_static
 
 flashdp = torch.ops.flashdp
 READERS = (
@@ -51,7 +52,7 @@ def _is_misaligned(node: fx.Node, device: str) -> bool:
     value = node.meta["val"]
     if node.op != "call_function" or value.ndim != 3 or value.element_size() != 2 or value.device.type != device:
         return False
-    if not all(isinstance(n, int) for n in (*value.shape, *value.stride())) or not value.is_contiguous():
+    if not is_static(value) or not value.is_contiguous():
         return False
     width = value.shape[2]
     return width % 8 != 0 and padded_row(width, value.dtype) != width and tuning.has_tma(value.device)

@@ -13,18 +13,18 @@ allows. Runs behind the proof; values differ by rounding, and the noise is that 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from flashdp_compile.compat import argument, detect_fake_mode, sort_topologically
+from flashdp_compile.compat import argument, sort_topologically
 from flashdp_compile.kernels import FAMILIES, tuning
 from flashdp_compile.kernels.common import cdiv
 from flashdp_compile.kernels.operands import TMA, layout
 from flashdp_compile.passes.memory import Memory
+from flashdp_compile.passes.nodes import call, is_static
 
 aten, flashdp = torch.ops.aten, torch.ops.flashdp
 
@@ -90,8 +90,7 @@ def _values(node: fx.Node) -> Any:
 
 
 def _is_described(value: torch.Tensor) -> bool:
-    static = all(isinstance(n, int) for n in (*value.shape, *value.stride(), value.storage_offset()))
-    return static and 0 not in value.shape and layout(value) == TMA
+    return is_static(value) and 0 not in value.shape and layout(value) == TMA
 
 
 def _tiles(node: fx.Node) -> int:
@@ -102,12 +101,12 @@ def _tiles(node: fx.Node) -> int:
     return sum(cdiv(x.shape[2], large.rows) * cdiv(g.shape[2], large.columns) for g in gs)
 
 
-def _windows(nodes: list[fx.Node], tiles: list[int], alone: int, most: int, room: int) -> list[list[fx.Node]]:
+def _windows(nodes: list[fx.Node], tiles: list[int], least: int, most: int, room: int) -> list[list[fx.Node]]:
     """Runs of nodes with `most` programs or fewer, that take the fewest rounds on a device with room for so many.
 
-    Who has enough to be `alone` is in none.
+    A node with `least` programs or more is in none: it fills the device alone.
     """
-    waiting = [at for at, count in enumerate(tiles) if count < alone]
+    waiting = [at for at, count in enumerate(tiles) if count < least]
     best = [(0, 0, 0)]  # for the first so many: rounds, windows, and where the last of these starts
     for end in range(1, len(waiting) + 1):
         options, total = list[tuple[int, int, int]](), 0
@@ -130,8 +129,8 @@ def _windows(nodes: list[fx.Node], tiles: list[int], alone: int, most: int, room
 def _norms(graph: fx.Graph, window: Sequence[fx.Node]) -> None:
     with graph.inserting_before(window[-1]):
         xs, gs = [n.args[0] for n in window], [g for n in window for g in n.args[1]]
-        norms = _call(graph, flashdp.gram_sqnorms.default, xs, gs, list(window[0].args[2]))
-        results = [_call(graph, aten.select.int, norms, 0, number) for number in range(len(window))]
+        norms = call(graph, flashdp.gram_sqnorms.default, xs, gs, list(window[0].args[2]))
+        results = [call(graph, aten.select.int, norms, 0, number) for number in range(len(window))]
     _replace(window, results)
 
 
@@ -140,8 +139,8 @@ def _sums(graph: fx.Graph, window: Sequence[fx.Node]) -> None:
     streams = [argument(n, "stream") for n in window]
     key, std = argument(window[0], "key"), argument(window[0], "std")
     with graph.inserting_before(window[-1]):
-        sums = _call(graph, flashdp.weighted_matmuls.default, *operands, key, streams, std)
-        results = [_call(graph, operator.getitem, sums, number) for number in range(len(window))]
+        sums = call(graph, flashdp.weighted_matmuls.default, *operands, key, streams, std)
+        results = [call(graph, operator.getitem, sums, number) for number in range(len(window))]
     _replace(window, results)
 
 
@@ -149,11 +148,3 @@ def _replace(window: Sequence[fx.Node], results: Sequence[fx.Node]) -> None:
     for node, result in zip(window, results, strict=True):
         node.replace_all_uses_with(result)
         node.graph.erase_node(node)
-
-
-def _call(graph: fx.Graph, op: Callable[..., Any], *args: Any) -> fx.Node:
-    node = graph.call_function(op, args)
-    values = fx.map_arg(args, lambda n: n.meta["val"])
-    with detect_fake_mode(values) or nullcontext():
-        node.meta["val"] = op(*values)
-    return node

@@ -21,6 +21,7 @@ from flashdp_compile.errors import InternalError
 from flashdp_compile.kernels import FAMILIES
 from flashdp_compile.kernels.clip import release_weights
 from flashdp_compile.kernels.family import tensors
+from flashdp_compile.passes.nodes import is_static
 from flashdp_compile.passes.points import RESHAPES
 from flashdp_compile.passes.take_apart import TakeApart
 
@@ -93,7 +94,7 @@ def _launch(node: fx.Node, device: str) -> Callable[..., Any] | None:
     name = node.target._opname  # type: ignore[union-attr]
     family = FAMILIES.get(name)
     values = fx.map_arg(node.args, lambda n: n.meta["val"])
-    if not all(t.device.type == device and _is_static(t) for t in tensors(values)):
+    if not all(t.device.type == device and is_static(t) for t in tensors(values)):
         return None
     if family is not None:
         return family.launch if family.supports(*values) else None
@@ -101,7 +102,3 @@ def _launch(node: fx.Node, device: str) -> Callable[..., Any] | None:
     if name != "clip_factors" or argument(node, "counts"):
         return None
     return lambda sqnorm, bound, fn, mean, size, *counting: release_weights(sqnorm, bound, fn, mean, size)
-
-
-def _is_static(value: torch.Tensor) -> bool:
-    return all(isinstance(n, int) for n in (*value.shape, *value.stride(), value.storage_offset()))

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from flashdp_compile.passes.memory import Memory
+from flashdp_compile.passes.nodes import is_static
 
 STORES = (torch.ops.flashdp.outer_store.default,)
 LARGE = 0.03  # of the peak: what is smaller stays where its operands are in the cache
@@ -25,7 +26,7 @@ GAIN = 0.01  # of the peak, at least, for a later place
 def release_late(graph: fx.Graph) -> int:
     """Moves the releases of large layers, in place; returns how many."""
     stores = [n for op in STORES for n in graph.find_nodes(op="call_function", target=op)]
-    if not stores or not all(_is_static(n) for n in stores):
+    if not stores or not all(is_static(v) for n in stores for v in n.meta["val"]):
         return 0
     memory = Memory(graph)
     least, moved, stayed = LARGE * memory.peak(list(graph.nodes)), 0, 0
@@ -65,7 +66,3 @@ def _dependents(node: fx.Node) -> set[fx.Node]:
                 found.add(user)
                 front.append(user)
     return found
-
-
-def _is_static(node: fx.Node) -> bool:
-    return all(isinstance(n, int) for v in node.meta["val"] for n in v.shape)

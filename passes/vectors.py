@@ -13,7 +13,6 @@ proved; norms and sums differ by rounding.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +20,7 @@ from torch import fx
 
 from flashdp_compile.compat import sort_topologically
 from flashdp_compile.passes.clipped import is_zero
+from flashdp_compile.passes.nodes import call, is_static
 from flashdp_compile.passes.points import RESHAPES
 
 aten, flashdp = torch.ops.aten, torch.ops.flashdp
@@ -41,12 +41,12 @@ def norm_vectors(graph: fx.Graph, device: str = "cuda") -> int:
             continue
         with graph.inserting_before(clip):
             added = [n for n, v in terms if v is None or v.meta["val"].device.type != device]
-            values = [_call(graph, aten.reshape.default, v, _rows(v)) for v in vectors]
+            values = [call(graph, aten.reshape.default, v, _rows(v)) for v in vectors]
             for first in range(0, len(values), AT_ONCE):
-                added.append(_call(graph, flashdp.vector_sqnorms.default, values[first : first + AT_ONCE]))
+                added.append(call(graph, flashdp.vector_sqnorms.default, values[first : first + AT_ONCE]))
             rest, *more = added
             for term in more:
-                rest = _call(graph, aten.add.Tensor, rest, term)
+                rest = call(graph, aten.add.Tensor, rest, term)
         total.replace_all_uses_with(rest)
         _erase(total)
         done += len(vectors)
@@ -137,11 +137,9 @@ def _viewed(node: Any) -> Any:
 
 def _fits(values: torch.Tensor, weights: torch.Tensor) -> bool:
     """Whether values are those of a small vector, one for each weight."""
-    static = all(isinstance(n, int) for n in (*values.shape, *values.stride(), *weights.shape))
-    if not static or values.dtype != torch.float32 or weights.dtype != torch.float32:
-        return False
     return (
-        weights.dim() == 1
+        all(is_static(t) and t.dtype == torch.float32 for t in (values, weights))
+        and weights.dim() == 1
         and values.shape[:1] == weights.shape
         and values.is_contiguous()
         and 0 < values.numel() <= SMALL
@@ -150,12 +148,12 @@ def _fits(values: torch.Tensor, weights: torch.Tensor) -> bool:
 
 def _together(graph: fx.Graph, key: fx.Node, std: float, vectors: list[Vector]) -> None:
     with graph.inserting_before(vectors[-1].noise):
-        values = [_call(graph, aten.reshape.default, v.values, _rows(v.values)) for v in vectors]
+        values = [call(graph, aten.reshape.default, v.values, _rows(v.values)) for v in vectors]
         weights, streams = [v.weights for v in vectors], [v.noise.args[2] for v in vectors]
-        sums = _call(graph, flashdp.vector_sums.default, values, weights, key, streams, std)
+        sums = call(graph, flashdp.vector_sums.default, values, weights, key, streams, std)
         for number, vector in enumerate(vectors):
-            one = _call(graph, operator.getitem, sums, number)
-            shaped = _call(graph, aten.reshape.default, one, list(vector.noise.meta["val"].shape))
+            one = call(graph, operator.getitem, sums, number)
+            shaped = call(graph, aten.reshape.default, one, list(vector.noise.meta["val"].shape))
             vector.noise.replace_all_uses_with(shaped)
     for vector in vectors:
         _erase(vector.noise)
@@ -174,9 +172,3 @@ def _erase(node: fx.Node) -> None:
 def _rows(node: fx.Node) -> list[int]:
     value = node.meta["val"]
     return [value.shape[0], value.numel() // value.shape[0]]
-
-
-def _call(graph: fx.Graph, op: Callable[..., Any], *args: Any) -> fx.Node:
-    node = graph.call_function(op, args)
-    node.meta["val"] = op(*fx.map_arg(args, lambda n: n.meta["val"]))
-    return node

@@ -1,0 +1,26 @@
+"""What several of the passes behind the proof ask of a graph's values, and how they write calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import fx
+
+from flashdp_compile.compat import detect_fake_mode
+
+
+def is_static(value: torch.Tensor) -> bool:
+    """Whether sizes, strides and the place in the storage are numbers, known before the program runs."""
+    return all(isinstance(n, int) for n in (*value.shape, *value.stride(), value.storage_offset()))
+
+
+def call(graph: fx.Graph, op: Callable[..., Any], *args: Any) -> fx.Node:
+    """A call at the graph's insertion point, with its fake value."""
+    node = graph.call_function(op, args)
+    values = fx.map_arg(args, lambda n: n.meta["val"])
+    with detect_fake_mode(values) or nullcontext():
+        node.meta["val"] = op(*values)
+    return node
