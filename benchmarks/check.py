@@ -97,18 +97,6 @@ def gradient_errors(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]
     }
 
 
-def inexactness(expected: Mapping[str, Tensor], exact: Mapping[str, Tensor], tolerance: float) -> dict[str, float]:
-    """{parameter: by how much the reference's own precision goes beyond the tolerance}, at most by as much again.
-
-    Two computations in 16 bits are up to twice as far from each other as the reference is from the same loop in
-    float32. A reference that is further off is none.
-    """
-    errors = gradient_errors(expected, exact)
-    return {
-        name: min(max(0.0, 2 * error - tolerance * norm), tolerance * norm) for name, (error, norm) in errors.items()
-    }
-
-
 def check(
     actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], rounding: Mapping[str, float], tolerance: float
 ) -> tuple[float, str]:

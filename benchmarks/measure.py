@@ -3,7 +3,6 @@
 import gc
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from itertools import pairwise
 from statistics import median
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.check import CheckFailed, check, expected_gradients, inexactness
+from benchmarks.check import CheckFailed, check, expected_gradients
 from benchmarks.environment import environment
 from benchmarks.implementations import IMPLEMENTATIONS
 from benchmarks.settings import Settings
@@ -38,14 +37,12 @@ def prepare(workload: str, implementation: str, settings: Settings) -> Prepared:
     its, maker = WORKLOADS[workload], IMPLEMENTATIONS[implementation]
     model = its.model(batched_positions=maker.batched_positions, device=settings.device)
     batches = its.batches(settings.pool, settings.device)
-    policy = maker.clipping, settings.max_grad_norm
-    expected = expected_gradients(model, batches[0], *policy, settings.autocast)
-    allowed = inexactness(expected, expected_gradients(model, batches[0], *policy, nullcontext), settings.tolerance)
+    expected = expected_gradients(model, batches[0], maker.clipping, settings.max_grad_norm, settings.autocast)
     step = maker.make(model, its.batch, settings)
     seconds = _seconds(lambda: step.backward(batches[0]), settings)
     observed = step.observe(batches[0])
-    rounding = {name: allowed[name] + observed.rounding[name] for name in allowed}
-    return Prepared(step, batches, seconds, *check(observed.gradients, expected, rounding, settings.tolerance))
+    error = check(observed.gradients, expected, observed.rounding, settings.tolerance)
+    return Prepared(step, batches, seconds, *error)
 
 
 def measure(workload: str, implementation: str, settings: dict[str, Any]) -> dict[str, Any]:

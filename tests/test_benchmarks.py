@@ -80,14 +80,19 @@ def test_a_gradient_that_is_missing_or_not_finite_is_found():
                 check.check(gradients | {name: gradients[name] * wrong}, gradients, rounding, 2e-2)
 
 
-def test_a_reference_in_16_bits_allows_what_it_misses_itself():
-    exact = {"a": torch.ones(100), "b": torch.full((100,), 2.0)}
-    expected = {"a": exact["a"] * 1.03, "b": exact["b"] * 1.001}
-    allowed = check.inexactness(expected, exact, 2e-2)
-    assert allowed["a"] == pytest.approx(10 * 0.02, rel=1e-3), "no more than the tolerance again"
-    assert allowed["b"] == 0
-    expected["a"] = exact["a"] * 1.015
-    assert check.inexactness(expected, exact, 2e-2)["a"] == pytest.approx(10 * (2 * 0.015 - 0.02), rel=1e-3)
+def test_the_reference_sums_in_float32_and_puts_the_setting_back(monkeypatch):
+    seen, matmul = [], torch.backends.cuda.matmul
+    before = matmul.allow_bf16_reduced_precision_reduction
+    autocast = QUICK.autocast
+
+    def watched():
+        seen.append(matmul.allow_bf16_reduced_precision_reduction)
+        return autocast()
+
+    batch = TINY.batches(1, "cpu")[0]
+    check.expected_gradients(TINY.model(), batch, None, 1.0, watched)
+    assert before and set(seen) == {False}
+    assert matmul.allow_bf16_reduced_precision_reduction == before
 
 
 def test_a_wrong_private_step_is_found(monkeypatch):
