@@ -54,11 +54,14 @@ def test_cuda_graphs_release_what_launches_one_by_one_release(clipping):
     options = {"clipping": clipping, "noise_multiplier": 0.0, "expected_batch_size": 4}
     one_by_one = torch.compile(model, backend="flashdp", options=options)
     expected = [gradients(model, batch, one_by_one) for batch in batches]
+    assert (expected[0] - expected[1]).norm() > 0.1 * expected[0].norm(), "a replay of another batch would be seen"
     torch._dynamo.reset()
     replayed = torch.compile(model, backend="flashdp", options={**options, "mode": "reduce-overhead"})
     for _ in range(3):  # recorded by the second step
         for batch, gradient in zip(batches, expected, strict=True):
-            torch.testing.assert_close(gradients(model, batch, replayed), gradient, rtol=1e-3, atol=1e-5)
+            # two compilations, and attention's own backward, round differently in 16 bits
+            error = gradients(model, batch, replayed) - gradient
+            assert error.norm() < 5e-3 * gradient.norm()
     torch._dynamo.reset()
     noisy = {**options, "mode": "reduce-overhead", "noise_multiplier": 1.0}
     replayed = torch.compile(model, backend="flashdp", options=noisy)

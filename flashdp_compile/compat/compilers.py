@@ -16,7 +16,7 @@ from torch._dynamo.exc import ShortenTraceback as UnwrappedCompilerError
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from flashdp_compile.compat.graphs import decompositions
-from flashdp_compile.compat.launches import analysed_once
+from flashdp_compile.compat.launches import analysed_once, descriptors_are_views
 
 __all__ = [
     "GRAPH_HOOKS",
@@ -98,7 +98,7 @@ def compile_with_inductor(
         "joint_custom_pre_pass": joint_pass,
         "post_grad_custom_post_pass": last_pass,
     }
-    one_graph = analysed_once(compile_fx_inner)
+    one_graph = descriptors_are_views(analysed_once(compile_fx_inner))
     compiled: Any = compile_fx(gm, example_inputs, inner_compile=one_graph, config_patches=patches)
     return compiled
 

@@ -11,7 +11,15 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = ["analysed_once", "padded_row", "pin_layouts", "recorded_launches", "start_kernel", "written_by"]
+__all__ = [
+    "analysed_once",
+    "descriptors_are_views",
+    "padded_row",
+    "pin_layouts",
+    "recorded_launches",
+    "start_kernel",
+    "written_by",
+]
 
 Blocks = Mapping[int, list[Any]]  # by position of an argument: the blocks in which a TMA descriptor moves that tensor
 
@@ -128,21 +136,55 @@ def analysed_once(compile_graph: Callable[..., Any]) -> Callable[..., Any]:
     a sixth of the time that compiling a transformer takes. Launches of one kernel with equal numbers and tensors of
     equal types have one answer. 2.11, 2.13, which call the analysis by different names.
     """
+    import torch._higher_order_ops.triton_kernel_wrap as module
+
+    name = "identify_accessed_tensors"
+    return _with(module, name if hasattr(module, name) else "identify_mutated_tensors", _remembered, compile_graph)
+
+
+def descriptors_are_views(compile_graph: Callable[..., Any]) -> Callable[..., Any]:
+    """Inductor's compilation of one graph, where the descriptor of a tensor counts as a view of it, not as a copy.
+
+    Inductor reorders a graph if its estimate of the peak memory is lower for it. 2.11, 2.13.
+    """
+    import torch._inductor.memory as module
+
+    return _with(module, "assign_memory_planning_info_for_scheduler_nodes", _with_views, compile_graph)
+
+
+def _with(
+    module: Any, name: str, changed: Callable[[Any], Any], compile_graph: Callable[..., Any]
+) -> Callable[..., Any]:
+    """`compile_graph`, while which a function of a module is what `changed` makes of it."""
 
     @functools.wraps(compile_graph)
-    def remembering(*args: Any, **kwargs: Any) -> Any:
-        import torch._higher_order_ops.triton_kernel_wrap as module
-
-        name = "identify_accessed_tensors"
-        name = name if hasattr(module, name) else "identify_mutated_tensors"
-        analyse = getattr(module, name)
-        setattr(module, name, _remembered(analyse))
+    def compile_with(*args: Any, **kwargs: Any) -> Any:
+        before = getattr(module, name)
+        setattr(module, name, changed(before))
         try:
             return compile_graph(*args, **kwargs)
         finally:
-            setattr(module, name, analyse)
+            setattr(module, name, before)
 
-    return remembering
+    return compile_with
+
+
+def _with_views(assign: Callable[..., None]) -> Callable[..., None]:
+    """The last step in which Inductor collects how long buffers are held, with descriptors that hold their tensor."""
+    from torch._inductor.ir import TMADescriptor
+
+    @functools.wraps(assign)
+    def assign_with_views(nodes: Any, fused: Any, buffers: dict[str, Any], inputs: dict[str, Any]) -> None:
+        for buffer in buffers.values():
+            if isinstance(buffer.node, TMADescriptor):
+                name = buffer.node.get_tensor().get_name()
+                name = buffer.scheduler.mutation_real_name.get(name, name)
+                if (owner := buffers.get(name) or inputs.get(name)) is not None:
+                    owner.mpi_buffer.succ_nodes |= buffer.mpi_buffer.succ_nodes
+                buffer.mpi_buffer.size_alloc = buffer.mpi_buffer.size_free = 0
+        assign(nodes, fused, buffers, inputs)
+
+    return assign_with_views
 
 
 def _remembered(analyse: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""What a launch writes is found out once for equal launches, and never taken over where code could differ."""
+"""What Inductor is told about launches: what they write, found out once for equal ones, and what descriptors hold."""
 
 from types import SimpleNamespace
 
@@ -7,7 +7,7 @@ import sympy
 import torch
 import torch._higher_order_ops.triton_kernel_wrap as analysis
 
-from flashdp_compile.compat.launches import analysed_once
+from flashdp_compile.compat.launches import analysed_once, descriptors_are_views
 
 NAME = "identify_accessed_tensors" if hasattr(analysis, "identify_accessed_tensors") else "identify_mutated_tensors"
 
@@ -89,3 +89,33 @@ def test_torch_is_left_as_it_was(analysed):
     with pytest.raises(RuntimeError, match="compilation failed"):
         analysed_once(fails)()
     assert getattr(analysis, NAME) is before
+
+
+def held(size: int, *readers: str) -> SimpleNamespace:
+    return SimpleNamespace(size_alloc=size, size_free=size, succ_nodes=set(readers))
+
+
+@pytest.mark.parametrize("mutated", [False, True])
+@pytest.mark.parametrize("where", ["buffers", "inputs"])
+def test_a_descriptor_holds_its_tensor_and_no_memory_of_its_own(where, mutated, monkeypatch):
+    """Also where the tensor goes by another name since a launch has written into it."""
+    import torch._inductor.memory as memory
+    from torch._inductor.ir import TMADescriptor
+
+    node = object.__new__(TMADescriptor)
+    object.__setattr__(node, "tensor", SimpleNamespace(get_name=lambda: "x1" if mutated else "x"))
+    scheduler = SimpleNamespace(mutation_real_name={"x1": "x"})
+    x = SimpleNamespace(node=None, mpi_buffer=held(100, "describe"))
+    y = SimpleNamespace(node=None, mpi_buffer=held(30, "launch"))
+    descriptor = SimpleNamespace(node=node, scheduler=scheduler, mpi_buffer=held(100, "launch"))
+    buffers, inputs = {"d": descriptor, "y": y}, {}
+    {"buffers": buffers, "inputs": inputs}[where]["x"] = x
+    seen = []
+    name = "assign_memory_planning_info_for_scheduler_nodes"
+    monkeypatch.setattr(memory, name, lambda *given: seen.append(given))
+    before = getattr(memory, name)
+    descriptors_are_views(lambda: getattr(memory, name)([], {}, buffers, inputs))()
+    assert seen == [([], {}, buffers, inputs)]
+    assert getattr(memory, name) is before
+    assert x.mpi_buffer == held(100, "describe", "launch")
+    assert descriptor.mpi_buffer == held(0, "launch") and y.mpi_buffer == held(30, "launch")
