@@ -13,8 +13,9 @@ from torch import Tensor
 from benchmarks.check import CheckFailed, check, expected_gradients
 from benchmarks.environment import environment
 from benchmarks.implementations import IMPLEMENTATIONS
+from benchmarks.profile import profile
 from benchmarks.settings import Settings
-from benchmarks.steps import Step
+from benchmarks.steps import Step, run_steps
 from benchmarks.workloads import WORKLOADS, Batch
 
 
@@ -46,7 +47,8 @@ def prepare(workload: str, implementation: str, settings: Settings) -> Prepared:
 
 
 def measure(workload: str, implementation: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Times of `steps` steps after `warmup` others, and the peak of allocated memory during them."""
+    """Times of `steps` steps after `warmup` others, the peak of allocated memory during them, and what ran in a few
+    more."""
     own = Settings(**settings)
     step, batches, first_step_s, error, worst = prepare(workload, implementation, own)
     gc.collect()
@@ -59,16 +61,19 @@ def measure(workload: str, implementation: str, settings: dict[str, Any]) -> dic
     step_ms, loss = timed_steps(step, batches, own)
     if not bool(loss.isfinite()):
         raise CheckFailed("the loss is not finite after the timed steps")
+    peak = torch.cuda.max_memory_allocated() if own.device == "cuda" else None
+    profiled = profile(step, batches, own, median(step_ms))
     if complaint := step.complaint():
         raise CheckFailed(complaint)
     return {
         "environment": environment(own.device),
         "step_ms": [round(ms, 4) for ms in step_ms],
         "median_ms": round(median(step_ms), 4),
-        "peak_bytes": torch.cuda.max_memory_allocated() if own.device == "cuda" else None,
+        "peak_bytes": peak,
         "compile_s": round(first_step_s, 2),
         "error": error,
         "worst": worst,
+        **profiled,
     }
 
 
@@ -82,12 +87,6 @@ def first_step(workload: str, implementation: str, settings: dict[str, Any]) -> 
     expected_gradients(model, (batch[0][:1], batch[1][:1]), maker.clipping, own.max_grad_norm, own.autocast)
     step = maker.make(model, its.batch, own)
     return {"seconds": round(_seconds(lambda: step.backward(batch), own), 2)}
-
-
-def run_steps(step: Step, batches: list[Batch], count: int) -> None:
-    """`count` steps, on the batches in turn."""
-    for i in range(count):
-        step(batches[i % len(batches)])
 
 
 def timed_steps(step: Step, batches: list[Batch], settings: Settings) -> tuple[list[float], Tensor]:

@@ -1,118 +1,70 @@
-"""Where each millisecond of a step goes, next to the plain compiled step, one process each.
+"""Where each millisecond of a step goes: kernels by category, next to the plain compiled step of the same run.
 
-    python -m benchmarks.profile --workload gpt2 --implementation flashdp-per_layer --out profile.json
-
-Both steps pass their check first. Times are summed over kernels; "idle" is the rest of the step's time, measured
-without the profiler, in which no kernel ran.
+Every run of benchmarks.step ends with a few profiled steps, after the timed ones; `python -m benchmarks.tables` prints
+what they show. "idle" is the rest of a timed step, in which no kernel ran.
 """
 
-import argparse
 import json
-import sys
 import tempfile
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks import measure, settings, trace
-from benchmarks.environment import environment
-from benchmarks.implementations import BASELINE, IMPLEMENTATIONS
-from benchmarks.processes import call
-from benchmarks.workloads import WORKLOADS
+from benchmarks import trace
+from benchmarks.results import Results, Run
+from benchmarks.settings import Settings
+from benchmarks.steps import Step, run_steps
+from benchmarks.workloads import Batch
 
 PROFILED = 3  # steps
+KERNELS = 20  # that are named one by one
 IDLE = "idle"
 
 
-def profile(workload: str, implementation: str, settings_: dict[str, Any]) -> dict[str, Any]:
-    """The times of one implementation's step by category and by kernel."""
-    own = settings.Settings(**settings_)
-    step, batches, _, error, _ = measure.prepare(workload, implementation, own)
-    measure.run_steps(step, batches, own.warmup)
-    step_ms, _ = measure.timed_steps(step, batches, own)
+def profile(step: Step, batches: list[Batch], settings: Settings, median_ms: float) -> dict[str, Any]:
+    """Milliseconds of one step by category, and of its largest kernels."""
     activities = [torch.profiler.ProfilerActivity.CPU]
-    if own.device == "cuda":
+    if settings.device == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as recorded:
-        measure.run_steps(step, batches, PROFILED)
-        own.synchronise()
+        run_steps(step, batches, PROFILED)
+        settings.synchronise()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         recorded.export_chrome_trace(str(path))
         work = trace.work_of(json.loads(path.read_text())["traceEvents"])
     categories = trace.by_category(work, PROFILED)
-    categories[IDLE] = max(0.0, median(step_ms) - sum(categories.values()))
+    categories[IDLE] = max(0.0, median_ms - sum(categories.values()))
     return {
-        "environment": environment(own.device),
-        "error": error,
-        "median_ms": median(step_ms),
-        "categories": categories,
-        "kernels": trace.by_kernel(work, PROFILED),
+        "categories": {name: round(ms, 4) for name, ms in categories.items()},
+        "kernels": trace.by_kernel(work, PROFILED)[:KERNELS],
     }
 
 
-def differences(content: dict[str, Any]) -> list[tuple[str, float, float]]:
-    """(category, ms of the baseline, ms of the implementation), the largest increase first."""
-    base, own = content["baseline"]["categories"], content["implementation"]["categories"]
-    rows = [(name, base.get(name, 0.0), own.get(name, 0.0)) for name in {**base, **own}]
-    return sorted(rows, key=lambda row: row[1] - row[2])
+def table_rows(results: Results, workload: str) -> tuple[list[str], list[list[str]]]:
+    """Header and rows by category, the whole step last: milliseconds, and for all but the plain step the difference.
+
+    Raises:
+        ValueError: the workload has no profile of the plain compiled step.
+    """
+    runs = [r for r in results.runs if r.workload == workload and r.categories]
+    base = next((results.baseline(r) for r in runs), None)
+    if base is None or not base.categories:
+        raise ValueError(f"there is no profile of the plain compiled step of {workload}")
+    runs = [base, *(r for r in runs if r != base)]
+    header = ["category", *(f"{r.implementation} ms" for r in runs)]
+    names = {name: None for run in runs for name in run.categories}
+    order = sorted(names, key=lambda name: -max(_more(base, run, name) for run in runs[1:] or runs))
+    lines = [[name, *(_cell(base, run, name) for run in runs)] for name in order]
+    total = [f"{r.median_ms:.2f}" + (f" ({r.median_ms - base.median_ms:+.2f})" if r != base else "") for r in runs]
+    return header, [*lines, ["step, without profiler", *total]]
 
 
-def table_rows(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows by category, the whole step last; times in milliseconds."""
-    header = ["category", f"{BASELINE} ms", f"{content['names']['implementation']} ms", "difference"]
-    base, own = content["baseline"]["median_ms"], content["implementation"]["median_ms"]
-    lines = [*differences(content), ("step, without profiler", base, own)]
-    return header, [[name, f"{base:.2f}", f"{own:.2f}", f"{own - base:+.2f}"] for name, base, own in lines]
+def _more(base: Run, run: Run, name: str) -> float:
+    return run.categories.get(name, 0.0) - base.categories.get(name, 0.0)
 
 
-def tables(content: dict[str, Any], kernels: int = 25) -> list[Table]:
-    """By category, and the largest kernels of the implementation."""
-    name, environment_ = content["names"]["implementation"], content["implementation"]["environment"]
-    (category, *columns), rows = table_rows(content)
-    first = Table(category, title=f"{content['names']['workload']}; {environment_['device']}")
-    for column in columns:
-        first.add_column(column, justify="right")
-    for row in rows:
-        first.add_row(*row, end_section=row is rows[-2])
-    second = Table("kernel", "category", title=f"the largest kernels of {name}")
-    second.add_column("calls a step", justify="right")
-    second.add_column("ms a step", justify="right")
-    for row in content["implementation"]["kernels"][:kernels]:
-        second.add_row(row["name"][:90], row["category"], f"{row['calls']:g}", f"{row['ms']:.3f}")
-    return [first, second]
-
-
-def main() -> None:
-    arguments = parse()
-    own = settings.from_arguments(arguments).record()
-    content: dict[str, Any] = {
-        "names": {"workload": arguments.workload, "implementation": arguments.implementation},
-        "settings": own,
-    }
-    for role, implementation in (("baseline", BASELINE), ("implementation", arguments.implementation)):
-        inputs = {"workload": arguments.workload, "implementation": implementation, "settings_": own}
-        with tempfile.TemporaryDirectory(prefix="benchmark_caches_") as caches:
-            content[role] = call("benchmarks.profile:profile", inputs, caches)
-        if "failed" in content[role]:
-            sys.exit(f"{implementation}: {content[role]['failed']}")
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(content, indent=1) + "\n")
-    Console(width=None if sys.stdout.isatty() else 160).print(*tables(content))
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workload", required=True, choices=WORKLOADS)
-    parser.add_argument("--implementation", required=True, choices=IMPLEMENTATIONS)
-    parser.add_argument("--out", type=Path, required=True, help="the JSON file")
-    settings.add_arguments(parser)
-    return parser.parse_args()
-
-
-if __name__ == "__main__":
-    main()
+def _cell(base: Run, run: Run, name: str) -> str:
+    difference = "" if run == base else f" ({_more(base, run, name):+.2f})"
+    return f"{run.categories.get(name, 0.0):.2f}{difference}"

@@ -18,6 +18,7 @@ class Run:
     peak_bytes  of allocated device memory during the timed steps; None on a CPU
     compile_s   the first forward and backward, caches empty; warm_s the same in a second process with the caches left
     error       of the gradients against the reference, see check.py; worst is the parameter that has it
+    categories  milliseconds of a step by kind of work; kernels are the largest one by one: see profile.py
     """
 
     workload: str
@@ -32,6 +33,8 @@ class Run:
     warm_s: float | None = None
     error: float | None = None
     worst: str = ""
+    categories: dict[str, float] = field(default_factory=dict)
+    kernels: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)

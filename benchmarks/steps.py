@@ -14,6 +14,12 @@ from benchmarks.workloads import Batch
 from flashdp_compile.testing import replay_noise
 
 
+def run_steps(step: "Step", batches: list[Batch], count: int) -> None:
+    """`count` steps, on the batches in turn."""
+    for i in range(count):
+        step(batches[i % len(batches)])
+
+
 @dataclass(frozen=True)
 class Observed:
     """The gradients that a step computes, without noise, and for each parameter a bound on the norm of what adding and

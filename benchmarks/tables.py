@@ -1,11 +1,10 @@
 """Tables of results: on the terminal by rich, and in pages as markdown.
 
-A page holds a table between `<!-- table: NAME -->` and `<!-- end -->`; NAME is "targets" or a JSON file, seen from the
-page: results, or a profile. `python -m benchmarks.tables docs/performance.md` writes all of them anew, and with a JSON
-file of results it prints that.
+A page holds a table between `<!-- table: NAME -->` and `<!-- end -->`; NAME is "targets" or a JSON file of results,
+seen from the page. With `<!-- profile: NAME WORKLOAD -->` it is one of where the time of that workload goes.
+`python -m benchmarks.tables docs/performance.md` writes all of them anew, and with a JSON file it prints that.
 """
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import profile
+from benchmarks.implementations import BASELINE
 from benchmarks.results import Results, Run
 from benchmarks.targets import TARGETS, met, target
 from benchmarks.workloads import WORKLOADS
@@ -120,17 +120,15 @@ def fill(page: str, folder: Path) -> str:
     """The text of a page with all of its tables written anew; files are looked up in `folder`."""
 
     def table(match: re.Match[str]) -> str:
-        name = match["name"]
-        if name == "targets":
-            text = targets()
-        elif "baseline" in (content := json.loads((folder / name).read_text(encoding="utf-8"))):
-            header, lines = profile.table_rows(content)
-            text = f"{_pipes(header, lines)}\n\n{content['names']['workload']}. {content.get('note', '')}".rstrip()
+        kind, name, workload = match["kind"], match["name"], match["workload"]
+        if kind == "profile":
+            text = _pipes(*profile.table_rows(Results.load(folder / name), workload))
         else:
-            text = markdown(Results.load(folder / name))
-        return f"<!-- table: {name} -->\n\n{text}\n\n<!-- end -->"
+            text = targets() if name == "targets" else markdown(Results.load(folder / name))
+        return f"{match['mark']}\n\n{text}\n\n<!-- end -->"
 
-    return re.sub(r"<!-- table: (?P<name>\S+) -->.*?<!-- end -->", table, page, flags=re.DOTALL)
+    mark = r"(?P<mark><!-- (?P<kind>table|profile): (?P<name>\S+)( (?P<workload>\S+))? -->)"
+    return re.sub(mark + r".*?<!-- end -->", table, page, flags=re.DOTALL)
 
 
 def _pipes(header: list[str], lines: list[list[str]]) -> str:
@@ -138,10 +136,22 @@ def _pipes(header: list[str], lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 
+def _profile(results: Results, workload: str) -> Table:
+    header, lines = profile.table_rows(results, workload)
+    table = Table(title=workload)
+    for n, name in enumerate(header):
+        table.add_column(name, justify="right" if n else "left")
+    for line in lines:
+        table.add_row(*line, end_section=line is lines[-2])
+    return table
+
+
 def main() -> None:
     for name in sys.argv[1:]:
         if name.endswith(".json"):
-            Console(width=160).print(terminal(Results.load(Path(name))))
+            results = Results.load(Path(name))
+            profiled = dict.fromkeys(r.workload for r in results.runs if r.categories and r.implementation == BASELINE)
+            Console(width=160).print(terminal(results), *(_profile(results, workload) for workload in profiled))
         else:
             page = Path(name)
             page.write_text(fill(page.read_text(encoding="utf-8"), page.parent), encoding="utf-8")

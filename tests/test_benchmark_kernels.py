@@ -1,13 +1,14 @@
 """Kernel benchmarks and profiles on a CPU: wrong kernels that must be found, and traces that are sorted by category."""
 
-import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import kernels, profile, trace
+from benchmarks import kernels, measure, profile, trace
+from benchmarks.implementations import BASELINE
 from benchmarks.kernel_cases import SHAPES, KernelCase, cases
+from benchmarks.results import Results, Run
 from benchmarks.settings import Settings
 
 QUICK = Settings(device="cpu", dtype="fp32", compiler="eager", steps=2, warmup=1, pool=2)
@@ -115,17 +116,23 @@ def test_without_a_gpu_an_op_counts_without_those_inside_it():
 
 
 def test_profile_of_a_tiny_step():
-    base, own = (profile.profile("tiny-gpt", name, QUICK.record()) for name in ("eager", "flashdp-flat"))
-    content = {
-        "names": {"workload": "tiny-gpt", "implementation": "flashdp-flat"},
-        "baseline": base,
-        "implementation": own,
-    }
-    rows = {name: (a, b) for name, a, b in profile.differences(content)}
-    assert rows["flashdp add_noise"][0] == 0 < rows["flashdp add_noise"][1]
-    assert rows["matmul"][0] > 0 and rows["optimizer"][0] > 0
-    assert sum(record["ms"] for record in own["kernels"]) == pytest.approx(
-        sum(own["categories"].values()) - own["categories"]["idle"]
-    )
-    assert profile.tables(content)[0].row_count == len(rows) + 1
-    json.dumps(content)
+    """The eager step stands for the plain compiled one."""
+    runs = []
+    for implementation, shown in (("eager", BASELINE), ("flashdp-flat", "flashdp-flat")):
+        found = measure.prepare("tiny-gpt", implementation, QUICK)
+        content = profile.profile(found.step, found.batches, QUICK, median_ms=1e4)
+        assert sum(content["categories"].values()) == pytest.approx(1e4, abs=0.1)
+        assert 0 < sum(record["ms"] for record in content["kernels"]) < 1e4 - content["categories"]["idle"] + 0.1
+        runs.append(Run(workload="tiny-gpt", implementation=shown, status="ok", median_ms=1e4, **content))
+    base, own = (run.categories for run in runs)
+    assert "flashdp add_noise" not in base and own["flashdp add_noise"] > 0
+    assert base["matmul"] > 0 and base["optimizer"] > 0
+    results = Results(environment={}, settings={}, runs=runs)
+    header, rows = profile.table_rows(results, "tiny-gpt")
+    assert header == ["category", "compile ms", "flashdp-flat ms"]
+    assert {row[0] for row in rows} == {*base, *own, "step, without profiler"}
+    cells = dict(zip((row[0] for row in rows), rows, strict=True))["flashdp add_noise"]
+    assert cells[1:] == ["0.00", f"{own['flashdp add_noise']:.2f} (+{own['flashdp add_noise']:.2f})"]
+    assert rows[-1][1:] == ["10000.00", "10000.00 (+0.00)"]
+    with pytest.raises(ValueError, match="no profile of the plain compiled step of gpt2"):
+        profile.table_rows(results, "gpt2")

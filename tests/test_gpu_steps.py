@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.measure import prepare, run_steps
+from benchmarks.measure import prepare
 from benchmarks.settings import Settings
+from benchmarks.steps import run_steps
 from benchmarks.workloads import WORKLOADS, Workload
 
 pytestmark = pytest.mark.gpu
