@@ -2,7 +2,7 @@
 
     python -m benchmarks.step       whole training steps: implementations x workloads, one process each
     python -m benchmarks.kernels    single kernels against their floors
-    python -m benchmarks.profile    where the milliseconds of a step go, next to the plain compiled step
+    python -m benchmarks.planner    the planner's predictions against measured times
 
 See README.md beside this file. Not part of the installed package.
 """

@@ -47,6 +47,12 @@ def choice(name: str, value: Any, choices: Sequence[str], also: str = "") -> str
     return value
 
 
+def flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise not_allowed(name, value, "True or False")
+    return value
+
+
 def patterns(name: str, table: Mapping[str, Any], holds: str) -> dict[str, Any]:
     if not table or not all(isinstance(pattern, str) and pattern for pattern in table):
         raise not_allowed(name, dict(table), f"{{pattern: {holds}}} with at least one pattern, each a string")

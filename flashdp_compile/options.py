@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
-from flashdp_compile.checks import choice, integer, nearest, not_allowed, number, patterns
+from flashdp_compile.checks import choice, flag, integer, nearest, not_allowed, number, patterns
 from flashdp_compile.compat import GRAPH_HOOKS, inductor_option_names, launch_settings
 from flashdp_compile.errors import OptionError
 
@@ -36,7 +36,7 @@ PRIVACY = (
     "public_inputs",
     "seed",
 )
-PERFORMANCE = ("norm_strategy", "compiler", "mode", "inductor", "debug")
+PERFORMANCE = ("norm_strategy", "autotune", "compiler", "mode", "inductor", "debug")
 
 DEBUG_VARIABLE = "FLASHDP_DEBUG"
 DEBUG_FOLDER = "flashdp_debug"  # where debug=True writes, below the current folder
@@ -89,6 +89,9 @@ class Options:
 
     norm_strategy: NormStrategy = "auto"
     """How per-sample norms are computed. "auto" asks the cost model at each point."""
+
+    autotune: bool = False
+    """True measures the strategies for each layer's sizes, once for each device, instead of predicting their times."""
 
     compiler: Compiler = "inductor"
     """"eager" interprets the rewritten graph node by node: slow, quick to start, for debugging."""
@@ -147,6 +150,7 @@ class Options:
             "public_inputs": self._public_inputs(),
             "seed": integer("seed", self.seed, 0, optional=True),
             "norm_strategy": choice("norm_strategy", self.norm_strategy, get_args(NormStrategy)),
+            "autotune": flag("autotune", self.autotune),
             "compiler": choice("compiler", self.compiler, get_args(Compiler)),
             "mode": None if self.mode is None else choice("mode", self.mode, get_args(Mode)),
             "inductor": self._inductor(),

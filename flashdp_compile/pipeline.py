@@ -15,6 +15,7 @@ from torch import fx
 
 import flashdp_compile.kernels
 import flashdp_compile.passes
+from flashdp_compile import autotune
 from flashdp_compile.compat import CustomGraphPass, sort_topologically, versions
 from flashdp_compile.errors import FlashDPError, InternalError
 from flashdp_compile.options import Options
@@ -100,8 +101,9 @@ def analyse(graph: fx.Graph, record: Record) -> None:
     record.axes = Axes(record.joint, {})
     propagate(record.joint, record.axes.states)
     record.gradients = find_points(record.axes)
+    timed = autotune.timer(sources_digest()) if options.autotune else None
     record.plan = make_plan(
-        record.gradients, record.axes, options.clipping, options.max_grad_norm, options.norm_strategy
+        record.gradients, record.axes, options.clipping, options.max_grad_norm, options.norm_strategy, timed
     )
 
 

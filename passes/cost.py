@@ -7,7 +7,7 @@ the kernels that run, one by one: each family reaches its own share of a device.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -108,6 +108,25 @@ def linear_sizes(gradient: ParameterGradient, axes: Axes) -> LinearSizes:
             d, p = (size_expression(s) for s in term.point.node.meta["val"].shape)
             item = term.point.node.args[0].meta["val"].element_size()
     return LinearSizes(sympy.sympify(axes.joint.batch), tokens, sympy.sympify(d), sympy.sympify(p), item)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Sizes, dtype and device of the factors x [B, T, d] and g [B, T, p] of a gradient, in numbers."""
+
+    B: int
+    T: int
+    d: int
+    p: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+def linear_factors(gradient: ParameterGradient, axes: Axes, number: Callable[[sympy.Expr], int]) -> Factors:
+    """The factors of a gradient made of matrix products; `number` tells the value of a size."""
+    s = linear_sizes(gradient, axes)
+    operand = next(t.point.node.args[0].meta["val"] for t in gradient.terms or () if t.point.kind == "linear")
+    return Factors(number(s.B), number(s.T), number(s.d), number(s.p), operand.dtype, operand.device)
 
 
 def _factors(s: LinearSizes) -> sympy.Expr:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import sympy
 
 from flashdp_compile.compat import size_hint
 from flashdp_compile.passes.axes.engine import Axes
-from flashdp_compile.passes.cost import Cost, device_of
+from flashdp_compile.passes.cost import Cost, Factors, device_of, linear_factors
 from flashdp_compile.passes.groups import Group, form_groups
 from flashdp_compile.passes.points import ParameterGradient
 from flashdp_compile.passes.strategies.base import Strategy
 from flashdp_compile.passes.strategies.catalogue import candidates
-from flashdp_compile.passes.strategies.linear import GRAM
+from flashdp_compile.passes.strategies.linear import GRAM, is_linear
 from flashdp_compile.passes.strategies.shared import SharedInput, same_input
 from flashdp_compile.passes.values import Values
+
+Timer = Callable[[Strategy, Factors], float | None]
 
 # stands for a symbolic size that has no value yet (an unbacked batch) when choices are compared
 TYPICAL_SIZE = 64
@@ -29,7 +31,7 @@ HOLD_AT_MOST = 2.0
 
 @dataclass(frozen=True)
 class Choice:
-    """The strategy of one gradient. `seconds` holds the predicted time of every candidate."""
+    """The strategy of one gradient. `seconds` holds the predicted or measured time of every candidate."""
 
     gradient: ParameterGradient
     strategy: Strategy
@@ -57,8 +59,12 @@ def make_plan(
     clipping: str | Mapping[str, str],
     max_grad_norm: float | Mapping[str, float],
     norm_strategy: str = "auto",
+    timed: Timer | None = None,
 ) -> Plan:
-    """A choice for every gradient. A strategy that is asked for is taken wherever it applies."""
+    """A choice for every gradient. A strategy that is asked for is taken wherever it applies.
+
+    `timed` measures what the cost model would predict: seconds of a strategy on factors, None where it cannot tell.
+    """
     groups = form_groups([g.name for g in gradients], clipping, max_grad_norm)
     by_name: dict[str, list[ParameterGradient]] = {}
     for gradient in gradients:
@@ -66,7 +72,7 @@ def make_plan(
     hints = _hints(axes)
     members = {group.name: [g for name in group.members for g in by_name.pop(name, [])] for group in groups}
     choices = {
-        name: tuple(_choose(g, axes, norm_strategy, hints, waits=_waits(own)) for g in own)
+        name: tuple(_choose(g, axes, norm_strategy, hints, _waits(own), timed) for g in own)
         for name, own in members.items()
     }
     values = Values(axes.joint.graph)
@@ -102,13 +108,21 @@ def _waits(group: Sequence[ParameterGradient]) -> bool:
 
 
 def _choose(
-    gradient: ParameterGradient, axes: Axes, norm_strategy: str, hints: Mapping[sympy.Symbol, int], waits: bool
+    gradient: ParameterGradient,
+    axes: Axes,
+    norm_strategy: str,
+    hints: Mapping[sympy.Symbol, int],
+    waits: bool,
+    timed: Timer | None,
 ) -> Choice:
     """The strategy asked for, or the fastest; of those that hold few bytes, where they are held."""
     device = device_of(gradient)
     options = [(s, s.cost(gradient, axes)) for s in candidates(gradient, axes)]
     held = {s.name: evaluate(c.held, hints) for s, c in options}
     seconds = {s.name: evaluate(device.seconds(c.kernels), hints) for s, c in options}
+    if timed is not None and is_linear(gradient, axes):
+        factors = linear_factors(gradient, axes, lambda size: round(evaluate(size, hints)))
+        seconds |= {s.name: found for s, _ in options if (found := timed(s, factors)) is not None}
     asked = [o for o in options if o[0].name == norm_strategy]
     kept = [o for o in options if not waits or held[o[0].name] <= HOLD_AT_MOST * min(held.values())]
     strategy, cost = asked[0] if asked else min(kept, key=lambda o: seconds[o[0].name])

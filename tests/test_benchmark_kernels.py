@@ -1,15 +1,17 @@
 """Kernel benchmarks and profiles on a CPU: wrong kernels that must be found, and traces that are sorted by category."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import kernels, measure, profile, trace
+from benchmarks import kernels, measure, planner, profile, trace
 from benchmarks.implementations import BASELINE
 from benchmarks.kernel_cases import SHAPES, KernelCase, cases
 from benchmarks.results import Results, Run
 from benchmarks.settings import Settings
+from benchmarks.workloads import WORKLOADS
 
 QUICK = Settings(device="cpu", dtype="fp32", compiler="eager", steps=2, warmup=1, pool=2)
 
@@ -136,3 +138,22 @@ def test_profile_of_a_tiny_step():
     assert rows[-1][1:] == ["10000.00", "10000.00 (+0.00)"]
     with pytest.raises(ValueError, match="no profile of the plain compiled step of gpt2"):
         profile.table_rows(results, "gpt2")
+
+
+def test_predictions_are_compared_with_times(monkeypatch):
+    """Three layers of which each is timed at what the prediction does not expect."""
+    times = {"gram": 3e-3, "outer": 2e-3, "store": 4e-3, "materialize": 5e-3}
+    watch = lambda strategy, factors: strategy.trial and times[strategy.name]  # noqa: E731
+    monkeypatch.setattr(planner.autotune, "timer", lambda digest: watch)
+    workload = replace(WORKLOADS["tiny-gpt"], size={**WORKLOADS["tiny-gpt"].size, "layers": 3})
+    found = planner.points(workload, "cpu")
+    layers = {point["layer"]: point["layers"] for point in found}
+    assert layers["head.weight"] == 1 and {n for name, n in layers.items() if name != "head.weight"} == {3}
+    assert {tuple(point["sizes"][:2]) for point in found} == {(workload.batch, workload.length)}
+    for point in found:
+        assert point["measured"] == times and point["predicted"].keys() == times.keys()
+        assert point["faster"] == "outer" or point["clipping"] == "flat"
+        assert planner.loss(point) == point["layers"] * (times[point["taken"]] - times[point["faster"]])
+    by_hand = [abs(p["predicted"][n] / times[n] - 1) for p in found if p["clipping"] == "flat" for n in times]
+    assert planner.error(found) == pytest.approx(sum(by_hand) / len(by_hand))
+    assert planner.table(found).row_count == len(found) == 2 * len(layers)

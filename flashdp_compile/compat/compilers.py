@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ __all__ = [
     "CustomGraphPass",
     "RestartAnalysis",
     "UnwrappedCompilerError",
+    "cache_folder",
     "compile_with_inductor",
     "compile_with_interpreter",
     "configured_graph_hooks",
@@ -69,6 +71,13 @@ def launch_settings() -> dict[str, Any]:
     }
     known = inductor_option_names()
     return {name: value for name, value in wanted.items() if name in known}
+
+
+def cache_folder() -> Path:
+    """The folder of Inductor's caches on this machine, which TORCHINDUCTOR_CACHE_DIR moves. 2.11, 2.13."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return Path(cache_dir())
 
 
 def versions() -> list[str]:

@@ -33,7 +33,7 @@ class Strategy:
     """`applies` says which gradients it can treat, `prepare` writes it into the graph.
 
     `slack`: the norm of what is released may exceed the bound by this factor, at most, from rounding; the noise is
-    raised by as much.
+    raised by as much. `trial(x, g, weights)` runs both halves on factors x [B, T, d] and g [B, T, p], to be timed.
     """
 
     name: str
@@ -41,6 +41,7 @@ class Strategy:
     prepare: Callable[[Emitter, Axes, ParameterGradient], Prepared]
     cost: Callable[[ParameterGradient, Axes], Cost]
     slack: float
+    trial: Callable[[Tensor, Tensor, Tensor], object] | None = None
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

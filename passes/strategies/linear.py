@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from flashdp_compile.kernels.guard import SLACK
 from flashdp_compile.passes.axes.engine import Axes
-from flashdp_compile.passes.cost import gram_cost, outer_cost, store_cost
+from flashdp_compile.passes.cost import Cost, gram_cost, outer_cost, store_cost
 from flashdp_compile.passes.emit import Emitter
 from flashdp_compile.passes.points import ParameterGradient
 from flashdp_compile.passes.strategies.base import Prepared, Strategy
@@ -63,6 +63,22 @@ def _prepare_store(emit: Emitter, axes: Axes, gradient: ParameterGradient) -> Pr
     return Prepared(sqnorm, finish)
 
 
-GRAM = Strategy("gram", is_linear, _prepare(lambda x, g: ops.gram_sqnorm(x, [g], [False])), gram_cost, slack=SLACK)
-OUTER = Strategy("outer", is_linear, _prepare(lambda x, g: ops.outer_sqnorm(x, g)), outer_cost, slack=2.0**-16)
-STORE = Strategy("store", is_linear, _prepare_store, store_cost, slack=2.0**-16)
+def _try_store(x: Tensor, g: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    product, sqnorm = ops.outer_store(x, g)
+    return sqnorm, ops.product_sum(product, weights)
+
+
+def _of_factors(
+    name: str, norm: Callable[[Tensor, Tensor], Tensor], cost: Callable[..., Cost], slack: float
+) -> Strategy:
+    """A strategy that keeps the factors until the weights are there."""
+
+    def trial(x: Tensor, g: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        return norm(x, g), ops.weighted_matmul(x, g, weights)
+
+    return Strategy(name, is_linear, _prepare(norm), cost, slack, trial)
+
+
+GRAM = _of_factors("gram", lambda x, g: ops.gram_sqnorm(x, [g], [False]), gram_cost, SLACK)
+OUTER = _of_factors("outer", lambda x, g: ops.outer_sqnorm(x, g), outer_cost, 2.0**-16)
+STORE = Strategy("store", is_linear, _prepare_store, store_cost, 2.0**-16, _try_store)

@@ -19,6 +19,7 @@ OTHERS = {
     "public_inputs": ("mask",),
     "seed": 3,
     "norm_strategy": "gram",
+    "autotune": True,
     "compiler": "eager",
     "mode": "reduce-overhead",
     "inductor": {"max_autotune": True},

@@ -1,0 +1,89 @@
+"""`autotune=True`: how long each strategy takes, measured on the device at hand instead of predicted.
+
+What is timed are both halves of a strategy on random factors of a gradient's sizes, replayed by a CUDA graph so that
+the host has no say; a layer by itself, where the step may launch several together. Times are kept in a file for each
+question beside Inductor's caches: device, versions, sources of the kernels, strategy, sizes and dtype.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flashdp_compile.compat import cache_folder, real_tensors, versions
+from flashdp_compile.passes.cost import Factors
+from flashdp_compile.passes.strategies.base import Strategy
+
+SECONDS = 0.05  # how long a strategy is measured on a CPU; on a GPU, milliseconds of replays
+REPLAYS_MS = 20
+
+
+def timer(digest: str) -> Callable[[Strategy, Factors], float | None]:
+    """Seconds of a strategy on factors: from the file, or measured now. None for a strategy that cannot be tried.
+
+    `digest` identifies the sources of the kernels. A strategy that runs out of memory takes forever.
+    """
+
+    def seconds(strategy: Strategy, factors: Factors) -> float | None:
+        if strategy.trial is None:
+            return None
+        path = _path(strategy, factors, digest)
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            return float(json.loads(path.read_text())["seconds"])
+        found = _measured(strategy.trial, factors)
+        _write(path, {"strategy": strategy.name, "seconds": found})
+        return found
+
+    return seconds
+
+
+def _path(strategy: Strategy, factors: Factors, digest: str) -> Path:
+    device = torch.cuda.get_device_name(factors.device) if factors.device.type == "cuda" else factors.device.type
+    sizes = {name: str(value) for name, value in asdict(factors).items() if name != "device"}
+    key = json.dumps([strategy.name, device, sizes, versions(), digest], sort_keys=True)
+    return cache_folder() / "flashdp_autotune" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """Beside and renamed, so that no process can read half of it. A folder that cannot be written keeps nothing."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, draft = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        with os.fdopen(handle, "w") as file:
+            json.dump(content, file)
+        os.replace(draft, path)
+
+
+def _measured(trial: Callable[..., Any], factors: Factors) -> float:
+    with real_tensors(), torch.no_grad(), torch.autocast(factors.device.type, enabled=False):
+        generator = torch.Generator(factors.device).manual_seed(0)  # the state of other generators is the user's
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, dtype=factors.dtype, device=factors.device, generator=generator)
+
+        try:
+            operands = normal(factors.B, factors.T, factors.d), normal(factors.B, factors.T, factors.p)
+            weights = torch.ones(factors.B, device=factors.device)
+            return _median(lambda: trial(*operands, weights), factors.device)
+        except torch.OutOfMemoryError:
+            return float("inf")
+
+
+def _median(call: Callable[[], Any], device: torch.device) -> float:
+    if device.type == "cuda":
+        from triton.testing import do_bench_cudagraph
+
+        with torch.cuda.device(device):
+            return 1e-3 * do_bench_cudagraph(call, rep=REPLAYS_MS, return_mode="median")
+    from torch.utils.benchmark import Timer
+
+    return Timer("call()", globals={"call": call}).blocked_autorange(min_run_time=SECONDS).median
