@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from flashdp_compile.compat import cache_folder, real_tensors, versions
+from flashdp_compile.compat import cache_folder, padded_row, real_tensors, versions
 from flashdp_compile.passes.cost import Factors
 from flashdp_compile.passes.strategies.base import Strategy
 
@@ -67,11 +67,13 @@ def _measured(trial: Callable[..., Any], factors: Factors) -> float:
     with real_tensors(), torch.no_grad(), torch.autocast(factors.device.type, enabled=False):
         generator = torch.Generator(factors.device).manual_seed(0)  # the state of other generators is the user's
 
-        def normal(*shape: int) -> torch.Tensor:
-            return torch.randn(shape, dtype=factors.dtype, device=factors.device, generator=generator)
+        def normal(width: int) -> torch.Tensor:
+            """[B, T, width], with the strides that Inductor gives to what it makes."""
+            shape = factors.B, factors.T, padded_row(width, factors.dtype)
+            return torch.randn(shape, dtype=factors.dtype, device=factors.device, generator=generator)[..., :width]
 
         try:
-            operands = normal(factors.B, factors.T, factors.d), normal(factors.B, factors.T, factors.p)
+            operands = normal(factors.d), normal(factors.p)
             weights = torch.ones(factors.B, device=factors.device)
             return _median(lambda: trial(*operands, weights), factors.device)
         except torch.OutOfMemoryError:

@@ -9,7 +9,7 @@ from itertools import accumulate
 import torch
 from torch import fx
 
-from flashdp_compile.compat import OpOverload, returns_views
+from flashdp_compile.compat import OpOverload, argument, padded_row, returns_views
 
 _CALLS = (
     "mm",
@@ -26,8 +26,9 @@ _CALLS = (
 class Memory:
     """The memory of a graph's values in any order of its nodes: each is held from its maker to its last reader.
 
-    A view is held as what it views. What neither a library nor one of our kernels makes or reads is left out: Inductor
-    fuses most of it away, and a softmax over a vocabulary in float32 would hide everything else.
+    A view is held as what it views, and so is a matrix that is padded in place. What neither a library nor one of our
+    kernels makes or reads is left out: Inductor fuses most of it away, and a softmax over a vocabulary in float32 would
+    hide everything else.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
@@ -63,7 +64,21 @@ class Memory:
 def _is_view(node: fx.Node) -> bool:
     if node.op != "call_function" or not node.args:
         return False
+    if node.target is torch.ops.aten.constant_pad_nd.default:
+        return _fills_its_own_row(node)
     return node.target is operator.getitem or (isinstance(node.target, OpOverload) and returns_views(node.target))
+
+
+def _fills_its_own_row(node: fx.Node) -> bool:
+    """Whether Inductor pads in place: columns behind the last, where it has left room for them when it made the rows.
+
+    For matrix products it pads a vocabulary of 50257 so, and its gradients are the largest values of a step.
+    """
+    matrix, padding = argument(node, "self"), argument(node, "pad")
+    value, (before, behind, *others) = matrix.meta["val"], padding
+    if before or any(others) or value.ndim < 2 or not all(isinstance(n, int) for n in (value.shape[-1], behind)):
+        return False
+    return value.shape[-1] + behind <= padded_row(value.shape[-1], value.dtype)
 
 
 def _is_opaque(target: object) -> bool:
