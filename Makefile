@@ -8,7 +8,7 @@
 PYTHON ?= python3
 TORCH  := 2.13.0
 TRITON := 3.6.0
-PYTEST ?= -n 2
+PYTEST ?= -n 2 --dist worksteal
 VENV   := .venv
 RUN    := $(VENV)/bin/python
 READY  := $(VENV)/ready

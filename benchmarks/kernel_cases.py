@@ -88,20 +88,25 @@ def cases(shape: Shape, device: str) -> Iterator[KernelCase]:
     yield KernelCase("gram_sqnorm", shape.name, (x, [g], [False]), 1.3, pairs * (d + p), operands)
     yield KernelCase("outer_store", shape.name, (x, g), 1.15, baseline=lambda: torch.bmm(x.mT, g))
     flat_x, flat_g = x.flatten(0, 1), g.flatten(0, 1)
-    yield KernelCase("weighted_matmul", shape.name, (x, g, weights), 1.1, baseline=lambda: torch.mm(flat_x.T, flat_g))
+
+    def product_of_all() -> Tensor:
+        return torch.mm(flat_x.T, flat_g)
+
+    key = torch.tensor([123456789, 7], device=device)
+    noise = key, 3, 0.5  # as in a step
+    yield KernelCase("weighted_matmul", shape.name, (x, g, weights, *noise), 1.1, baseline=product_of_all)
 
     if shape.vocabulary:
         ids = torch.randint(0, p, (B, T), device=device)
         read = 2 * B * T * d
         yield KernelCase("embedding_sqnorm", shape.name, (ids, x), 1.3, 3 * B * T * d, read)
-        yield _elementwise("embedding_sum", shape, (ids, x, weights, p), read + 4 * p * d)
+        yield _elementwise("embedding_sum", shape, (ids, x, weights, p, *noise), read + 4 * p * d)
 
     gradient = torch.randn(d, p, device=device)
-    key = torch.tensor([123456789, 7], device=device)
-    yield _elementwise("add_noise", shape, (gradient, key, 3, 0.5), 8 * d * p)
+    yield _elementwise("add_noise", shape, (gradient, *noise), 8 * d * p)
     del gradient
     product: Tensor = torch.randn(B, d, p, device=device, dtype=torch.bfloat16)
-    yield _elementwise("product_sum", shape, (product, weights), 2 * B * d * p + 4 * d * p)
+    yield _elementwise("product_sum", shape, (product, weights, *noise), 2 * B * d * p + 4 * d * p)
 
 
 def _elementwise(family: str, shape: Shape, arguments: tuple, moved: float) -> KernelCase:

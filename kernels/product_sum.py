@@ -31,18 +31,23 @@ def fake(product: Tensor, weights: Tensor, *noise: Any) -> Tensor:
     return product.new_empty(product.shape[1:], dtype=accumulator(product))
 
 
+AT_ONCE = 8
+
+
 @dataclass(frozen=True)
 class Spec:
     flat: bool  # rows of one sample's product lie end to end
     noise: bool
     weighted: bool = True
+    at_once: int = AT_ONCE  # samples whose loads are in flight together
     block: int = 2048
-    at_once: int = 8  # samples whose loads are in flight together
 
 
 def specialise(product: Tensor, weights: Tensor | None, key: Tensor | None = None, *noise: Any) -> Spec:
     flat = product.stride(2) == 1 and product.stride(1) == product.shape[2]
-    return Spec(flat, key is not None, weights is not None)
+    samples = product.shape[0]
+    at_once = min(AT_ONCE, max(samples, 1)) if isinstance(samples, int) else AT_ONCE
+    return Spec(flat, key is not None, weights is not None, at_once)
 
 
 TEMPLATE = """

@@ -1,11 +1,13 @@
 """Philox against its published vectors; the noise against the normal law, the kernel and its own claims."""
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
 
-from flashdp_compile.kernels import gaussian
+from flashdp_compile.kernels import codegen, common, gaussian
+from flashdp_compile.kernels.family import Template
 from flashdp_compile.kernels.gaussian import philox, round_keys
 
 # Known answers of Random123 for philox4x32 with ten rounds: counter, key, output
@@ -102,3 +104,33 @@ def test_the_sum_is_rounded_once(device):
 def test_a_stream_is_a_word(stream):
     with pytest.raises(ValueError, match="unsigned word of 32 bits"):
         gaussian.gaussian(4, key_of(1), stream)
+
+
+TURNED = """
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def kernel(word_ptr, cosine_ptr, sine_ptr, N):
+    n = tl.arange(0, {{ block }})
+    word = tl.load(word_ptr + n, mask=n < N, other=0).to(tl.uint32)
+    {{ turned("3.0", "word", "cosine", "sine") | indent(4) }}
+    tl.store(cosine_ptr + n, cosine, mask=n < N)
+    tl.store(sine_ptr + n, sine, mask=n < N)
+"""
+
+
+@dataclass(frozen=True)
+class Words:
+    block: int = 128
+
+
+def test_sine_and_cosine_in_every_quadrant_and_where_they_meet(device):
+    eighths = [n * 2**29 + step for n in range(9) for step in (-(2**20), -1, 0, 1, 3**12)]
+    words = torch.tensor([w % 2**32 for w in eighths], device=device)
+    found = torch.empty(2, len(words), device=device)
+    run = codegen.kernel(Template("turned", TURNED), Words())
+    common.start(run, 1, found, words, found[0], found[1], len(words))
+    angles = words.double() * (2 * math.pi * 2.0**-32)
+    torch.testing.assert_close(found.double(), 3 * torch.stack([angles.cos(), angles.sin()]), rtol=2e-7, atol=3e-7)
