@@ -114,6 +114,17 @@ def table(content: dict[str, Any]) -> Table:
     return shown
 
 
+def page_rows(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a page: the share of its floor that each family reaches, by shape; a dash was not timed."""
+    shapes = list(dict.fromkeys(row["shape"] for row in content["kernels"]))
+    shares: dict[str, dict[str, str]] = {}
+    for row in content["kernels"]:
+        text = "failed" if "failed" in row else f"{row['share']:.2f} ({1000 * row['ms']:.0f} us)"
+        shares.setdefault(row["family"], {})[row["shape"]] = text
+    sizes = [f"{n}: {SHAPES[n].B}, {SHAPES[n].T}, {SHAPES[n].d}, {SHAPES[n].p}" for n in shapes]
+    return ["kernel", *sizes], [[family, *(found.get(n, "-") for n in shapes)] for family, found in shares.items()]
+
+
 def main() -> None:
     arguments = parse()
     device = arguments.device

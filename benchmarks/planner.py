@@ -29,6 +29,7 @@ from flashdp_compile.passes.strategies.linear import is_linear
 from flashdp_compile.pipeline import sources_digest
 from flashdp_compile.testing import joint_graph
 
+PAGE_STRATEGIES = ("gram", "outer", "store")  # materialising is far behind everywhere
 CLIPPINGS = ("per_layer", "flat")
 COLUMNS = (
     "workload",
@@ -110,6 +111,23 @@ def table(found: list[dict[str, Any]]) -> Table:
             *(point["taken"], point["faster"], f"{1e3 * loss(point):.2f}"),
         )
     return shown
+
+
+def page_rows(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a page: layers of one workload that differ in nothing but their names share a row."""
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for point in content["points"]:
+        kind = re.sub(r"^blocks\.0\.|\.weight$", "", point["layer"])
+        times = (
+            f"{1e6 * point['predicted'][name]:.0f} / {1e6 * point['measured'][name]:.0f}" for name in PAGE_STRATEGIES
+        )
+        sizes = ", ".join(map(str, point["sizes"]))
+        row = (point["workload"], sizes, *times, point["taken"], point["faster"])
+        names = rows.setdefault(row, [])
+        if kind not in names:
+            names.append(kind)
+    header = ["workload", "layers", "B, T, p, d", *PAGE_STRATEGIES, "taken", "faster"]
+    return header, [[row[0], ", ".join(names), *row[1:]] for row, names in rows.items()]
 
 
 def main() -> None:

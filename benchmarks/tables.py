@@ -1,10 +1,12 @@
 """Tables of results: on the terminal by rich, and in pages as markdown.
 
 A page holds a table between `<!-- table: NAME -->` and `<!-- end -->`; NAME is "targets" or a JSON file of results,
-seen from the page. With `<!-- profile: NAME WORKLOAD -->` it is one of where the time of that workload goes.
+seen from the page. With `<!-- profile: NAME WORKLOAD -->` it is one of where the time of that workload goes, with
+`<!-- planner: NAME -->` and `<!-- kernels: NAME -->` the results of those modules.
 `python -m benchmarks.tables docs/performance.md` writes all of them anew, and with a JSON file it prints that.
 """
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import profile
+from benchmarks import kernels, planner, profile
 from benchmarks.implementations import BASELINE
 from benchmarks.results import Results, Run
 from benchmarks.targets import TARGETS, met, target
@@ -34,6 +36,7 @@ HEADER = (
     "gradient error",
 )
 NONE = "-"
+OTHERS = {"planner": planner, "kernels": kernels}
 
 
 def rows(results: Results) -> list[list[str]]:
@@ -75,9 +78,8 @@ def _number(value: float | None, form: str) -> str:
 
 def caption(results: Results) -> str:
     """Device, versions and settings on one line."""
-    own, run = results.environment, results.settings
-    names = ("device", "torch", "cuda", "triton", "flashdp", "opacus", "commit", "date")
-    parts = [str(own[n]) if n == "device" else f"{n} {own[n]}" for n in names if own.get(n)]
+    run = results.settings
+    parts = [_made_on(results.environment)]
     if "dtype" in run:
         parts.append(run["dtype"])
     if "steps" in run:
@@ -85,6 +87,11 @@ def caption(results: Results) -> str:
     if run.get("at_once", 1) > 1:
         parts.append(f"compiled {run['at_once']} at a time")
     return "; ".join(parts)
+
+
+def _made_on(own: dict[str, Any]) -> str:
+    names = ("device", "torch", "cuda", "triton", "flashdp", "opacus", "commit", "date")
+    return "; ".join(str(own[n]) if n == "device" else f"{n} {own[n]}" for n in names if own.get(n))
 
 
 def terminal(results: Results) -> Table:
@@ -123,11 +130,14 @@ def fill(page: str, folder: Path) -> str:
         kind, name, workload = match["kind"], match["name"], match["workload"]
         if kind == "profile":
             text = _pipes(*profile.table_rows(Results.load(folder / name), workload))
+        elif kind in OTHERS:
+            content = json.loads((folder / name).read_text())
+            text = f"{_pipes(*OTHERS[kind].page_rows(content))}\n\n{_made_on(content['environment'])}."
         else:
             text = targets() if name == "targets" else markdown(Results.load(folder / name))
         return f"{match['mark']}\n\n{text}\n\n<!-- end -->"
 
-    mark = r"(?P<mark><!-- (?P<kind>table|profile): (?P<name>\S+)( (?P<workload>\S+))? -->)"
+    mark = r"(?P<mark><!-- (?P<kind>table|profile|planner|kernels): (?P<name>\S+)( (?P<workload>\S+))? -->)"
     return re.sub(mark + r".*?<!-- end -->", table, page, flags=re.DOTALL)
 
 
