@@ -13,13 +13,14 @@ import argparse
 import shutil
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from benchmarks import settings
-from benchmarks.fill import fill, folder
+from benchmarks.fill import Job, fill, folder
 from benchmarks.implementations import IMPLEMENTATIONS
 from benchmarks.processes import call
 from benchmarks.results import Results, Run
@@ -35,10 +36,11 @@ def run(
     results: Results,
     caches: Path,
     compile_s: float | None = None,
+    turn: Path | None = None,
 ) -> Run:
     """One run in a process with these caches, which are empty unless `compile_s` tells what filling them took.
 
-    `warm` adds a second process that finds them filled.
+    `warm` adds a second process that finds them filled. A process imports its modules before its `turn`.
     """
 
     def outcome(status: str, **content: Any) -> Run:
@@ -47,7 +49,7 @@ def run(
     if (reason := IMPLEMENTATIONS[implementation].missing()) is not None:
         return outcome("skipped", reason=reason)
     arguments = {"workload": workload, "implementation": implementation, "settings": own.record()}
-    found = call("benchmarks.measure:measure", arguments, caches)
+    found = call("benchmarks.measure:measure", arguments, caches, turn)
     if "failed" in found:
         return outcome("failed", reason=found["failed"])
     environment = found.pop("environment")
@@ -57,7 +59,7 @@ def run(
     if compile_s is not None:
         found["warm_s"], found["compile_s"] = found["compile_s"], compile_s
     elif warm:
-        again = call("benchmarks.measure:first_step", arguments, caches)
+        again = call("benchmarks.measure:first_step", arguments, caches, turn)
         if "failed" in again:
             return outcome("failed", reason=f"warm start: {again['failed']}")
         found["warm_s"] = again["seconds"]
@@ -74,12 +76,16 @@ def main() -> None:
         root = Path(temporary)
         wanted = [job for job in jobs if IMPLEMENTATIONS[job[1]].missing() is None]
         filled = fill(wanted, own, root, arguments.at_once) if arguments.at_once > 1 else {}
-        for job in jobs:
-            console.print(": ".join(job), highlight=False)
-            caches = folder(root, *job)
-            results.runs.append(run(*job, own, arguments.warm, results, caches, filled.get(job)))
-            results.save(arguments.out)
-            shutil.rmtree(caches, ignore_errors=True)
+
+        def one(job: Job) -> Run:
+            return run(*job, own, arguments.warm, results, folder(root, *job), filled.get(job), root / "turn")
+
+        with ThreadPoolExecutor(2) as pool:  # while one has the device, the next gets ready
+            for job, outcome in zip(jobs, pool.map(one, jobs), strict=True):
+                console.print(f"{': '.join(job)}: {outcome.status}", highlight=False)
+                results.runs.append(outcome)
+                results.save(arguments.out)
+                shutil.rmtree(folder(root, *job), ignore_errors=True)
     console.print(terminal(results))
     sys.exit(any(r.status == "failed" for r in results.runs))
 

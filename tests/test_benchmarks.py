@@ -1,7 +1,9 @@
 """The benchmarks on a CPU: tiny workloads, wrong gradients that must be found, files that become tables and plots."""
 
+import fcntl
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -272,6 +274,17 @@ def test_an_implementation_that_is_not_installed_is_skipped(monkeypatch, tmp_pat
 def test_opacus(workload, name):
     pytest.importorskip("opacus")
     assert measure.measure(workload, name, QUICK.record())["error"] < 1e-4
+
+
+def test_processes_wait_for_their_turn(tmp_path):
+    turn = tmp_path / "turn"
+    with open(turn, "w") as file, ThreadPoolExecutor(1) as pool:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        waiting = pool.submit(call, "textwrap:dedent", {"text": "  a"}, tmp_path, turn)
+        with pytest.raises(TimeoutError):
+            waiting.result(timeout=2)
+        fcntl.flock(file, fcntl.LOCK_UN)
+        assert waiting.result(timeout=60) == "a"
 
 
 def test_the_page_shows_what_the_files_hold():
