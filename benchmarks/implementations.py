@@ -13,6 +13,7 @@ from torch import nn
 from benchmarks.settings import Settings
 from benchmarks.steps import FlashDPStep, Step
 
+GRAPHS = "reduce-overhead"
 Make = Callable[[nn.Module, int, Settings], Step]  # model, batch size, settings
 
 
@@ -37,13 +38,18 @@ def _eager(model: nn.Module, batch_size: int, settings: Settings) -> Step:
     return Step(model, model, settings)
 
 
-def _compile(model: nn.Module, batch_size: int, settings: Settings) -> Step:
-    backend = "inductor" if settings.compiler == "inductor" else "aot_eager"
-    return Step(model, torch.compile(model, backend=backend, fullgraph=True, dynamic=False), settings)
+def _compile(mode: str | None = None) -> Make:
+    def make(model: nn.Module, batch_size: int, settings: Settings) -> Step:
+        backend = "inductor" if settings.compiler == "inductor" else "aot_eager"
+        options = {"mode": mode} if mode is not None and backend == "inductor" else {}
+        compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=False, **options)
+        return Step(model, compiled, settings)
+
+    return make
 
 
-def _flashdp(clipping: str) -> Make:
-    return lambda model, batch_size, settings: FlashDPStep(model, clipping, batch_size, settings)
+def _flashdp(clipping: str, mode: str | None = None) -> Make:
+    return lambda model, batch_size, settings: FlashDPStep(model, clipping, batch_size, settings, mode)
 
 
 def _opacus(name: str) -> Make:
@@ -57,9 +63,13 @@ def _opacus(name: str) -> Make:
 
 _ALL = (
     Implementation(name="eager", clipping=None, make=_eager),
-    Implementation(name="compile", clipping=None, make=_compile),
+    Implementation(name="compile", clipping=None, make=_compile()),
     Implementation(name="flashdp-flat", clipping="flat", make=_flashdp("flat")),
     Implementation(name="flashdp-per_layer", clipping="per_layer", make=_flashdp("per_layer")),
+    # launched by CUDA graphs, so that the host has no say
+    Implementation(name="compile-graphs", clipping=None, make=_compile(GRAPHS)),
+    Implementation(name="flashdp-flat-graphs", clipping="flat", make=_flashdp("flat", GRAPHS)),
+    Implementation(name="flashdp-per_layer-graphs", clipping="per_layer", make=_flashdp("per_layer", GRAPHS)),
     Implementation(
         name="opacus-hooks", clipping="flat", make=_opacus("OpacusStep"), needs="opacus", batched_positions=True
     ),

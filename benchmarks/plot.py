@@ -18,7 +18,13 @@ from benchmarks.tables import caption
 from benchmarks.targets import target
 
 INK, GRID, CARD = "#1f2933", "#cbd2d9", "#ffffff"
-COLOURS = dict(zip(IMPLEMENTATIONS, ("#9aa5b1", "#52606d", "#e8833a", "#2f6fb3", "#7a9e3d", "#a8659b"), strict=True))
+COLOURS = dict(
+    zip(
+        IMPLEMENTATIONS,
+        ("#9aa5b1", "#52606d", "#e8833a", "#2f6fb3", "#7f8c99", "#c9632b", "#1f4f80", "#7a9e3d", "#a8659b"),
+        strict=True,
+    )
+)
 
 
 def draw(results: Results, picture: Path) -> None:

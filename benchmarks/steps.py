@@ -74,13 +74,16 @@ class Step:
 class FlashDPStep(Step):
     """torch.compile(model, backend="flashdp") with seeded noise, so that the check can subtract it."""
 
-    def __init__(self, model: nn.Module, clipping: str, batch_size: int, settings: Settings) -> None:
+    def __init__(
+        self, model: nn.Module, clipping: str, batch_size: int, settings: Settings, mode: str | None = None
+    ) -> None:
         options: Any = {
             "clipping": clipping,
             "max_grad_norm": settings.max_grad_norm,
             "noise_multiplier": settings.noise_multiplier,
             "expected_batch_size": batch_size,
             "compiler": settings.compiler,
+            "mode": mode if settings.compiler == "inductor" else None,
             "seed": 1,
         }
         forward = torch.compile(model, backend="flashdp", fullgraph=True, dynamic=False, options=options)
