@@ -20,11 +20,13 @@ from typing import Any
 import torch
 
 from flashdp_compile.compat import cache_folder, padded_row, real_tensors, versions
+from flashdp_compile.kernels import tuning
 from flashdp_compile.passes.cost import Factors
 from flashdp_compile.passes.strategies.base import Strategy
 
 SECONDS = 0.05  # how long a strategy is measured on a CPU; on a GPU, milliseconds of replays
 REPLAYS_MS = 20
+TILED = ("gram_sqnorm", "outer_sqnorm", "outer_store", "weighted_matmul")  # families whose tiles change times
 
 
 def timer(digest: str) -> Callable[[Strategy, Factors], float | None]:
@@ -36,25 +38,39 @@ def timer(digest: str) -> Callable[[Strategy, Factors], float | None]:
     def seconds(strategy: Strategy, factors: Factors) -> float | None:
         if strategy.trial is None:
             return None
-        path = _path(strategy, factors, digest)
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            return float(json.loads(path.read_text())["seconds"])
+        question = _question(strategy, factors, digest)
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            return float((kept(question) or {})["seconds"])
         found = _measured(strategy.trial, factors)
-        _write(path, {"strategy": strategy.name, "seconds": found})
+        keep(question, {"strategy": strategy.name, "seconds": found})
         return found
 
     return seconds
 
 
-def _path(strategy: Strategy, factors: Factors, digest: str) -> Path:
+def _question(strategy: Strategy, factors: Factors, digest: str) -> list[Any]:
     device = torch.cuda.get_device_name(factors.device) if factors.device.type == "cuda" else factors.device.type
     sizes = {name: str(value) for name, value in asdict(factors).items() if name != "device"}
-    key = json.dumps([strategy.name, device, sizes, versions(), digest], sort_keys=True)
+    tiles = [str(tuning.tiles(family, factors.dtype, factors.device, (2**30, 1))) for family in TILED]
+    return [strategy.name, device, sizes, versions(), digest, tiles]
+
+
+def _path(question: list[Any]) -> Path:
+    key = json.dumps(question, sort_keys=True)
     return cache_folder() / "flashdp_autotune" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
+def kept(question: list[Any]) -> dict[str, Any] | None:
+    """What was kept for a question, if it can be read."""
+    with contextlib.suppress(OSError, ValueError):
+        content = json.loads(_path(question).read_text())
+        return content if isinstance(content, dict) else None
+    return None
+
+
+def keep(question: list[Any], content: dict[str, Any]) -> None:
     """Beside and renamed, so that no process can read half of it. A folder that cannot be written keeps nothing."""
+    path = _path(question)
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, draft = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
@@ -75,12 +91,13 @@ def _measured(trial: Callable[..., Any], factors: Factors) -> float:
         try:
             operands = normal(factors.d), normal(factors.p)
             weights = torch.ones(factors.B, device=factors.device)
-            return _median(lambda: trial(*operands, weights), factors.device)
+            return median_seconds(lambda: trial(*operands, weights), factors.device)
         except torch.OutOfMemoryError:
             return float("inf")
 
 
-def _median(call: Callable[[], Any], device: torch.device) -> float:
+def median_seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """Of many calls, on a GPU replayed by a CUDA graph."""
     if device.type == "cuda":
         from triton.testing import do_bench_cudagraph
 

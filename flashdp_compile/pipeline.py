@@ -18,6 +18,7 @@ import flashdp_compile.passes
 from flashdp_compile import autotune
 from flashdp_compile.compat import CustomGraphPass, sort_topologically, versions
 from flashdp_compile.errors import FlashDPError, InternalError
+from flashdp_compile.kernels import tuning
 from flashdp_compile.options import Options
 from flashdp_compile.passes.align_rows import aligned_rows
 from flashdp_compile.passes.axes.engine import Axes, propagate
@@ -40,6 +41,7 @@ from flashdp_compile.passes.strategies.materialize import MATERIALIZE
 from flashdp_compile.passes.vectors import norm_vectors, sum_vectors
 from flashdp_compile.passes.verify import verify
 from flashdp_compile.runtime import clipping, noise  # noqa: F401  registers the ops that the rewrite inserts
+from flashdp_compile.tune_tiles import tune_tiles
 
 register_runtime_ops()
 
@@ -101,7 +103,11 @@ def analyse(graph: fx.Graph, record: Record) -> None:
     record.axes = Axes(record.joint, {})
     propagate(record.joint, record.axes.states)
     record.gradients = find_points(record.axes)
-    timed = autotune.timer(sources_digest()) if options.autotune else None
+    timed = None
+    if options.autotune:
+        for gradient in record.gradients[:1]:  # all are on one device
+            tune_tiles(gradient.gradient.node.meta["val"].device, sources_digest())
+        timed = autotune.timer(sources_digest())
     record.plan = make_plan(
         record.gradients, record.axes, options.clipping, options.max_grad_norm, options.norm_strategy, timed
     )
@@ -190,7 +196,7 @@ class LastPass(CustomGraphPass):
 
     def uuid(self) -> Any:
         """The key of compile caches."""
-        return sources_digest()
+        return sources_digest(), tuning.learned()
 
 
 @cache

@@ -6,12 +6,15 @@ The file maps an architecture to families to bits per element to a list of entri
 
 of which the first is taken that cuts one sample's products into at least so many `tiles`: large tiles reuse more, small
 ones fill the device. (gram_sqnorm counts along the features that it sums over.) The batch size has no say, so that a
-sample's numbers do not depend on the samples beside it. An architecture that is missing takes "default". outer_sqnorm
-and weighted_matmul must agree in `depth`. The sizes for sm_90 were the fastest of six on an H100 (docs/performance.md).
+sample's numbers do not depend on the samples beside it. An architecture that is missing takes "default", until somebody
+has tried `candidates` on such a device and says what to `learn`. outer_sqnorm and weighted_matmul must agree in
+`depth`. The sizes for sm_90 were the fastest of six on an H100 (docs/performance.md).
 """
 
+import contextlib
 import functools
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +40,46 @@ def tiles(family: str, dtype: torch.dtype, device: torch.device, *shapes: tuple[
         if sum(-(-rows // chosen.rows) * -(-columns // chosen.columns) for rows, columns in shapes) >= least:
             break
     return chosen
+
+
+def is_known(device: torch.device) -> bool:
+    """Whether tiles were chosen for this device."""
+    return architecture(device) in _table()
+
+
+def candidates(family: str, bits: int) -> list[Tiles]:
+    """The sizes that some architecture takes for a family, each once."""
+    return list(dict.fromkeys(Tiles(*e[:-1]) for table in _table().values() for e in table[family][str(bits)]))
+
+
+def learn(device: torch.device, found: Mapping[str, Mapping[int, Tiles]]) -> None:
+    """Takes these tiles on this device's architecture, by family and bits; "default" for those that are not found."""
+    table = _table()
+    _learned[architecture(device)] = table[architecture(device)] = {
+        family: {
+            bits: [[*found[family][int(bits)], 0]] if int(bits) in found.get(family, {}) else entries
+            for bits, entries in by_bits.items()
+        }
+        for family, by_bits in table["default"].items()
+    }
+
+
+@contextlib.contextmanager
+def trying(device: torch.device, family: str, bits: int, tiles: Tiles) -> Iterator[None]:
+    """Within, a family takes these tiles on this device's architecture, which is not known."""
+    learn(device, {family: {bits: tiles}})
+    try:
+        yield
+    finally:
+        del _table()[architecture(device)], _learned[architecture(device)]
+
+
+def learned() -> str:
+    """What differs from the file: part of every key under which compiled kernels are kept."""
+    return json.dumps(_learned, sort_keys=True)
+
+
+_learned: dict[str, Any] = {}
 
 
 @functools.cache

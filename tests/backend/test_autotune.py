@@ -72,7 +72,7 @@ def test_what_cannot_be_tried_or_held(monkeypatch):
     def full(*operands):
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(autotune, "_median", full)
+    monkeypatch.setattr(autotune, "median_seconds", full)
     assert seconds(STORE, Factors(8, 5, 7, 9, torch.float32, torch.device("cpu"))) == float("inf")
 
 
