@@ -100,8 +100,8 @@ def analyse(graph: fx.Graph, record: Record) -> None:
             check_single(record.joint)
         record.plan = Plan(form_groups(names, options.clipping, options.max_grad_norm), {})
         return
-    record.axes = Axes(record.joint, {})
-    propagate(record.joint, record.axes.states)
+    record.axes = Axes(record.joint)
+    propagate(record.joint, record.axes)
     record.gradients = find_points(record.axes)
     timed = None
     if options.autotune:

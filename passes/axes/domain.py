@@ -105,12 +105,14 @@ class Reject(Exception):
 class Site:
     """Where a rule is applied: the node, with its sizes as ints or sympy expressions, and the batch size B.
 
-    `draws` collects the random numbers of which each sample turned out to have its own; see axes/uniform.py.
+    `draws` collects the random numbers of which each sample turned out to have its own; see axes/uniform.py. `met`
+    collects the constants with an element for each sample, by who reads them so: (reader, constant).
     """
 
     node: fx.Node
     batch: Size
     draws: dict[fx.Node, Batched] = field(default_factory=dict)
+    met: dict[tuple[fx.Node, fx.Node], Batched] = field(default_factory=dict)
 
     def shape(self, node: Any = None) -> list[Size]:
         """Sizes of `node`, of this site's own (first) result when left out."""

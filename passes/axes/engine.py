@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -52,37 +52,47 @@ Draws = dict[fx.Node, Batched]  # random numbers of which each sample has its ow
 
 @dataclass(frozen=True)
 class Axes:
-    """The states of all values of one joint graph."""
+    """The states of all values of one joint graph. `met`: see `Site`."""
 
     joint: JointGraph
-    states: States
+    states: States = field(default_factory=dict)
+    met: dict[tuple[fx.Node, fx.Node], Batched] = field(default_factory=dict)
 
     def __getitem__(self, node: fx.Node) -> Any:
         return self.states[node]
 
+    def seen_by(self, reader: fx.Node, node: fx.Node) -> Any:
+        """The state of a value as its reader sees it: a constant with an element for each sample is read like samples.
 
-def propagate(joint: JointGraph, states: States | None = None) -> Axes:
+        A table of ids that is the same for all samples may be stored once for each: `ids.expand(B, -1)`.
+        """
+        return self.met.get((reader, node), self.states.get(node))
+
+
+def propagate(joint: JointGraph, axes: Axes | None = None) -> Axes:
     """The axes of a joint graph. Raises `Refusal`, naming op and source line, if samples may mix.
 
     Tangents take the state of the forward output they belong to: a loss outside of the graph is assumed to be a sum
     of per-sample losses (times a constant). They are known only after the forward part, hence the two sweeps.
-    `states`, an empty dict, is filled on the way: after a refusal it holds what was known by then.
+    `axes`, of this graph and empty, is filled on the way: after a refusal it holds what was known by then.
 
     Random numbers are constants until one meets the batch as if each sample had its own (a dropout mask). Then they are
     per sample wherever they are used, so all states are found again.
     """
-    axes = Axes(joint, {} if states is None else states)
+    axes = Axes(joint) if axes is None else axes
     draws: Draws = {}
     while True:
         known = len(draws)
         axes.states.clear()
-        _sweep(joint, axes.states, draws)
+        axes.met.clear()
+        _sweep(axes, draws)
         if len(draws) == known:
             return axes
 
 
-def _sweep(joint: JointGraph, states: States, draws: Draws) -> None:
+def _sweep(axes: Axes, draws: Draws) -> None:
     """Fills in the states, given what is known of random numbers; more may be found out on the way."""
+    joint, states = axes.joint, axes.states
     late: list[fx.Node] = []
     waiting: set[fx.Node] = set(joint.tangents)
     for node in joint.graph.nodes:
@@ -92,9 +102,9 @@ def _sweep(joint: JointGraph, states: States, draws: Draws) -> None:
             waiting.add(node)
             late.append(node)
         else:
-            states[node] = _state(joint, node, states, draws)
+            states[node] = _state(axes, node, draws)
     for node in late:
-        states[node] = _tangent(joint, node, states) if node in joint.tangents else _state(joint, node, states, draws)
+        states[node] = _tangent(joint, node, states) if node in joint.tangents else _state(axes, node, draws)
 
 
 def _tangent(joint: JointGraph, tangent: fx.Node, states: States) -> State:
@@ -121,7 +131,8 @@ _LOSS_FIX = (
 )
 
 
-def _state(joint: JointGraph, node: fx.Node, states: States, draws: Draws) -> Any:
+def _state(axes: Axes, node: fx.Node, draws: Draws) -> Any:
+    joint, states = axes.joint, axes.states
     if node.op == "placeholder":
         dim = joint.samples.get(node)
         return CONSTANT if dim is None else Batched(dim % node.meta["val"].dim())
@@ -139,7 +150,7 @@ def _state(joint: JointGraph, node: fx.Node, states: States, draws: Draws) -> An
     if any(isinstance(s, Batched) for s in flat):
         for culprit in (n for n in node.all_input_nodes if isinstance(states[n], (Reduced, Mixed))):
             _refuse_mixing(joint, node, culprit, states[culprit])
-        return _checked(joint, node, _apply(joint, node, states, draws))
+        return _checked(joint, node, _apply(axes, node, draws))
     mixed = [s for s in flat if isinstance(s, Mixed)]
     if mixed:
         return _every(node, mixed[0])
@@ -186,7 +197,8 @@ def _is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor)
 
 
-def _apply(joint: JointGraph, node: fx.Node, states: States, draws: Draws) -> Any:
+def _apply(axes: Axes, node: fx.Node, draws: Draws) -> Any:
+    joint, states = axes.joint, axes.states
     rule = lookup(node.target)
     if rule is None:
         refuse(
@@ -197,7 +209,7 @@ def _apply(joint: JointGraph, node: fx.Node, states: States, draws: Draws) -> An
         )
     arguments = fx.map_arg((node.args, node.kwargs), lambda n: states[n] if _is_tensor(n) else n)
     try:
-        return rule(Site(node, joint.batch, draws), *arguments[0], **arguments[1])
+        return rule(Site(node, joint.batch, draws, axes.met), *arguments[0], **arguments[1])
     except Reject as reject:
         refuse(node, joint, reject.reason, reject.fix)
 

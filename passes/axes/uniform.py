@@ -30,13 +30,23 @@ STEPS: dict[str, Step] = {}
 
 
 def same_for_all(site: Site, node: Any, state: Any, axis: Batched) -> None:
-    """Rejects an operand that is a constant and may differ along `axis`, which is given in its own dimensions."""
+    """Rejects an operand that is a constant and may differ along `axis`, which is given in its own dimensions.
+
+    Enters one that does run along it into `Site.met`: to see one sample alone, it must be cut like the samples.
+    """
+    if isinstance(state, Constant) and isinstance(node, fx.Node) and axis.dim >= 0 and _runs_along(node, axis):
+        if not site.met.setdefault((site.node, node), axis).aligned(axis):
+            raise Reject(f"it reads one constant ({node}) along two dimensions", "pass a clone of it the second time")
     if isinstance(state, Constant) and state != ZERO and not uniform(node, axis, site.batch, site.draws):
         raise Reject(
             f"it joins sample b with element b of a constant or parameter ({node}), so what a sample contributes "
             "depends on its place in the batch",
             "let all samples share it, or pass its rows as an input, with the samples",
         )
+
+
+def _runs_along(node: fx.Node, axis: Batched) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor) and not same(_sizes(node)[axis.dim], 1)
 
 
 def uniform(node: Any, axis: Batched, batch: Size, draws: dict[fx.Node, Batched]) -> bool:
@@ -253,3 +263,31 @@ def _index(node: Any, axis: Batched, batch: Size) -> Needs | None:
     if start <= axis.dim < start + rank:
         return [(indices[i], axis.at(axis.dim - start + _rank(indices[i]) - rank)) for i in places]
     return [(x, axis.at(axis.dim if axis.dim < start else axis.dim - rank + len(places)))]
+
+
+@_step("gather", "take_along_dim")
+def _gather(node: Any, axis: Batched, batch: Size) -> Needs | None:
+    """Rows of x are read at the indices of the same row, along one dimension; another one keeps its size or is cut."""
+    x, dim, indices = node.args[:3]
+    return None if axis.dim == dim % _rank(node) else [(x, axis), (indices, axis)]
+
+
+@_step("convolution")
+def _convolution(node: Any, axis: Batched, batch: Size) -> Needs | None:
+    """Filters see one row of the first dimension at a time."""
+    return [(node.args[0], axis)] if axis.dim == 0 else None
+
+
+@_step(*"avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d upsample_nearest2d".split())
+@_step(*"upsample_bilinear2d upsample_bicubic2d reflection_pad1d reflection_pad2d replication_pad2d".split())
+def _windows(node: Any, axis: Batched, batch: Size) -> Needs | None:
+    """Pooling, resizing and padding go along the dimensions behind the channels."""
+    spatial = int(node.target._opname[-2])  # "avg_pool2d"
+    return [(node.args[0], axis)] if axis.dim < _rank(node) - spatial else None
+
+
+@_step("unfold")
+def _unfold(node: Any, axis: Batched, batch: Size) -> Needs | None:
+    """Windows along one dimension, whose elements come last."""
+    x, dim = node.args[:2]
+    return None if axis.dim in (dim % _rank(x), _rank(node) - 1) else [(x, axis)]

@@ -82,10 +82,11 @@ def _operands(node: fx.Node) -> list[fx.Node]:
 
 
 def _read_axis(axes: Axes, reader: fx.Node, node: fx.Node, position: int) -> Any:
-    """The state of a value as its reader sees it: a product over the batch reads both sides along the batch."""
+    """The state of a value as its reader sees it: a product over the batch reads both sides along the batch, and so is
+    a constant read that has an element for each sample."""
     if reader.target in _PRODUCTS and any(isinstance(axes[n], Batched) for n in reader.args[:2]):
         return contracted_axes(reader, axes)[position]
-    return axes.states.get(node)
+    return axes.seen_by(reader, node)
 
 
 _PRODUCTS = (aten.mm.default, aten.bmm.default)

@@ -81,7 +81,7 @@ def is_embedding(node: fx.Node, axes: Axes) -> bool:
     if found is None:
         return False
     ids, _, values = found
-    state, own = axes[values], axes[ids]
+    state, own = axes[values], axes.seen_by(node, ids)
     return (
         isinstance(state, Batched)
         and isinstance(own, Batched)
@@ -111,7 +111,7 @@ def _reader(node: fx.Node, axes: Axes) -> tuple[list[fx.Node], Callable[..., tup
     parts = _parts(node)
     assert parts is not None
     ids_node, mask_node, values_node = parts
-    ids_axis, values_axis = axes[ids_node], axes[values_node]
+    ids_axis, values_axis = axes.seen_by(node, ids_node), axes[values_node]
     padding = node.args[3] if node.target is aten.embedding_dense_backward.default else None
     rows = node.meta["val"].shape[0]
 

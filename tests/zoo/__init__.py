@@ -21,6 +21,7 @@ from zoo import (  # noqa: F401  (imported for their cases)
     refused_losses,
     refused_places,
     refused_statistics,
+    repeated_constants,
     sharing,
     transformers,
     writes,
