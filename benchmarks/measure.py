@@ -17,6 +17,9 @@ from benchmarks.profile import profile
 from benchmarks.settings import Settings
 from benchmarks.steps import Step, run_steps
 from benchmarks.workloads import WORKLOADS, Batch
+from flashdp_compile.compat import compile_clocks
+
+NOTED_S = 0.02  # shorter phases of a compilation are not named
 
 
 class Prepared(NamedTuple):
@@ -78,7 +81,10 @@ def measure(workload: str, implementation: str, settings: dict[str, Any]) -> dic
 
 
 def first_step(workload: str, implementation: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of the first forward and backward alone: a start with warm caches, if an earlier process filled them."""
+    """Seconds of the first forward and backward alone: a start with warm caches, if an earlier process filled them.
+
+    `caches` and `phases` tell what they were spent on.
+    """
     own = Settings(**settings)
     its, maker = WORKLOADS[workload], IMPLEMENTATIONS[implementation]
     model = its.model(batched_positions=maker.batched_positions, device=own.device)
@@ -86,7 +92,10 @@ def first_step(workload: str, implementation: str, settings: dict[str, Any]) -> 
     # like the check of a full run, this starts the device's libraries, which is no part of compiling
     expected_gradients(model, (batch[0][:1], batch[1][:1]), maker.clipping, own.max_grad_norm, own.autocast)
     step = maker.make(model, its.batch, own)
-    return {"seconds": round(_seconds(lambda: step.backward(batch), own), 2)}
+    seconds = _seconds(lambda: step.backward(batch), own)
+    clocks = compile_clocks()
+    phases = {name: round(s, 2) for name, s in clocks["phases"].items() if s >= NOTED_S}
+    return {"seconds": round(seconds, 2), "caches": clocks["caches"], "phases": phases}
 
 
 def timed_steps(step: Step, batches: list[Batch], settings: Settings) -> tuple[list[float], Tensor]:

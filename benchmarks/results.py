@@ -16,7 +16,8 @@ class Run:
 
     step_ms     of every timed step; empty where only the median was kept
     peak_bytes  of allocated device memory during the timed steps; None on a CPU
-    compile_s   the first forward and backward, caches empty; warm_s the same in a second process with the caches left
+    compile_s   the first forward and backward, caches empty; warm_s the same in another process with the caches left
+    warm        what torch counted and timed in the warm start: hits of its caches, seconds by phase
     error       of the gradients against the reference, see check.py; worst is the parameter that has it
     categories  milliseconds of a step by kind of work; kernels are the largest one by one: see profile.py
     """
@@ -31,6 +32,7 @@ class Run:
     peak_bytes: int | None = None
     compile_s: float | None = None
     warm_s: float | None = None
+    warm: dict[str, Any] = field(default_factory=dict)
     error: float | None = None
     worst: str = ""
     categories: dict[str, float] = field(default_factory=dict)

@@ -40,7 +40,8 @@ def run(
 ) -> Run:
     """One run in a process with these caches, which are empty unless `compile_s` tells what filling them took.
 
-    `warm` adds a second process that finds them filled. A process imports its modules before its `turn`.
+    `warm` adds another process that finds them filled, with what Inductor has tuned by timing kernels among them.
+    A process imports its modules before its `turn`.
     """
 
     def outcome(status: str, **content: Any) -> Run:
@@ -57,12 +58,13 @@ def run(
         raise RuntimeError(f"device, versions or commit changed between runs: {results.environment}, {environment}")
     results.environment = environment
     if compile_s is not None:
-        found["warm_s"], found["compile_s"] = found["compile_s"], compile_s
-    elif warm:
+        found["compile_s"] = compile_s
+    if warm:
         again = call("benchmarks.measure:first_step", arguments, caches, turn)
         if "failed" in again:
             return outcome("failed", reason=f"warm start: {again['failed']}")
-        found["warm_s"] = again["seconds"]
+        found["warm_s"] = again.pop("seconds")
+        found["warm"] = again
     return outcome("ok", shapes=WORKLOADS[workload].shapes(), **found)
 
 
@@ -95,7 +97,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--workloads", nargs="+", required=True, choices=WORKLOADS, metavar="NAME")
     parser.add_argument("--implementations", nargs="+", required=True, choices=IMPLEMENTATIONS, metavar="NAME")
     parser.add_argument("--out", type=Path, required=True, help="the JSON file")
-    parser.add_argument("--warm", action="store_true", help="also time the first step of a second process")
+    parser.add_argument("--warm", action="store_true", help="also time the first step of another process")
     parser.add_argument("--at-once", type=int, default=1, metavar="N", help="compile N runs at a time first")
     settings.add_arguments(parser)
     return parser.parse_args()

@@ -22,6 +22,7 @@ from flashdp_compile.kernels import tuning
 from flashdp_compile.options import Options
 from flashdp_compile.passes.align_rows import aligned_rows
 from flashdp_compile.passes.axes.engine import Axes, propagate
+from flashdp_compile.passes.axes.registry import fingerprint
 from flashdp_compile.passes.axes.rules_flashdp import register_runtime_ops
 from flashdp_compile.passes.before import Before
 from flashdp_compile.passes.capture import Input, JointGraph, capture
@@ -168,11 +169,13 @@ class FlashDPPass(CustomGraphPass):
                 self._report(record)
 
     def uuid(self) -> Any:
-        """The key of compile caches: sources, versions, policy and inputs. None, no caching, while debugging."""
-        if self._options.debug:
+        """The key of compile caches: sources, versions, rules, policy and inputs. None, no caching, while debugging and
+        where rules come from outside."""
+        rules = fingerprint()
+        if self._options.debug or rules is None:
             return None
         described = [(i.name, i.role) for i in self._inputs]
-        key = json.dumps([self._options.policy(), described, sources_digest(), versions()], sort_keys=True)
+        key = json.dumps([self._options.policy(), described, rules, sources_digest(), versions()], sort_keys=True)
         return hashlib.sha256(key.encode()).hexdigest()
 
 

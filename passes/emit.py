@@ -60,19 +60,17 @@ class Emitter:
         backward = min(
             (i for i, n in enumerate(self._original) if self._tangents.intersection(n.all_input_nodes)), default=0
         )
+        inputs = max(i for i, n in enumerate(self._original) if n.op == "placeholder")
         rank = {n: (i, 0) for i, n in enumerate(self._original)}
         for count, node in enumerate(self.graph.nodes):
             if node not in rank:
                 latest = max((rank[n][0] for n in node.all_input_nodes), default=0)
                 if self._tangents.intersection(node.all_input_nodes):
                     latest = max(latest, backward - 1)
-                rank[node] = (max(latest, self._last_placeholder()), count + 1)
+                rank[node] = (max(latest, inputs), count + 1)
         rank[self._output] = (len(self._original), 0)
         for node in sorted((n for n in self.graph.nodes if n is not self._output), key=rank.__getitem__):
             self._output.prepend(node)
-
-    def _last_placeholder(self) -> int:
-        return max(i for i, n in enumerate(self._original) if n.op == "placeholder")
 
 
 def inlined(

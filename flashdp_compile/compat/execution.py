@@ -15,6 +15,7 @@ __all__ = [
     "COMPILED_BACKWARD",
     "backward_number",
     "compile_calls",
+    "compile_clocks",
     "eager_switches",
     "fallbacks",
     "hidden_from_dynamo",
@@ -65,6 +66,21 @@ def compile_calls() -> int:
     from torch._dynamo.eval_frame import cached_backends
 
     return hash(tuple(cached_backends))
+
+
+def compile_clocks() -> dict[str, dict[str, float]]:
+    """What torch counted while it compiled in this process, hits and misses of its caches above all, and the seconds it
+    took by phase: phases lie in one another. Names are torch's own and differ between versions. 2.13."""
+    import torch._dynamo.utils as utils
+
+    counters, clocks = utils.counters, getattr(utils, "compilation_time_metrics", {})
+    counted = {
+        name: count
+        for group in ("aot_autograd", "inductor")
+        for name, count in counters[group].items()
+        if "cache" in name
+    }
+    return {"caches": counted, "phases": {name: sum(seconds) for name, seconds in clocks.items()}}
 
 
 def modules_compiled_by(is_ours: Callable[[Any], bool]) -> list[torch.nn.Module]:

@@ -89,6 +89,19 @@ def first_reduced(first: Any, *rest: Any, **options: Any) -> bool:
     return isinstance(first, Reduced) and not any(isinstance(s, Reduced) for s in rest)
 
 
+def fingerprint() -> list[str] | None:
+    """What the tables say, for the key of compile caches; the sources of the rules are in the key by themselves.
+
+    None if a rule or an op is not of this package or of torch: what is cached was proved by it, and it may have changed
+    or be gone in the process that finds the cache.
+    """
+    judged = [*RULES.items(), *LINEAR.items()]
+    own = all(f.__module__.startswith("flashdp_compile.") for _, f in judged)
+    if not own or any(getattr(op, "namespace", None) not in _NAMESPACES for op in (*RULES, *LINEAR, *NO_DATA)):
+        return None
+    return sorted([*(f"{op} {f.__module__}.{f.__qualname__}" for op, f in judged), *map(str, NO_DATA)])
+
+
 def lookup(op: Any) -> Rule | None:
     """The rule of an op. Torch's own ops that it tags as pointwise share one rule unless they have their own."""
     found = RULES.get(op)

@@ -1,9 +1,11 @@
 """The part of the cache's key that comes from flashdp: all that can change the graph, and nothing else."""
 
 import pytest
+import torch
 
 from flashdp_compile import pipeline
 from flashdp_compile.options import PERFORMANCE, PRIVACY, Options
+from flashdp_compile.passes.axes import registry
 from flashdp_compile.passes.capture import Input
 from flashdp_compile.pipeline import FlashDPPass
 
@@ -69,3 +71,32 @@ def test_sources_and_versions_change_the_key(name, monkeypatch):
 
 def test_nothing_is_cached_while_debugging(tmp_path):
     assert key(debug=str(tmp_path)) is None
+
+
+def own_rule(site, x, *rest):
+    return x
+
+
+@pytest.mark.parametrize("table", ["RULES", "LINEAR"])
+def test_nothing_is_cached_with_rules_from_outside(table, monkeypatch):
+    """Their source is in no key: one that was corrected, or is gone, must be asked again."""
+    monkeypatch.setitem(getattr(registry, table), torch.ops.aten.tanh.default, own_rule)
+    assert key() is None
+
+
+@pytest.mark.parametrize("table", ["RULES", "LINEAR", "NO_DATA"])
+def test_nothing_is_cached_with_ops_from_outside(table, monkeypatch):
+    """The backward of such an op can change without a trace in torch's own key."""
+    ours = registry.RULES[torch.ops.aten.add.Tensor]
+    entries = {torch.ops.rngprims.philox_rand.default: ours}
+    monkeypatch.setattr(registry, table, entries if table != "NO_DATA" else set(entries))
+    assert key() is None
+
+
+@pytest.mark.parametrize("table", ["RULES", "LINEAR", "NO_DATA"])
+def test_entries_of_the_tables_change_the_key(table, monkeypatch):
+    before = key()
+    fewer = getattr(registry, table).copy()
+    fewer.pop() if table == "NO_DATA" else fewer.popitem()
+    monkeypatch.setattr(registry, table, fewer)
+    assert key() not in (before, None)
