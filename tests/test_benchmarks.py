@@ -240,7 +240,7 @@ def test_caches_are_filled_by_several_processes_first(monkeypatch, tmp_path):
     """Choices that were tuned meanwhile are dropped, and what failed is left to the run itself."""
     both = [("tiny-gpt", "compile"), ("tiny-gpt", "flashdp-flat")]
 
-    def call(function, arguments, caches):
+    def call(function, arguments, caches, turn=None):
         caches.mkdir()
         (caches / "kernel.py").touch()
         (caches / "kernel.best_config").touch()
@@ -258,7 +258,7 @@ def test_a_warm_start_finds_what_was_tuned(monkeypatch, tmp_path):
     answers = {"measure": measured, "first_step": {"seconds": 0.25, "caches": {"autograd_cache_hit": 1}}}
     called = []
 
-    def call(function, arguments, caches):
+    def call(function, arguments, caches, turn=None):
         called.append(function.partition(":")[2])
         return dict(answers[called[-1]])
 
