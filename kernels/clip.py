@@ -27,10 +27,12 @@ from flashdp_compile.kernels.family import Template
 
 FUNCTIONS = ("hard", "automatic", "normalize")
 LOWERED = 1 - 2.0**-20
+GAMMA = 0.01
+LEAST = 2.0**-120  # of the squared norms that are told apart
 
 
 def clip_weights(
-    sqnorm: Tensor, bound: float, fn: str, loss_scale: float | Tensor, divisor: float | Tensor, gamma: float = 0.01
+    sqnorm: Tensor, bound: float, fn: str, loss_scale: float | Tensor, divisor: float | Tensor, gamma: float = GAMMA
 ) -> tuple[Tensor, Tensor]:
     """Weights [B] float32 and the number of samples dropped [] int64, from squared norms [B]. Plain torch, any device.
 
@@ -42,10 +44,10 @@ def clip_weights(
 
 
 def _weights(
-    sqnorm: Tensor, bound: float, fn: str, loss_scale: float | Tensor, divisor: float | Tensor, gamma: float = 0.01
+    sqnorm: Tensor, bound: float, fn: str, loss_scale: float | Tensor, divisor: float | Tensor, gamma: float = GAMMA
 ) -> tuple[Tensor, Tensor]:
     """The weights, and whether the norm of each sample is finite."""
-    _check(bound, fn, gamma)
+    check(bound, fn, gamma)
     norm = sqnorm.sqrt() * loss_scale
     bound *= LOWERED
     if fn == "hard":
@@ -69,7 +71,7 @@ def floored(sqnorm: Tensor) -> Tensor:
 
     A negative estimate is no norm: it becomes NaN, so that the sample is dropped.
     """
-    return torch.where(sqnorm < 0, math.nan, sqnorm.clamp_min(2.0**-120))
+    return torch.where(sqnorm < 0, math.nan, sqnorm.clamp_min(LEAST))
 
 
 def scales(batch: int, mean: bool, expected_batch_size: int | None) -> tuple[float, float]:
@@ -86,7 +88,7 @@ def clip_weights_into(
     fn: str,
     loss_scale: float | Tensor,
     divisor: float | Tensor,
-    gamma: float = 0.01,
+    gamma: float = GAMMA,
 ) -> Tensor:
     """clip_weights that adds the count to `counter`, one int64 on the same device. One kernel on CUDA, no waiting.
 
@@ -109,10 +111,23 @@ class Spec:
     block: int = 256
 
 
-# sqrt_rn and div_rn round to nearest, as plain torch does
+# factor(...) of a norm, for a bound that is lowered already. sqrt_rn and div_rn round to nearest, as plain torch does.
+MACROS = """\
+{%- macro factor(norm, limit, gamma, fn) -%}
+{%- if fn == "hard" -%}
+tl.where({{ norm }} > {{ limit }}, tl.div_rn({{ limit }}, {{ norm }}), 1.0)
+{%- elif fn == "automatic" -%}
+tl.div_rn({{ limit }}, {{ norm }} + {{ gamma }})
+{%- else -%}
+tl.where({{ norm }} > 0.0, tl.div_rn({{ limit }}, {{ norm }}), 0.0)
+{%- endif -%}
+{%- endmacro -%}
+"""
+
 TEMPLATE = Template(
     "clip_weights",
-    """
+    MACROS
+    + """
 import triton
 import triton.language as tl
 
@@ -126,13 +141,7 @@ def kernel(sqnorm_ptr, sqnorm_s0, bound, gamma, scale_arg, divisor_arg, weight_p
     sqnorm = tl.load(sqnorm_ptr + b.to(tl.int64) * sqnorm_s0, mask=b < B, other=0.0)
     norm = tl.sqrt_rn(sqnorm) * scale
     finite = tl.abs(norm) < float("inf")
-{% if fn == "hard" %}
-    factor = tl.where(norm > limit, tl.div_rn(limit, norm), 1.0)
-{% elif fn == "automatic" %}
-    factor = tl.div_rn(limit, norm + gamma)
-{% else %}
-    factor = tl.where(norm > 0.0, tl.div_rn(limit, norm), 0.0)
-{% endif %}
+    factor = {{ factor("norm", "limit", "gamma", fn) }}
     tl.store(weight_ptr + b, tl.where(finite, tl.div_rn(factor * scale, divisor), 0.0), mask=b < B)
 {% if counts %}
     dropped = tl.sum(((b < B) & (finite == 0)).to(tl.int64))
@@ -150,10 +159,10 @@ def launch(
     fn: str,
     loss_scale: float | Tensor,
     divisor: float | Tensor,
-    gamma: float = 0.01,
+    gamma: float = GAMMA,
 ) -> Tensor:
     """The Triton version of clip_weights_into, for float32 norms."""
-    _check(bound, fn, gamma)
+    check(bound, fn, gamma)
     scalars = [s if isinstance(s, Tensor) else float(s) for s in (loss_scale, divisor)]
     spec = Spec(fn, isinstance(loss_scale, Tensor), isinstance(divisor, Tensor), counter is not None)
     (B,) = sqnorm.shape
@@ -164,7 +173,7 @@ def launch(
     return weights
 
 
-def _check(bound: float, fn: str, gamma: float) -> None:
+def check(bound: float, fn: str, gamma: float = GAMMA) -> None:
     if fn not in FUNCTIONS:
         raise ValueError(f"unknown clip function {fn!r}: use one of {', '.join(FUNCTIONS)}")
     if not bound > 0 or (math.isinf(bound) and fn != "hard"):
