@@ -52,6 +52,7 @@ def compile_all() -> None:
     counter, sqnorm = torch.zeros((), dtype=torch.int64), torch.ones(3)
     for fn in clip.FUNCTIONS:
         clip.launch(counter, sqnorm, 1.0, fn, torch.tensor(1.0) if fn == "hard" else 1.0, 2.0)
+    clip.launch(counter, sqnorm, 1.0, "hard", 1.0, 2.0, others=torch.ones(3, 2), least=clip.LEAST)
     for kernel, args, options in launches:
         source = ASTSource(fn=kernel, signature=signature(kernel, args), constexprs={})
         built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
@@ -80,7 +81,7 @@ def test_every_kernel_compiles_for_sm_90(tmp_path):
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     built = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(built) == 2 * len(FAMILIES) + 2 * len(MATRIX) + 4 + len(clip.FUNCTIONS), done.stdout
+    assert len(built) == 2 * len(FAMILIES) + 2 * len(MATRIX) + 5 + len(clip.FUNCTIONS), done.stdout
     for kernel in built:
         assert kernel["shared"] <= 227 * 1024, kernel
     fast = [kernel for kernel in built if kernel["tma"]]
