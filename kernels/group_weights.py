@@ -35,7 +35,7 @@ def reference(
     mean: bool,
     expected_batch_size: int | None,
 ) -> tuple[Tensor, Tensor]:
-    *wide, _ = widen(*values, *norms, norms[0] if norms else values[0])
+    wide = widen(*values, *norms)
     squares, rest = [v.square().sum(1) for v in wide[: len(values)]], wide[len(values) :]
     parts = zip(_of_groups(squares, vectors), _of_groups(rest, others), strict=True)
     sqnorms = torch.stack([torch.stack([*a, *b]).sum(0) for a, b in parts])

@@ -1,4 +1,4 @@
-"""Weights of several groups in one launch: those that each group would get by itself, whatever its norms are made of."""
+"""Weights of several groups in one launch: those that each would get by itself, whatever its norm is made of."""
 
 import math
 
