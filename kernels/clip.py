@@ -167,7 +167,8 @@ def kernel(
     limit = tl.full([{{ block }}], bound, tl.float32)
     sqnorm = tl.load(sqnorm_ptr + b.to(tl.int64) * sqnorm_s0, mask=b < B, other=0.0)
 {% if floors %}
-    sqnorm = tl.where((sqnorm >= 0.0) & (sqnorm < least), least, sqnorm)  # the root of a negative one is NaN
+    low = (sqnorm >= 0.0) & (sqnorm < least)  # the root of a negative one is NaN
+    sqnorm = tl.where(low, tl.full([{{ block }}], least, tl.float32), sqnorm)
 {% endif %}
     norm = tl.sqrt_rn(sqnorm) * scale
     finite = tl.abs(norm) < float("inf")

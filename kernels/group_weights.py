@@ -81,7 +81,7 @@ import triton.language as tl
 
 
 @triton.jit
-def kernel(weight_ptr, sqnorm_ptr, gamma, scale_arg, divisor_arg, least, B
+def kernel(weight_ptr, sqnorm_ptr, gamma_arg, scale_arg, divisor_arg, least_arg, B
 {%- for _ in vectors %}, limit{{ loop.index0 }}{% endfor %}
 {%- for _ in sizes %}, v{{ loop.index0 }}_ptr{% endfor %}
 {%- for n in range(norms) %}, n{{ n }}_ptr{% endfor %}):
@@ -121,9 +121,10 @@ def kernel(weight_ptr, sqnorm_ptr, gamma, scale_arg, divisor_arg, least, B
         sqnorm += tl.load(n_ptr + b).to(tl.float32)
 {% endif %}
     tl.store(sqnorm_ptr + number, sqnorm)
+    # Inductor hands numbers over in 64 bits
     scale, divisor = tl.full([], scale_arg, tl.float32), tl.full([], divisor_arg, tl.float32)
-    smallest = tl.full([], least, tl.float32)
-    length = tl.sqrt_rn(tl.where(sqnorm < smallest, smallest, sqnorm)) * scale
+    gamma, least = tl.full([], gamma_arg, tl.float32), tl.full([], least_arg, tl.float32)
+    length = tl.sqrt_rn(tl.where(sqnorm < least, least, sqnorm)) * scale
     finite = (sqnorm >= 0.0) & (length < float("inf"))  # neither negative nor NaN
     weight = tl.div_rn({{ factor("length", "limit", "gamma", fn) }} * scale, divisor)
     tl.store(weight_ptr + number, tl.where(finite, weight, 0.0))

@@ -101,13 +101,16 @@ def _together(graph: fx.Graph, reader: fx.Node, rule: tuple[Any, ...], window: l
         for k, group in enumerate(window):
             group.clip.replace_all_uses_with(call(graph, aten.select.int, weights, 0, k))
             graph.erase_node(group.clip)
-        _join_columns(window, call(graph, aten.permute.default, sqnorms, [1, 0]))
+        columns = call(graph, aten.permute.default, sqnorms, [1, 0])
+        _join_columns(window, columns)
         for k, group in enumerate(window):
             if any(_is_column(user) for user in group.total.users):
                 total = call(graph, aten.select.int, sqnorms, 0, k)
                 group.total.replace_all_uses_with(total, delete_user_cb=_is_column)
             if not group.total.users:
                 erase(group.total)
+        if not columns.users:
+            erase(columns)
 
 
 def _join_columns(window: list[Group], columns: fx.Node) -> None:
@@ -126,4 +129,4 @@ def _join_columns(window: list[Group], columns: fx.Node) -> None:
 
 
 def _is_column(node: fx.Node) -> bool:
-    return node.target is aten.unsqueeze.default
+    return node.target is aten.unsqueeze.default and node.args[1] == 1
