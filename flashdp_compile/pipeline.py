@@ -26,6 +26,7 @@ from flashdp_compile.passes.axes.registry import fingerprint
 from flashdp_compile.passes.axes.rules_flashdp import register_runtime_ops
 from flashdp_compile.passes.before import Before
 from flashdp_compile.passes.capture import Input, JointGraph, capture
+from flashdp_compile.passes.clip_groups import clip_groups
 from flashdp_compile.passes.dump import graph_text
 from flashdp_compile.passes.fuse_noise import fuse_noise
 from flashdp_compile.passes.fused_cells import take_cells_apart
@@ -190,9 +191,10 @@ class LastPass(CustomGraphPass):
             sort_topologically(graph)
             own_memory(graph)
             fuse_noise(graph)
-            norm_vectors(graph)
             sum_vectors(graph)
             group_layers(graph)
+            clip_groups(graph)
+            norm_vectors(graph)
             release_late(graph)
             with aligned_rows(graph):
                 inline_kernels(graph)

@@ -6,6 +6,7 @@ from flashdp_compile.kernels import (
     gaussian,
     gram_sqnorm,
     gram_sqnorms,
+    group_weights,
     outer_sqnorm,
     outer_store,
     product_sum,
@@ -32,5 +33,6 @@ FAMILIES = {
         gaussian,
         vector_sqnorms,
         vector_sums,
+        group_weights,
     )
 }

@@ -35,26 +35,26 @@ def norm_vectors(graph: fx.Graph, device: str = "cuda") -> int:
     done = 0
     for clip in graph.find_nodes(op="call_function", target=flashdp.clip_factors.default):
         total = clip.args[0]
-        terms = [(n, _squared(n)) for n in _terms(total)]
-        vectors = [v for _, v in terms if v is not None and v.meta["val"].device.type == device]
+        parts = [(n, squared(n)) for n in terms(total)]
+        vectors = [v for _, v in parts if v is not None and v.meta["val"].device.type == device]
         if len(vectors) < 2:
             continue
         with graph.inserting_before(clip):
-            added = [n for n, v in terms if v is None or v.meta["val"].device.type != device]
-            values = [call(graph, aten.reshape.default, v, _rows(v)) for v in vectors]
+            added = [n for n, v in parts if v is None or v.meta["val"].device.type != device]
+            values = [call(graph, aten.reshape.default, v, rows(v)) for v in vectors]
             for first in range(0, len(values), AT_ONCE):
                 added.append(call(graph, flashdp.vector_sqnorms.default, values[first : first + AT_ONCE]))
             rest, *more = added
             for term in more:
                 rest = call(graph, aten.add.Tensor, rest, term)
         total.replace_all_uses_with(rest)
-        _erase(total)
+        erase(total)
         done += len(vectors)
     sort_topologically(graph)  # a norm may now come behind what reads it
     return done
 
 
-def _terms(total: fx.Node) -> list[fx.Node]:
+def terms(total: fx.Node) -> list[fx.Node]:
     """What is added up to the total, in order, as far as nobody else reads the sums in between."""
     found, stack = [], [total]
     while stack:
@@ -67,19 +67,19 @@ def _terms(total: fx.Node) -> list[fx.Node]:
     return found
 
 
-def _squared(norm: fx.Node) -> fx.Node | None:
-    """v, if a value is the squared norm of each sample's v, and nobody else reads it."""
+def squared(norm: fx.Node, read_once: bool = True) -> fx.Node | None:
+    """v, if a value is the squared norm of each sample's v, and if nobody else reads it or is allowed to."""
     squares = norm
     if norm.target is aten.sum.dim_IntList:
         squares = _viewed(norm.args[0])
         if len(norm.args) != 2 or norm.kwargs or list(norm.args[1]) != [1] or norm.args[0].meta["val"].dim() != 2:
             return None
-    if squares.target is not aten.pow.Tensor_Scalar or squares.args[1] != 2 or len(norm.users) != 1:
+    if squares.target is not aten.pow.Tensor_Scalar or squares.args[1] != 2 or (read_once and len(norm.users) != 1):
         return None
     values = squares.args[0]
     if not isinstance(values, fx.Node) or norm.meta["val"].dim() != 1:
         return None
-    if not _fits(values.meta["val"], norm.meta["val"]) or _rows(values)[1] > LONG:
+    if not _fits(values.meta["val"], norm.meta["val"]) or rows(values)[1] > LONG:
         return None
     return values
 
@@ -148,7 +148,7 @@ def _fits(values: torch.Tensor, weights: torch.Tensor) -> bool:
 
 def _together(graph: fx.Graph, key: fx.Node, std: float, vectors: list[Vector]) -> None:
     with graph.inserting_before(vectors[-1].noise):
-        values = [call(graph, aten.reshape.default, v.values, _rows(v.values)) for v in vectors]
+        values = [call(graph, aten.reshape.default, v.values, rows(v.values)) for v in vectors]
         weights, streams = [v.weights for v in vectors], [v.noise.args[2] for v in vectors]
         sums = call(graph, flashdp.vector_sums.default, values, weights, key, streams, std)
         for number, vector in enumerate(vectors):
@@ -156,10 +156,10 @@ def _together(graph: fx.Graph, key: fx.Node, std: float, vectors: list[Vector]) 
             shaped = call(graph, aten.reshape.default, one, list(vector.noise.meta["val"].shape))
             vector.noise.replace_all_uses_with(shaped)
     for vector in vectors:
-        _erase(vector.noise)
+        erase(vector.noise)
 
 
-def _erase(node: fx.Node) -> None:
+def erase(node: fx.Node) -> None:
     """A node that nobody reads, and what it alone has read."""
     unread = dict.fromkeys([node])
     while unread:
@@ -169,6 +169,6 @@ def _erase(node: fx.Node) -> None:
         unread |= dict.fromkeys(n for n in operands if not n.users and n.op == "call_function")
 
 
-def _rows(node: fx.Node) -> list[int]:
+def rows(node: fx.Node) -> list[int]:
     value = node.meta["val"]
     return [value.shape[0], value.numel() // value.shape[0]]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flashdp_compile.compat import real_tensors
 from flashdp_compile.errors import InternalError
-from flashdp_compile.kernels.clip import clip_weights_into, floored, scales
+from flashdp_compile.kernels.clip import release_weights_into
 
 __all__ = ["clip_factors", "nonfinite_samples", "prepare", "reset_nonfinite"]
 
@@ -63,12 +63,7 @@ def clip_factors(
             raise InternalError(f"clipping.prepare({str(sqnorm.device)!r}) was not called before graph capture")
         prepare(sqnorm.device)
         counter = _counters[sqnorm.device]
-    sqnorm = floored(sqnorm)
-    if counts and others is not None:
-        counter += (~(sqnorm.isfinite() & floored(others).isfinite().all(1))).sum()
-        counts = False
-    scaling = scales(sqnorm.shape[0], mean, expected_batch_size)
-    return clip_weights_into(counter if counts else None, sqnorm, bound, fn, *scaling)
+    return release_weights_into(counter if counts else None, sqnorm, others, bound, fn, mean, expected_batch_size)
 
 
 @clip_factors.register_fake

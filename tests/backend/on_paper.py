@@ -1,5 +1,7 @@
 """Prints, as JSON, the code that Inductor would run on an H100 for a small private step. Needs no GPU; runs nothing.
 
+Arguments: clipping, norm strategy, and for a model of blocks how many.
+
 The step is traced on the CPU. When Inductor takes over a graph, the graph's values are given the device of a GPU, and
 torch and Triton are told of an H100 that is not there. What would be compiled and run afterwards is never called.
 """
@@ -147,13 +149,30 @@ class Model(nn.Module):
         return loss.view(ids.shape).mean(1)
 
 
+class Blocks(nn.Module):
+    """So many residual blocks: a norm, a linear layer and another one, all with biases."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.table, self.norms = nn.Embedding(512, 256), nn.ModuleList(nn.LayerNorm(256) for _ in range(count))
+        self.up = nn.ModuleList(nn.Linear(256, 512) for _ in range(count))
+        self.down = nn.ModuleList(nn.Linear(512, 256) for _ in range(count))
+
+    def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        x = self.table(ids)
+        for norm, up, down in zip(self.norms, self.up, self.down, strict=True):
+            x = x + down(up(norm(x)).relu())
+        return (x.square().mean(2) * labels).mean(1)
+
+
 if __name__ == "__main__":
     from flashdp_compile.kernels import tuning
 
     tuning._table()["sm_90"]["outer_store"]["16"][0][-1] = 8  # wide tiles for a product that is cut into so few
     ids = torch.randint(0, 512, (16, 512))
     options = {"clipping": sys.argv[1], "norm_strategy": sys.argv[2], "expected_batch_size": 16}
-    compiled = torch.compile(Model(), backend="flashdp", fullgraph=True, options=options)
+    model = Blocks(int(sys.argv[3])) if sys.argv[3:] else Model()
+    compiled = torch.compile(model, backend="flashdp", fullgraph=True, options=options)
     try:
         with torch.autocast("cpu", torch.bfloat16):
             compiled(ids, ids).mean().backward()

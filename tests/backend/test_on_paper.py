@@ -17,11 +17,11 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def backward_of(clipping: str, strategy: str) -> str:
+def backward_of(clipping: str, strategy: str, *blocks: int) -> str:
     """The code of the backward."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    command = [sys.executable, str(Path(__file__).with_name("on_paper.py")), clipping, strategy]
+    command = [sys.executable, str(Path(__file__).with_name("on_paper.py")), clipping, strategy, *map(str, blocks)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])[1]
@@ -36,6 +36,12 @@ def calls(code: str, kernel: str) -> list[list[str]]:
     """The arguments of every launch of a kernel."""
     found = re.findall(rf"^ +flashdp_{kernel}_\d+\.run\((.*), stream=", code, re.MULTILINE)
     return [re.split(r", (?![^(]*\))", arguments) for arguments in found]
+
+
+def launches(code: str) -> list[str]:
+    """Every call that starts something on the device."""
+    started = r"^ +(?:\w+ = )?(\w+\.run\(.*, stream=|extern_kernels\.\w+\(.*|torch\.ops\.\w+\.\w+.*)"
+    return re.findall(started, code, re.MULTILINE)
 
 
 def test_nothing_goes_through_the_dispatcher_but_the_key_and_the_count(backward):
@@ -100,3 +106,22 @@ def test_weighted_products_are_summed_in_runs(strategy, norm):
     code = backward_of("flat", strategy)
     assert len(calls(code, norm)) == len(calls(code, "weighted_matmuls")) == 2
     assert len(calls(code, "product_sum")) >= 1
+
+
+def test_layers_that_are_clipped_by_themselves_take_no_launches_for_it():
+    """Norm scales and biases of all layers are measured and clipped in one. Left are a linear layer's own: the norm of
+    its bias, and its weights."""
+    blocks, samples = 3, 16
+    flat, code = (backward_of(clipping, "auto", blocks) for clipping in ("flat", "per_layer"))
+    assert len(calls(code, "group_weights")) == len(calls(code, "vector_sums")) == 1
+    assert not calls(code, "vector_sqnorms") and not calls(flat, "group_weights")
+    of_samples = [line for line in launches(code) if re.search(rf"^triton_.*, {samples}(, \d+)?, stream=$", line)]
+    assert len(of_samples) <= 2 * 2 * blocks + 1, "two linear layers of each block, and the embedding"
+    assert len(launches(code)) <= len(launches(flat)) + 8
+
+
+def test_the_count_of_bad_samples_copies_the_norms_of_a_launch_at_once():
+    code = backward_of("per_layer", "auto", 3)
+    (together,) = calls(code, "group_weights")
+    sqnorms = together[1]
+    assert len(re.findall(rf"^ +triton_\w+\.run\({sqnorms}, ", code, re.MULTILINE)) == 1

@@ -86,6 +86,26 @@ def test_without_a_counter_nothing_is_counted(device):
         assert function(None, sqnorm, 1.0, "hard", 1.0, 1.0).tolist() == pytest.approx([0.5, 0.0], rel=1e-6)
 
 
+@pytest.mark.parametrize("fn", clip.FUNCTIONS)
+@pytest.mark.parametrize("width", [1, 16, 75])
+def test_one_launch_counts_for_all_groups(fn, width, device):
+    """A sample once, in however many groups its norm is not finite; weights are those of its own group."""
+    counter, twin = torch.zeros((2,), dtype=torch.int64, device=device)
+    sqnorm = torch.tensor([4.0, math.nan, 1.0, 1.0, -1e-9, 0.0, 1e-44, 1.0], device=device).repeat(40)
+    others = torch.rand(320, width, generator=torch.Generator().manual_seed(0)).to(device)
+    others[1::8, 0], others[2::8, -1], others[3::8, width // 2], others[5::8, 0] = math.nan, math.inf, -1e-9, -0.0
+    rule = 0.5, fn, True, 300
+    expected = clip.release_weights_into(twin, sqnorm.double(), others.double(), *rule)
+    for strided in (others, others.t().contiguous().t()):
+        counter.zero_()
+        scaling = clip.scales(320, *rule[2:])
+        weights = clip.launch(counter, sqnorm, *rule[:2], *scaling, others=strided, least=clip.LEAST)
+        assert counter == twin == 4 * 40
+        torch.testing.assert_close(weights.cpu(), expected.cpu(), rtol=2e-6, atol=0)
+    without = clip.launch(None, sqnorm, *rule[:2], *scaling, others=others, least=clip.LEAST)
+    assert torch.equal(without, weights) and counter == twin
+
+
 def test_float64_norms_give_float32_weights(device):
     sqnorm = torch.tensor([4.0, 1e-60, 1e60], dtype=torch.float64, device=device)
     weights, dropped = clip.clip_weights(sqnorm, 1.0, "hard", 1.0, 1.0)

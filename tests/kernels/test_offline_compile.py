@@ -14,13 +14,13 @@ MATRIX = ("gram_sqnorm", "outer_sqnorm", "outer_store", "weighted_matmul")
 NAMES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int64": "*i64"}
 
 
-def signature(kernel, args):
+def signature(kernel, args, number):
     def kind(a):
         if hasattr(a, "block_shape"):
             return f"tensordesc<{NAMES[str(a.base.dtype)[6:]][1:]}{list(a.block_shape)}>"
         if hasattr(a, "dtype"):
             return NAMES[str(a.dtype)[6:]]
-        return "fp32" if isinstance(a, float) else "i32"
+        return number if isinstance(a, float) else "i32"
 
     return {name: kind(a) for name, a in zip(kernel.arg_names, args, strict=True)}
 
@@ -52,8 +52,14 @@ def compile_all() -> None:
     counter, sqnorm = torch.zeros((), dtype=torch.int64), torch.ones(3)
     for fn in clip.FUNCTIONS:
         clip.launch(counter, sqnorm, 1.0, fn, torch.tensor(1.0) if fn == "hard" else 1.0, 2.0)
+    clip.launch(counter, sqnorm, 1.0, "hard", 1.0, 2.0, others=torch.ones(3, 2), least=clip.LEAST)
+    *parts, _, mean, expected = arguments(FAMILIES["group_weights"], FAMILIES["group_weights"].cases[1])
+    for fn in clip.FUNCTIONS:
+        FAMILIES["group_weights"].launch(*parts, fn, mean, expected)
     for kernel, args, options in launches:
-        source = ASTSource(fn=kernel, signature=signature(kernel, args), constexprs={})
+        # Inductor's code hands numbers over in 64 bits
+        number = "fp64" if "group_weights" in kernel.fn.__name__ else "fp32"
+        source = ASTSource(fn=kernel, signature=signature(kernel, args, number), constexprs={})
         built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
         print(
             json.dumps({"name": kernel.fn.__module__, "shared": built.metadata.shared, **described(built.asm["ptx"])})
@@ -80,7 +86,7 @@ def test_every_kernel_compiles_for_sm_90(tmp_path):
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     built = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(built) == 2 * len(FAMILIES) + 2 * len(MATRIX) + 4 + len(clip.FUNCTIONS), done.stdout
+    assert len(built) == 2 * len(FAMILIES) + 2 * len(MATRIX) + 5 + 2 * len(clip.FUNCTIONS), done.stdout
     for kernel in built:
         assert kernel["shared"] <= 227 * 1024, kernel
     fast = [kernel for kernel in built if kernel["tma"]]
