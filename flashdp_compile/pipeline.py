@@ -35,6 +35,7 @@ from flashdp_compile.passes.groups import form_groups
 from flashdp_compile.passes.guarantee import Guarantee
 from flashdp_compile.passes.inline import inline_kernels
 from flashdp_compile.passes.own_memory import own_memory
+from flashdp_compile.passes.patches import take_patches_apart
 from flashdp_compile.passes.plan import Plan, make_plan
 from flashdp_compile.passes.points import ParameterGradient, check_single, find_points
 from flashdp_compile.passes.release_late import release_late
@@ -90,8 +91,9 @@ def guarantee_of(options: Options, before: Before, slack: float) -> Guarantee:
 
 
 def analyse(graph: fx.Graph, record: Record) -> None:
-    """Everything up to the plan, entered into `record`; only fused cells are taken apart in the graph."""
+    """Everything up to the plan, entered into `record`; only fused cells and patches are taken apart in the graph."""
     take_cells_apart(graph)
+    take_patches_apart(graph)
     options = record.options
     record.joint = capture(graph, record.inputs, options.batch_dim)
     if record.joint is None:

@@ -73,7 +73,8 @@ class Reader:
                 raise NotProved(f"{found} ({found.target}) is no sum that takes weights")
             by, part = read(self, found)
             weights.add(by)
-            parts.append(self._oriented(addend, part))
+            # whatever is read of it is read once, so a share of one part is as long in any layout
+            parts.append(part if len(addends) == 1 else self._oriented(addend, part))
         if len(weights) != 1:
             raise NotProved(f"its parts are weighted by {', '.join(sorted(w.name for w in weights))}")
         return weights.pop(), share_of(*parts)

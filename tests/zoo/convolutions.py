@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.case import Case, Model, Sizes, register
-from zoo.problems import classification, floats, regression
+from zoo.problems import classification, floats, regression, several
 
 
 @register(equal=True)
@@ -166,6 +166,31 @@ def patches_by_convolution(n: Sizes) -> Case:
         ),
         floats(1, 4, 2 * n.time // 2),
         (2 * (n.time // 2), n.out),
+    )
+
+
+@register("peer")
+def patches_with_pixels_left_over(n: Sizes) -> Case:
+    return regression(lambda: nn.Conv2d(2, n.out, (2, 3), stride=(2, 3)), floats(2, 5, 7), (n.out, 2, 2))
+
+
+@register("peer")
+def every_other_pixel(n: Sizes) -> Case:
+    """The shortcut of a residual block that halves the image, behind a convolution and its activation."""
+    return regression(
+        lambda: nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.Conv2d(3, n.out, 1, stride=2)),
+        floats(2, 5, 4),
+        (n.out, 3, 2),
+    )
+
+
+@register("peer")
+def patches_of_volumes_twice(n: Sizes) -> Case:
+    """One layer on two inputs: two products, one gradient."""
+    return regression(
+        lambda: Model(lambda m, x, y: m.patch(x) + m.patch(y).tanh(), patch=nn.Conv3d(1, n.out, 2, stride=2)),
+        several(floats(1, 4, 2, 2), floats(1, 4, 2, 2)),
+        (n.out, 2, 1, 1),
     )
 
 
