@@ -15,6 +15,7 @@
 | add_noise(grad, key, stream, std)        like grad    | grad + std * counter-based standard normal                |
 | vector_sqnorms(values)                   [B]          | sum_i |v_ib|^2 of several small v                         |
 | vector_sums(values, weights, key, streams, std) [n], ... | sum_b w_b v_b, with noise, of several small v       |
+| group_weights(values, norms, ...)       2 x [K, B] | clip weights of several groups, and their squared norms   |
 
 Common rules. x is [B, T, d], g is [B, T, p]: any strides, any size may be 0 or 1. Results are float32, or float64
 where an operand is float64 (outer_store's product and add_noise keep the dtype of x and grad); they are fresh and
