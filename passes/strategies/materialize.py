@@ -193,6 +193,16 @@ def _index_put(node: fx.Node, table: Tensor, indices: list[Any], values: Tensor,
     return index_put(table, indices, values, accumulate)
 
 
+def _slice_scatter(
+    node: fx.Node, x: Tensor, source: Tensor, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+) -> Tensor:
+    """vmap's own rule counts from start to end as they are: negative ones, or the largest int64 for an open end."""
+    size = x.shape[dim]
+    if isinstance(size, int) and all(isinstance(bound, int | None) for bound in (start, end)):
+        start, end, _ = slice(start, end).indices(size)
+    return aten.slice_scatter.default(x, source, dim, start, end, step)
+
+
 def _trilinear(
     node: fx.Node,
     a: Tensor,
@@ -223,6 +233,7 @@ def _weight_norm_backward(
 
 _SPECIAL: dict[Any, Any] = {
     aten._trilinear.default: _trilinear,
+    aten.slice_scatter.default: _slice_scatter,
     aten._weight_norm_interface_backward.default: _weight_norm_backward,
     operator.getitem: lambda node, x, i: x[i],
     prims.convert_element_type.default: _keep,
