@@ -198,3 +198,14 @@ def every_other_row_of_a_weight(n: Sizes) -> Case:
         floats(n.time, n.width),
         (n.time, n.out),
     )  # fmt: skip
+
+
+@register(equal=True)
+def one_row_of_a_parameter(n: Sizes) -> Case:
+    """Selected at a fixed place, counted from the end."""
+    return regression(
+        lambda: Model(lambda m, x: m.fc(x) * m.rows[-1] + m.rows[:, 0].sum(),
+                      fc=nn.Linear(n.width, n.out), rows=nn.Parameter(torch.randn(3, n.out))),
+        floats(n.time, n.width),
+        (n.time, n.out),
+    )  # fmt: skip
