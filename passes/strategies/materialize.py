@@ -193,6 +193,25 @@ def _index_put(node: fx.Node, table: Tensor, indices: list[Any], values: Tensor,
     return index_put(table, indices, values, accumulate)
 
 
+def _slice_scatter(
+    node: fx.Node, x: Tensor, source: Tensor, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+) -> Tensor:
+    """vmap's own rule fixes a dynamic batch size, and fails on open ends, steps and bounds that count from the end."""
+    first, size = 0 if start is None else start, x.shape[dim]
+    if isinstance(first, int) and isinstance(size, int):
+        first = slice(first, None).indices(size)[0]
+    return _written(x, source, dim, first + step * torch.arange(source.shape[dim], device=x.device))
+
+
+def _select_scatter(node: fx.Node, x: Tensor, source: Tensor, dim: int, index: Any) -> Tensor:
+    """As `_slice_scatter`, of one place."""
+    return _written(x, source.unsqueeze(dim), dim, index + torch.arange(1, device=x.device))
+
+
+def _written(x: Tensor, source: Tensor, dim: int, places: Tensor) -> Tensor:
+    return index_put(x, [*[None] * (dim % x.dim()), places], source, False)
+
+
 def _trilinear(
     node: fx.Node,
     a: Tensor,
@@ -223,6 +242,8 @@ def _weight_norm_backward(
 
 _SPECIAL: dict[Any, Any] = {
     aten._trilinear.default: _trilinear,
+    aten.select_scatter.default: _select_scatter,
+    aten.slice_scatter.default: _slice_scatter,
     aten._weight_norm_interface_backward.default: _weight_norm_backward,
     operator.getitem: lambda node, x, i: x[i],
     prims.convert_element_type.default: _keep,

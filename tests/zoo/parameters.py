@@ -176,3 +176,36 @@ def weight_decay_per_sample(n: Sizes) -> Case:
         targets=lambda size: torch.randn(size, n.out),
         loss=lambda output, target: squared_error(output[0], target) + 0.1 * output[1],
     )
+
+
+@register("peer", equal=True)
+def positions_from_the_second_on(n: Sizes) -> Case:
+    """ViT leaves out the position of the class token: a slice with an open end."""
+    return regression(
+        lambda: Model(lambda m, x: x * m.positions[:, 1:], positions=nn.Parameter(torch.randn(1, n.time + 1, n.width))),
+        floats(n.time, n.width),
+        (n.time, n.width),
+    )
+
+
+@register()
+def every_other_row_of_a_weight(n: Sizes) -> Case:
+    """Slices with steps, and with bounds that count from the end."""
+    return regression(
+        lambda: Model(lambda m, x: F.linear(x, m.rows[1:-1:2]) * m.columns[-n.out :],
+                      rows=nn.Parameter(torch.randn(2 * n.out + 1, n.width)),
+                      columns=nn.Parameter(torch.randn(n.out + 2))),
+        floats(n.time, n.width),
+        (n.time, n.out),
+    )  # fmt: skip
+
+
+@register(equal=True)
+def one_row_of_a_parameter(n: Sizes) -> Case:
+    """Selected at a fixed place, counted from the end."""
+    return regression(
+        lambda: Model(lambda m, x: m.fc(x) * m.rows[-1] + m.rows[:, 0].sum(),
+                      fc=nn.Linear(n.width, n.out), rows=nn.Parameter(torch.randn(3, n.out))),
+        floats(n.time, n.width),
+        (n.time, n.out),
+    )  # fmt: skip
