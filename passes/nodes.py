@@ -1,4 +1,4 @@
-"""What several of the passes behind the proof ask of a graph's values, and how they write calls."""
+"""What several passes ask of a graph's values, and how they write calls."""
 
 from __future__ import annotations
 
@@ -24,3 +24,8 @@ def call(graph: fx.Graph, op: Callable[..., Any], *args: Any) -> fx.Node:
     with detect_fake_mode(values) or nullcontext():
         node.meta["val"] = op(*values)
     return node
+
+
+def per_dimension(setting: list[int], rank: int) -> list[int]:
+    """A setting of a convolution, of which one number may stand for all dimensions."""
+    return list(setting) * rank if len(setting) == 1 else list(setting)

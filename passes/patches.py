@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from flashdp_compile.compat import argument
+from flashdp_compile.passes.nodes import per_dimension
 from flashdp_compile.passes.take_apart import TakeApart
 
 aten = torch.ops.aten
@@ -35,7 +36,7 @@ def _is_of_patches(node: fx.Node) -> bool:
     """One group of filters, each of whose elements meets an element of the input once at most, without padding."""
     weight = argument(node, "weight").meta["val"]
     names = ("stride", "padding", "dilation")
-    stride, padding, dilation = (_each(argument(node, name), weight.dim() - 2) for name in names)
+    stride, padding, dilation = (per_dimension(argument(node, name), weight.dim() - 2) for name in names)
     windows = zip(weight.shape[2:], stride, padding, dilation, strict=True)
     apart = all(p == 0 and (k == 1 or (k == s and d == 1)) for k, s, p, d in windows)
     alone = argument(node, "groups") == 1 and not argument(node, "transposed")
@@ -61,7 +62,7 @@ def convolution_backward(
         rest: Any = (stride, padding, dilation, transposed, output_padding, groups, [True, False, False])
         by_input = aten.convolution_backward(grad, x, weight, None, *rest)[0]
     kernel, dims = weight.shape[2:], range(2, weight.dim())
-    for dim, size, k, s in zip(dims, grad.shape[2:], kernel, _each(stride, len(kernel)), strict=True):
+    for dim, size, k, s in zip(dims, grad.shape[2:], kernel, per_dimension(stride, len(kernel)), strict=True):
         x = x.narrow(dim, 0, size * k) if k == s else x.narrow(dim, 0, s * (size - 1) + 1)[_every(dim, s)]
     cut = [n for size, k in zip(grad.shape[2:], kernel, strict=True) for n in (size, k)]
     places, inside = [2 * d - 2 for d in dims], [2 * d - 1 for d in dims]  # among [B, C, *cut]
@@ -73,8 +74,3 @@ def convolution_backward(
 
 def _every(dim: int, step: int) -> tuple[slice, ...]:
     return (*[slice(None)] * dim, slice(None, None, step))
-
-
-def _each(setting: list[int], count: int) -> list[int]:
-    """One number for all dimensions may stand for as many."""
-    return list(setting) * count if len(setting) == 1 else list(setting)

@@ -211,10 +211,7 @@ def contracted_axes(product: fx.Node, axes: Axes) -> tuple[Batched, Batched]:
 
     One side may be the same for all samples (a first hidden state, say): it is read along the other side's axis.
     """
-    inner = (1, 0) if product.target._opname == "mm" else (2, 1)
-    states = [axes[n] for n in product.args[:2]]
-    known = next(s for s, dim in zip(states, inner, strict=True) if isinstance(s, Batched) and s.dim == dim)
-    left, right = (Batched(dim, known.outer, known.inner) for dim in inner)
+    left, right = (axes.seen_by(product, n) for n in product.args[:2])
     return left, right
 
 

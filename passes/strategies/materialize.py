@@ -18,7 +18,8 @@ from flashdp_compile.passes.axes.domain import Batched, Reduced
 from flashdp_compile.passes.axes.engine import Axes
 from flashdp_compile.passes.cost import Cost, Kernel, materialize_work
 from flashdp_compile.passes.emit import Emitter
-from flashdp_compile.passes.points import ParameterGradient, contracted_axes
+from flashdp_compile.passes.nodes import per_dimension
+from flashdp_compile.passes.points import ParameterGradient
 from flashdp_compile.passes.strategies.base import Prepared, Strategy, split, weigh, widened
 from flashdp_compile.passes.strategies.batched_put import index_put
 
@@ -68,28 +69,8 @@ def _subgraph(axes: Axes, root: fx.Node) -> tuple[list[fx.Node], list[fx.Node], 
         inside.add(node)
         queue.extend(node.all_input_nodes)
     body = [n for n in axes.joint.graph.nodes if n in inside]
-    reads = dict.fromkeys(
-        (n, _read_axis(axes, b, n, i)) for b in body for i, n in enumerate(_operands(b)) if n not in inside
-    )
+    reads = dict.fromkeys((n, axes.seen_by(b, n)) for b in body for n in b.all_input_nodes if n not in inside)
     return body, [n for n, _ in reads], [axis for _, axis in reads]
-
-
-def _operands(node: fx.Node) -> list[fx.Node]:
-    """The values that a node reads, once for every place where it reads them."""
-    found: list[fx.Node] = []
-    fx.map_arg((node.args, node.kwargs), found.append)
-    return found
-
-
-def _read_axis(axes: Axes, reader: fx.Node, node: fx.Node, position: int) -> Any:
-    """The state of a value as its reader sees it: a product over the batch reads both sides along the batch, and so is
-    a constant read that has an element for each sample."""
-    if reader.target in _PRODUCTS and any(isinstance(axes[n], Batched) for n in reader.args[:2]):
-        return contracted_axes(reader, axes)[position]
-    return axes.seen_by(reader, node)
-
-
-_PRODUCTS = (aten.mm.default, aten.bmm.default)
 
 
 def _is_reduced(axes: Axes, node: fx.Node) -> bool:
@@ -101,11 +82,9 @@ def _interpret(axes: Axes, body: list[fx.Node], values: dict[tuple[fx.Node, Any]
     """Runs the subgraph on one sample, without rounding in between."""
     inner: dict[fx.Node, Any] = {}
     for node in body:
-        count = iter(range(len(_operands(node))))
 
-        def value(n: fx.Node, node: fx.Node = node, count: Any = count) -> Any:
-            position = next(count)
-            return inner[n] if n in inner else values[n, _read_axis(axes, node, n, position)]
+        def value(n: fx.Node, node: fx.Node = node) -> Any:
+            return inner[n] if n in inner else values[n, axes.seen_by(node, n)]
 
         args, kwargs = fx.map_arg((node.args, node.kwargs), value)
         inner[node] = _SPECIAL.get(node.target, _call)(node, *args, **kwargs)
@@ -131,17 +110,13 @@ def _convolution_backward(node: fx.Node, grad: Tensor, x: Tensor, weight: Tensor
     if transposed:  # grad and x trade places: each element of the input meets a window of the output
         grad, x = x, grad
     size, kernel = grad.shape[2:], weight.shape[2:]
-    steps = [_per_dimension(s, len(kernel)) for s in (stride, padding, dilation)]
+    steps = [per_dimension(s, len(kernel)) for s in (stride, padding, dilation)]
     x = F.pad(x, [p for each in reversed(steps[1]) for p in (each, each)])
     for i, (k, s, d) in enumerate(zip(kernel, steps[0], steps[2], strict=True)):
         x = x.unfold(2 + i, d * (k - 1) + 1, s)[..., ::d].narrow(2 + i, 0, size[i])
     windows = x.reshape(x.shape[0], groups, x.shape[1] // groups, math.prod(size), math.prod(kernel))
     parts = grad.reshape(grad.shape[0], groups, grad.shape[1] // groups, math.prod(size))
     return None, torch.einsum("ngol,ngilk->goik", parts, windows).reshape(weight.shape), bias
-
-
-def _per_dimension(setting: list[int], rank: int) -> list[int]:
-    return list(setting) * rank if len(setting) == 1 else list(setting)
 
 
 def _masked_index_put(node: fx.Node, table: Tensor, mask: Tensor, indices: list[Any], values: Tensor) -> Tensor:

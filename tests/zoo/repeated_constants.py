@@ -106,24 +106,24 @@ def linear_of_a_constant(n: Sizes) -> Case:
     )
 
 
-@register("peer")
-def convolution_of_a_constant(n: Sizes) -> Case:
+def beside_filtered(n: Sizes, filters: type[nn.Module]) -> Case:
+    """A buffer [1, 3, T] that is filtered for each sample."""
     return beside_linear(
         n,
         lambda m, x: m.filters(m.seed.expand(len(x), -1, -1)).mT * 0.1,
-        filters=lambda: nn.Conv1d(3, n.out, 3, padding=1),
+        filters=lambda: filters(3, n.out, 3, padding=1),
         seed=lambda: torch.linspace(-1, 1, 3 * n.time).reshape(1, 3, n.time),
     )
+
+
+@register("peer")
+def convolution_of_a_constant(n: Sizes) -> Case:
+    return beside_filtered(n, nn.Conv1d)
 
 
 @register("peer")
 def transposed_convolution_of_a_constant(n: Sizes) -> Case:
-    return beside_linear(
-        n,
-        lambda m, x: m.filters(m.seed.expand(len(x), -1, -1)).mT * 0.1,
-        filters=lambda: nn.ConvTranspose1d(3, n.out, 3, padding=1),
-        seed=lambda: torch.linspace(-1, 1, 3 * n.time).reshape(1, 3, n.time),
-    )
+    return beside_filtered(n, nn.ConvTranspose1d)
 
 
 @register("peer")
