@@ -24,7 +24,8 @@ sample's row, and a sample of weight 0 is not read at all. CUDA tensors of 16 or
 everything else the twin (`reference`), which is also the oracle of the tests.
 
 `clip.clip_weights` and `gaussian.gaussian` are plain functions: the runtime makes the op `clip_factors` of the first.
-`catalogue.FAMILIES` lists the records, `codegen.rendered()` the Triton sources that this process has built.
+`hopper` has kernels in Gluon for two families. `catalogue.FAMILIES` lists the records, `codegen.rendered()` the sources
+that this process has built.
 
 Importing this package registers the ops. It does not import Triton; the first launch does.
 """

@@ -64,15 +64,35 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def start(kernel: Any, programs: int, anchor: Tensor, *args: Any, num_warps: int = 4, num_stages: int = 3) -> None:
-    """Launch `programs` copies of a kernel on the device of `anchor`, or record it; nothing to do is no launch."""
+def start(kernel: Any, programs: int, anchor: Tensor, *args: Any, **settings: int) -> None:
+    """Launch `programs` copies of a kernel on the device of `anchor`, or record it; nothing to do is no launch.
+    Settings are Triton's: num_warps (4), num_stages (3), maxnreg."""
     if programs == 0:
         return
     from flashdp_compile.compat import start_kernel  # late: it loads Triton
 
     tensors = tuple(a.tensor if isinstance(a, Tiled) else a for a in args)
     blocks = {at: a.block for at, a in enumerate(args) if isinstance(a, Tiled)}
-    start_kernel(kernel, programs, anchor.device, tensors, blocks, num_warps, num_stages)
+    start_kernel(kernel, programs, anchor.device, tensors, blocks, settings)
+
+
+class Launch:
+    """A kernel that is started with arguments of one geometry again and again, like `start`.
+
+    To find what it has compiled for a few hundred arguments takes Triton longer than to launch it: it is asked once.
+    """
+
+    def __init__(self, kernel: Any, programs: int, **settings: int) -> None:
+        self.kernel, self.programs, self.settings = kernel, programs, settings
+        self.compiled: Any = None
+
+    def __call__(self, anchor: Tensor, *args: Any) -> None:
+        from flashdp_compile.compat import start_compiled, start_kernel  # late: they load Triton
+
+        if self.compiled is None:
+            self.compiled = start_kernel(self.kernel, self.programs, anchor.device, args, {}, self.settings)
+        else:
+            start_compiled(self.compiled, self.programs, anchor.device, args)
 
 
 def randn(shape: tuple[int, ...], dtype: torch.dtype, device: Any, generator: torch.Generator) -> Tensor:

@@ -5,6 +5,8 @@
 `gram_sqnorms` for one x: of a linear, or of several that are fed by the same x (q, k, v).
 """
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from flashdp_compile.kernels import gram_sqnorms
@@ -28,6 +30,11 @@ def launch(x: Tensor, gs: list[Tensor], bias: list[bool]) -> Tensor:
     return gram_sqnorms.launch([x], gs, bias).squeeze(0)
 
 
+def prepare(x: Tensor, gs: list[Tensor], bias: list[bool]) -> Callable[..., Tensor]:
+    norms = gram_sqnorms.prepare([x], gs, bias)
+    return lambda x, gs, bias: norms([x], gs, bias).squeeze(0)
+
+
 def example(case, dtype, device, generator):
     B, T, d, *ps = case
     gs = [randn((B, T, p), dtype, device, generator) for p in ps]
@@ -45,4 +52,6 @@ FAMILY = Family(
     # B, T, d, p_0, p_1, ...
     cases=((3, 5, 7, 9), (2, 65, 63, 65, 3), (1, 1, 1, 1), (4, 130, 16, 8, 33, 1), (0, 4, 3, 2), (2, 0, 3, 2)),
     example=example,
+    stays_op=lambda x, gs, bias: gram_sqnorms.stays_op([x], gs, bias),
+    prepare=prepare,
 )

@@ -10,18 +10,19 @@ over pairs cancels where tokens' gradients do; kernels/guard.py derives the guar
 sqrt(out) (1 + SLACK) bounds the true norm.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flashdp_compile.kernels import several
+from flashdp_compile.kernels import hopper, several
 from flashdp_compile.kernels.codegen import kernel
 from flashdp_compile.kernels.common import accumulator, cdiv, dot_type, randn, start, widen
 from flashdp_compile.kernels.family import Family, supported
 from flashdp_compile.kernels.guard import floor, gamma, guarded
+from flashdp_compile.kernels.hopper import gram_sqnorms as warp_specialised
 from flashdp_compile.kernels.operands import layout, sources, strides, tiles_for
 from flashdp_compile.kernels.tuning import Tiles
 
@@ -60,6 +61,7 @@ class Spec:
     biased: int
     tiles: Tiles  # square
     kinds: tuple[int, ...]  # how many layers are of each
+    hopper: bool  # whether by hopper.gram_sqnorms
     floor: float = floor(torch.float32, 1)
 
 
@@ -67,10 +69,13 @@ def specialise(xs: list[Tensor], gs: list[Tensor], bias: list[bool]) -> Spec:
     """Settings for layers of which all have the layouts of the first."""
     x, own = next(_layers(xs, gs, bias))
     own = _biased_first(own, bias)
-    width = max(sum(g.shape[2] for g in each) for _, each in _layers(xs, gs, bias))
-    tiles = tiles_for("gram_sqnorm", [x, *own], (1, width))  # deep for long sums, for those of heads
+    if on_hopper := hopper.can_load([*xs, *gs]):
+        tiles = hopper.PAIRS
+    else:
+        width = max(sum(g.shape[2] for g in each) for _, each in _layers(xs, gs, bias))
+        tiles = tiles_for("gram_sqnorm", [x, *own], (1, width))  # deep for long sums, for those of heads
     kinds = tuple(map(len, several.kinds(xs, *_columns(gs, bias))))
-    return Spec(dot_type(x, *own), layout(x), tuple(map(layout, own)), sum(bias), tiles, kinds)
+    return Spec(dot_type(x, *own), layout(x), tuple(map(layout, own)), sum(bias), tiles, kinds, on_hopper)
 
 
 def _columns(gs: list[Tensor], bias: list[bool]) -> list[list[Tensor]]:
@@ -79,7 +84,7 @@ def _columns(gs: list[Tensor], bias: list[bool]) -> list[list[Tensor]]:
 
 # Programs [layers, samples, pairs]. pairs(...): into += the Gram matrix of a block of rows with another. A block with
 # itself is loaded once.
-TEMPLATE = """
+TRITON = """
 {%- set pointers = [source("x", x, kinds)] -%}
 {%- set sizes = ["PROGRAMS", "D"] -%}
 {%- set strides = ["x_s0", "x_s1"] + (["x_s2"] if x == "strided" else []) -%}
@@ -109,7 +114,7 @@ def kernel(
     {{ parameters(pointers, ["row"], sizes, strides, kinds) | indent(4) -}}
 {{ "    " }}part_ptr, root_ptr, B, T, PAIRS, BLOCKS,
 ):
-    {{ selected(pointers, ["row"], sizes, strides, kinds) | indent(4) }}
+    {{ selected("tl.program_id(0)", pointers, ["row"], sizes, strides, kinds) | indent(4) }}
     {{ described("x", x, "B", "T", "D", tiles.rows, tiles.depth, kinds) | indent(4) }}
 {% for how in gs %}
     {{ described("g%d" % loop.index0, how, "B", "T", "p%d" % loop.index0, tiles.rows, tiles.depth, kinds)
@@ -153,17 +158,20 @@ def kernel(
 {% endif %}
         tl.store(root_ptr + (row * B + b) * BLOCKS + i, tl.sum(tl.where(t + rows < T, tl.sqrt(square), 0.0)))
 """
+TEMPLATE = hopper.either(warp_specialised.TEMPLATE, TRITON)
 
 
 def launch(xs: list[Tensor], gs: list[Tensor], bias: list[bool]) -> Tensor:
     """Layers of which all have the layouts of the first, as many samples, and as many tokens."""
     B, T, _ = xs[0].shape
+    if 0 in (B, T):
+        return xs[0].new_zeros((len(xs), B), dtype=torch.float32)
     spec = specialise(xs, gs, bias)
+    if spec.hopper:
+        return prepare(xs, gs, bias)(xs, gs, bias)
     tiles, by_kind = spec.tiles, several.kinds(xs, *_columns(gs, bias))
     blocks = cdiv(T, tiles.rows)
     pairs = blocks * (blocks + 1) // 2
-    if 0 in (B, T):
-        return xs[0].new_zeros((len(xs), B), dtype=torch.float32)
     # every slot is written by one program, so empty is safe, and the sums are the same bits on every run
     part, root = (xs[0].new_empty((len(xs), B, n), dtype=torch.float32) for n in (pairs, blocks))
     layers = [(x, _biased_first(own, bias)) for x, own in _layers(xs, gs, bias)]
@@ -182,6 +190,20 @@ def launch(xs: list[Tensor], gs: list[Tensor], bias: list[bool]) -> Tensor:
         max(cdiv(x.shape[2], tiles.depth), sum(cdiv(g.shape[2], tiles.depth) for g in its)) for x, its in layers
     )
     return guarded(part.sum(2), gamma(torch.float32, chain) * root.sum(2).square())
+
+
+def prepare(xs: list[Tensor], gs: list[Tensor], bias: list[bool]) -> Callable[..., Tensor]:
+    norms = warp_specialised.prepare(kernel(FAMILY, specialise(xs, gs, bias)), _ordered(xs, gs, bias))
+    return lambda xs, gs, bias: norms(_ordered(xs, gs, bias))
+
+
+def _ordered(xs: list[Tensor], gs: list[Tensor], bias: list[bool]) -> list[list[Tensor]]:
+    """x and its gs, layer by layer, those with a bias first."""
+    return [[x, *_biased_first(its, bias)] for x, its in _layers(xs, gs, bias)]
+
+
+def stays_op(xs: list[Tensor], gs: list[Tensor], bias: list[bool]) -> bool:
+    return hopper.can_load([*xs, *gs])
 
 
 def supports(xs: list[Tensor], gs: list[Tensor], bias: list[bool]) -> bool:
@@ -220,4 +242,6 @@ FAMILY = Family(
     ),
     example=example,
     supports=supports,
+    stays_op=stays_op,
+    prepare=prepare,
 )

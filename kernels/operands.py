@@ -5,6 +5,7 @@ what lies beyond a sample's edge with zeros, and needs 16-bit elements, a contig
 at multiples of 16 bytes. Pointers read everything else, with 32-bit offsets within a tile of contiguous rows.
 """
 
+import functools
 from typing import Any
 
 from torch import Tensor
@@ -79,12 +80,21 @@ p = (inside // height) * {{ tiles.columns }}
 
 def layout(t: Tensor) -> str:
     """The fastest way to read `t` [B, rows, columns] on its device. Sizes and addresses yet unknown are aligned."""
-    far = isinstance(t.stride(1), int) and t.stride(1) * 256 >= 2**31  # beyond 32 bits within one tile
-    if t.stride(2) != 1 or far:
+    settings = t.stride(), t.element_size(), _address(t) % 16 == 0, tuning.has_tma(t.device)
+    try:
+        return _layout(*settings)
+    except TypeError:  # sizes that are not known cannot be looked up
+        return _layout.__wrapped__(*settings)
+
+
+@functools.lru_cache(4096)
+def _layout(stride: tuple[int, ...], size: int, aligned: bool, has_tma: bool) -> str:
+    far = isinstance(stride[1], int) and stride[1] * 256 >= 2**31  # beyond 32 bits within one tile
+    if stride[2] != 1 or far:
         return STRIDED
-    steps = (s for s in t.stride()[:2] if isinstance(s, int))
-    aligned = all(s > 0 and s * t.element_size() % 16 == 0 for s in steps) and _address(t) % 16 == 0
-    return TMA if aligned and t.element_size() == 2 and tuning.has_tma(t.device) else INNER
+    steps = (s for s in stride[:2] if isinstance(s, int))
+    aligned = aligned and all(s > 0 and s * size % 16 == 0 for s in steps)
+    return TMA if aligned and size == 2 and has_tma else INNER
 
 
 def _address(t: Tensor) -> int:

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-# parameters(...): of the kernel. selected(...): all of them by their bare names, for the layer of the program `number`,
-# and `number` among the programs of that layer. A number that is an argument by itself may be a constant to Triton, and
-# the branches of a selection must agree in type: hence the additions to a zero.
+# parameters(...): of the kernel. selected(program, ...): all of them by their bare names, for the layer of that
+# program, and its `number` among the programs of the layer. A number that is an argument by itself may be a constant to
+# Triton, and the branches of a selection must agree in type: hence the additions to a zero.
 MACROS = """\
 {%- macro parameters(pointers, numbers, sizes, strides, kinds) -%}
 {% for layer in range(kinds | sum) %}
@@ -22,8 +22,8 @@ MACROS = """\
 {% for name in sizes + strides %}{{ name }}_{{ kind }},{{ "\\n" if loop.last else " " }}{% endfor %}
 {% endfor %}
 {%- endmacro -%}
-{%- macro selected(pointers, numbers, sizes, strides, kinds) -%}
-number = tl.program_id(0)
+{%- macro selected(program, pointers, numbers, sizes, strides, kinds) -%}
+number = {{ program }}
 near = number * 0
 far = near.to(tl.int64)
 {% if kinds | length == 1 %}

@@ -5,6 +5,7 @@
 `weighted_matmuls` for one layer.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,6 +36,13 @@ def launch(
     return weighted_matmuls.launch([x], [g], [weights], key, [stream], std)[0]
 
 
+def prepare(
+    x: Tensor, g: Tensor, weights: Tensor, key: Tensor | None, stream: int, std: float
+) -> Callable[..., Tensor]:
+    sums = weighted_matmuls.prepare([x], [g], [weights], key, [stream], std)
+    return lambda x, g, weights, key, stream, std: sums([x], [g], [weights], key, [stream], std)[0]
+
+
 def example(case, dtype, device, generator):
     B, T, d, p = case
     weights = torch.rand(B, generator=generator).to(device)
@@ -52,4 +60,6 @@ FAMILY = Family(
     template=weighted_matmuls.TEMPLATE,
     cases=((3, 5, 7, 9), (4, 65, 63, 65), (1, 1, 1, 1), (2, 3, 130, 1), (0, 4, 3, 2), (2, 0, 3, 2)),  # B, T, d, p
     example=example,
+    stays_op=lambda x, g, *rest: weighted_matmuls.stays_op([x], [g]),
+    prepare=prepare,
 )

@@ -15,17 +15,18 @@ One layer alone seldom fills the last round of programs on a device, and costs t
 and strides are a kind: what is common to a kind is passed once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flashdp_compile.kernels import gaussian, product_sum, several, tuning
+from flashdp_compile.kernels import gaussian, hopper, product_sum, several, tuning
 from flashdp_compile.kernels.codegen import kernel
 from flashdp_compile.kernels.common import accumulator, cdiv, dot_type, randn, sample_products, start
 from flashdp_compile.kernels.family import Family, supported
+from flashdp_compile.kernels.hopper import weighted_matmuls as warp_specialised
 from flashdp_compile.kernels.operands import layout, sources, strides, tiles_for
 from flashdp_compile.kernels.tuning import Tiles
 
@@ -60,22 +61,30 @@ class Spec:
     tiles: Tiles
     noise: bool
     kinds: tuple[int, ...]  # how many layers are of each
+    hopper: bool  # whether by hopper.weighted_matmuls
+    tail: int  # see hopper.tail
 
 
 def specialise(xs: list[Tensor], gs: list[Tensor], weights: list[Tensor], key: Tensor | None, *noise: Any) -> Spec:
     x, g = xs[0], gs[0]
-    tiles = tiles_for("weighted_matmul", [x, g], *((x.shape[2], g.shape[2]) for x, g in zip(xs, gs, strict=True)))
-    if isinstance(x.shape[1], int):
-        tiles = tuning.for_tokens(tiles, x.shape[1])
+    pairs = list(zip(xs, gs, strict=True))
+    tail = 0
+    if on_hopper := hopper.fits(pairs):
+        tail = hopper.tail(x.shape[1] for x in xs)
+        tiles = hopper.PRODUCTS
+    else:
+        tiles = tiles_for("weighted_matmul", [x, g], *((x.shape[2], g.shape[2]) for x, g in pairs))
+        if isinstance(x.shape[1], int):
+            tiles = tuning.for_tokens(tiles, x.shape[1])
     # a Philox block makes four elements: they must lie in one row of the tile
-    noise_inside = key is not None and all(g.shape[2] % 4 == 0 for g in gs)
+    noise_inside = key is not None and all(g.shape[2] % 4 == 0 for g in gs) and not on_hopper
     kinds = tuple(map(len, several.kinds(xs, gs, weights)))
-    return Spec(dot_type(x, g), layout(x), layout(g), tiles, noise_inside, kinds)
+    return Spec(dot_type(x, g), layout(x), layout(g), tiles, noise_inside, kinds, on_hopper, tail)
 
 
 # Programs [layers, runs, tiles]: where the tiles alone would leave multiprocessors idle, each takes a run of
 # the samples.
-TEMPLATE = """
+TRITON = """
 {%- set pointers = [source("x", x, kinds), source("g", g, kinds), "weight_ptr", "out_ptr"] -%}
 {%- set numbers = ["noise_stream"] if noise else [] -%}
 {%- set sizes = ["PROGRAMS", "B", "T", "D", "P", "TILES_D", "TILES_P", "RUN"] -%}
@@ -90,7 +99,7 @@ def kernel(
     {{ parameters(pointers, numbers, sizes, strides, kinds) | indent(4) -}}
     {{ "    key_ptr, std," if noise }}
 ):
-    {{ selected(pointers, numbers, sizes, strides, kinds) | indent(4) }}
+    {{ selected("tl.program_id(0)", pointers, numbers, sizes, strides, kinds) | indent(4) }}
     number, run = number % (TILES_D * TILES_P), number // (TILES_D * TILES_P)
     {{ swizzled("number", tiles) | indent(4) }}
     {{ described("x", x, "B", "T", "D", tiles.depth, tiles.rows, kinds) }}
@@ -123,6 +132,7 @@ def kernel(
         tl.store(there, tl.load(there, mask=within) + tl.full([], std, tl.float32) * normals, mask=within)
 {% endif %}
 """
+TEMPLATE = hopper.either(warp_specialised.TEMPLATE, TRITON)
 
 
 def launch(
@@ -138,10 +148,12 @@ def launch(
     if any(0 in (*x.shape, *g.shape) for x, g in zip(xs, gs, strict=True)):
         return [_nothing(x, g, key, stream, std) for x, g, stream in zip(xs, gs, streams, strict=True)]
     spec = specialise(xs, gs, weights, key)
+    if spec.hopper:
+        return prepare(xs, gs, weights, key, streams, std)(xs, gs, weights, key, streams, std)
     tiles, by_kind = spec.tiles, several.kinds(xs, gs, weights)
     counts = [(cdiv(x.shape[2], tiles.rows), cdiv(g.shape[2], tiles.columns)) for x, g in zip(xs, gs, strict=True)]
-    B, T = len(weights[0]), max(x.shape[1] for x in xs)
-    run = cdiv(B, runs(B, T, sum(d * p for d, p in counts), tuning.room(tiles, xs[0].device)))
+    run = samples_of_a_run(xs, gs, weights, tiles)
+    B = len(weights[0])
     number = cdiv(B, run)
     out = [x.new_empty((number, x.shape[2], g.shape[2]), dtype=torch.float32) for x, g in zip(xs, gs, strict=True)]
     inside = spec.noise and number == 1  # else the sum of the runs adds it, or a kernel of its own
@@ -166,6 +178,14 @@ def launch(
     return [product_sum.launch(t, None, key, stream, std) for t, stream in zip(out, streams, strict=True)]
 
 
+def prepare(
+    xs: list[Tensor], gs: list[Tensor], weights: list[Tensor], key: Tensor | None, streams: Sequence[int], std: float
+) -> Callable[..., list[Tensor]]:
+    spec = specialise(xs, gs, weights, key)
+    run = samples_of_a_run(xs, gs, weights, spec.tiles)
+    return warp_specialised.prepare(kernel(FAMILY, spec), run, xs, gs, weights, streams)
+
+
 def _nothing(x: Tensor, g: Tensor, key: Tensor | None, stream: int, std: float) -> Tensor:
     nothing = x.new_zeros((x.shape[2], g.shape[2]), dtype=torch.float32)
     return nothing if key is None else gaussian.launch(nothing, key, stream, std)
@@ -176,6 +196,12 @@ def _nothing(x: Tensor, g: Tensor, key: Tensor | None, stream: int, std: float) 
 RUN_COST = 1600
 
 
+def samples_of_a_run(xs: list[Tensor], gs: list[Tensor], weights: list[Tensor], tiles: Tiles) -> int:
+    count = sum(cdiv(x.shape[2], tiles.rows) * cdiv(g.shape[2], tiles.columns) for x, g in zip(xs, gs, strict=True))
+    B, T = len(weights[0]), max(x.shape[1] for x in xs)
+    return cdiv(B, runs(B, T, count, tuning.room(tiles, xs[0].device)))
+
+
 def runs(samples: int, tokens: int, tiles: int, room: int) -> int:
     """Into how many runs to cut the samples, with `tiles` programs for each, on a device with room for so many."""
 
@@ -184,6 +210,10 @@ def runs(samples: int, tokens: int, tiles: int, room: int) -> int:
         return waves * 2 * tokens * cdiv(samples, count) + (RUN_COST * count if count > 1 else 0)
 
     return min(range(1, min(samples, room) + 1), key=cost)
+
+
+def stays_op(xs: list[Tensor], gs: list[Tensor], *rest: Any) -> bool:
+    return hopper.fits(list(zip(xs, gs, strict=True)))
 
 
 def supports(
@@ -223,4 +253,6 @@ FAMILY = Family(
     cases=((3, 5, 7, 9), (4, 65, 63, 64, 65, 8, 63, 64, 130, 16), (1, 1, 1, 1, 1, 1), (0, 4, 3, 2, 3, 2), (2, 0, 3, 2)),
     example=example,
     supports=supports,
+    stays_op=stays_op,
+    prepare=prepare,
 )

@@ -5,7 +5,7 @@ takes the host longer than the device. Inlined, an op is a fresh buffer, a launc
 code, and ordinary torch code that it fuses with what is around.
 
 It runs behind the proof and behind every pass that simplifies graphs: launches write into their arguments. Ops whose
-sizes are known only at run time stay as they are, and so do all ops on a CPU.
+sizes are known only at run time stay as they are, those whose kernel is written in Gluon, and all ops on a CPU.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def inline_kernels(graph: fx.Graph, device: str = "cuda") -> int:
         take_apart(node, launch)
     _sort_once(graph)
     launches = recorded_launches(graph)
-    for recorded in launches:
-        pin_layouts(recorded)
+    for node in (*launches, *(n for n in graph.nodes if _stays(n, device))):
+        pin_layouts(node)
     _check_writes(launches)
     return len(found)
 
@@ -89,16 +89,27 @@ def _is_fresh(node: fx.Node) -> bool:
 
 def _launch(node: fx.Node, device: str) -> Callable[..., Any] | None:
     """What to trace in the place of a node."""
-    if getattr(node.target, "namespace", None) != "flashdp":
+    if (values := _operands(node, device)) is None:
         return None
     name = node.target._opname  # type: ignore[union-attr]
-    family = FAMILIES.get(name)
-    values = fx.map_arg(node.args, lambda n: n.meta["val"])
-    if not all(t.device.type == device and is_static(t) for t in tensors(values)):
-        return None
-    if family is not None:
-        return family.launch if family.supports(*values) else None
+    if (family := FAMILIES.get(name)) is not None:
+        return family.launch if family.supports(*values) and not family.stays_op(*values) else None
     # the one call of a release that also counts stays an op: it writes to a counter
     if name != "clip_factors" or argument(node, "counts"):
         return None
     return lambda sqnorm, bound, fn, mean, size, *counting: release_weights(sqnorm, bound, fn, mean, size)
+
+
+def _stays(node: fx.Node, device: str) -> bool:
+    """Whether a node is an op that takes a kernel which Inductor cannot write."""
+    values = _operands(node, device)
+    family = None if values is None else FAMILIES.get(node.target._opname)  # type: ignore[union-attr]
+    return family is not None and family.supports(*values) and family.stays_op(*values)
+
+
+def _operands(node: fx.Node, device: str) -> Any:
+    """The values of an op of ours on a device of this type, whose sizes are known; else None."""
+    if getattr(node.target, "namespace", None) != "flashdp":
+        return None
+    values = fx.map_arg(node.args, lambda n: n.meta["val"])
+    return values if all(t.device.type == device and is_static(t) for t in tensors(values)) else None

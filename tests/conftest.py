@@ -23,6 +23,13 @@ if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="flashdp_inductor_")
     atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
+# With several processes of pytest each has its share of the cores: Inductor would start as many compilers in each as
+# the machine has cores, and torch as many threads.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    share = max(1, (os.cpu_count() or 1) // workers)
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(share))
+    torch.set_num_threads(share)
+
 # The same examples on every run and machine, and no deadline: the first example of a test often pays for a compilation.
 hypothesis.settings.register_profile("flashdp", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("flashdp")

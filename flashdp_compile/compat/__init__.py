@@ -51,7 +51,15 @@ from flashdp_compile.compat.graphs import (
     source_name,
     trace,
 )
-from flashdp_compile.compat.launches import padded_row, pin_layouts, recorded_launches, start_kernel, written_by
+from flashdp_compile.compat.launches import (
+    has_gluon,
+    padded_row,
+    pin_layouts,
+    recorded_launches,
+    start_compiled,
+    start_kernel,
+    written_by,
+)
 
 __all__ = [
     "COMPILED_BACKWARD",
@@ -76,6 +84,7 @@ __all__ = [
     "eager_switches",
     "fallbacks",
     "graph_label",
+    "has_gluon",
     "hidden_from_dynamo",
     "inductor_option_names",
     "is_argument",
@@ -97,6 +106,7 @@ __all__ = [
     "size_hint",
     "sort_topologically",
     "source_name",
+    "start_compiled",
     "start_kernel",
     "trace",
     "versions",

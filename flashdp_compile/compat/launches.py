@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,9 +14,11 @@ from torch import fx
 __all__ = [
     "analysed_once",
     "descriptors_are_views",
+    "has_gluon",
     "padded_row",
     "pin_layouts",
     "recorded_launches",
+    "start_compiled",
     "start_kernel",
     "written_by",
 ]
@@ -30,33 +32,54 @@ def start_kernel(
     device: torch.device,
     arguments: tuple[Any, ...],
     blocks: Blocks,
-    num_warps: int,
-    num_stages: int,
-) -> None:
+    settings: Mapping[str, int],
+) -> Any:
     """Launches `programs` copies of a Triton kernel, or records the launch in the graph that is being traced.
 
-    2.11, 2.13.
+    Gives what Triton has compiled, for `start_compiled`, if that is known. 2.11, 2.13.
     """
     from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
     if get_proxy_mode() is not None:
-        return _record(kernel, programs, arguments, blocks, num_warps, num_stages)
+        return _record(kernel, programs, arguments, blocks, **settings)
     if blocks:
         from triton.tools.tensor_descriptor import TensorDescriptor
 
         described = {at: TensorDescriptor.from_tensor(arguments[at], block) for at, block in blocks.items()}
         arguments = tuple(described.get(at, argument) for at, argument in enumerate(arguments))
-    if device.type == "cuda":
-        import triton
+    with _launching_on(device):
+        return kernel[(programs,)](*arguments, **settings)
 
-        # memory for descriptors that a kernel makes itself; Inductor sets the like before each of its launches
-        triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=device))
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[(programs,)](*arguments, num_warps=num_warps, num_stages=num_stages)
+
+def start_compiled(compiled: Any, programs: int, device: torch.device, arguments: tuple[Any, ...]) -> None:
+    """Launches what Triton has compiled for arguments like these: numbers that are equal, or as divisible and as large,
+    and tensors as aligned. Triton 3.6."""
+    with _launching_on(device):
+        compiled[(programs, 1, 1)](*arguments)
+
+
+@contextlib.contextmanager
+def _launching_on(device: torch.device) -> Iterator[None]:
+    if device.type != "cuda":
+        yield
+        return
+    import triton
+
+    # memory for descriptors that a kernel makes itself; Inductor sets the like before each of its launches
+    triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=device))
+    with torch.cuda.device(device):
+        yield
+
+
+def has_gluon() -> bool:
+    """Whether this Triton has the Gluon of kernels/hopper, which changes from version to version. 3.6."""
+    import triton
+
+    return triton.__version__.startswith("3.6.")
 
 
 def _record(
-    kernel: Any, programs: Any, arguments: tuple[Any, ...], blocks: Blocks, num_warps: int, num_stages: int
+    kernel: Any, programs: Any, arguments: tuple[Any, ...], blocks: Blocks, num_warps: int = 4, num_stages: int = 3
 ) -> None:
     from torch._higher_order_ops.triton_kernel_wrap import (
         create_tma_stable_metadata,
@@ -97,14 +120,20 @@ def recorded_launches(graph: fx.Graph) -> list[fx.Node]:
     return list(graph.find_nodes(op="call_function", target=torch.ops.higher_order.triton_kernel_wrapper_mutation))
 
 
-def pin_layouts(launch: fx.Node) -> None:
-    """Makes Inductor hand the operands over with the very strides that they were traced with: the strides are numbers
-    among the arguments. Without, it keeps no more than their order, and may pad rows. 2.11, 2.13."""
-    exact = {
-        name: value.meta["val"] if isinstance(value, fx.Node) and isinstance(value.meta["val"], torch.Tensor) else None
-        for name, value in launch.kwargs["kwargs"].items()  # type: ignore[union-attr]
-    }
-    launch.meta["eager_input_vals"] = ((), {**dict.fromkeys(launch.kwargs), "kwargs": exact})
+def pin_layouts(node: fx.Node) -> None:
+    """Makes Inductor hand the operands of a launch or an op over with the very strides that they were traced with. The
+    strides are numbers among a launch's arguments, and an op's kernel may need rows that are aligned. Without, it keeps
+    no more than their order for a launch, and may pad rows or remove padding. 2.11, 2.13."""
+    exact = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
+    if node.target is torch.ops.higher_order.triton_kernel_wrapper_mutation:
+        of_tensors = {
+            name: value.meta["val"]
+            if isinstance(value, fx.Node) and isinstance(value.meta["val"], torch.Tensor)
+            else None
+            for name, value in node.kwargs["kwargs"].items()  # type: ignore[union-attr]
+        }
+        exact = ((), {**dict.fromkeys(node.kwargs), "kwargs": of_tensors})
+    node.meta["eager_input_vals"] = exact
 
 
 def written_by(launch: fx.Node) -> set[str]:

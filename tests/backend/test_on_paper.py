@@ -17,10 +17,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def backward_of(clipping: str, strategy: str, *blocks: int) -> str:
-    """The code of the backward."""
+def backward_of(clipping: str, strategy: str, *blocks: int, **variables: str) -> str:
+    """The code of the backward, with these variables in the environment."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    environment |= {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1", **variables}
     command = [sys.executable, str(Path(__file__).with_name("on_paper.py")), clipping, strategy, *map(str, blocks)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -106,6 +106,15 @@ def test_weighted_products_are_summed_in_runs(strategy, norm):
     code = backward_of("flat", strategy)
     assert len(calls(code, norm)) == len(calls(code, "weighted_matmuls")) == 2
     assert len(calls(code, "product_sum")) >= 1
+
+
+def test_kernels_in_gluon_are_called_with_operands_as_they_lie():
+    """Rows of the logits' gradient are padded once here as well: no second tensor of that size."""
+    code = backward_of("flat", "gram", FLASHDP_GLUON="1")
+    called = re.findall(r"= torch\.ops\.flashdp\.(\w+)\.default\(", code)
+    assert {*called} - {"clip_factors", "draw_key"} == {"gram_sqnorm", "weighted_matmul"}
+    assert len(re.findall(r"empty_strided_cuda\(\(16, 512, 1031\)|empty_strided_cuda\(\(8192, 1031\)", code)) == 1
+    assert "(16, 512, 1031), (557056, 1088, 1)" in code
 
 
 def test_layers_that_are_clipped_by_themselves_take_no_launches_for_it():

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from flashdp_compile.kernels import codegen, common, gaussian
+from flashdp_compile.kernels.add_noises import add_noises
 from flashdp_compile.kernels.family import Template
 from flashdp_compile.kernels.gaussian import philox, round_keys
 
@@ -134,3 +135,12 @@ def test_sine_and_cosine_in_every_quadrant_and_where_they_meet(device):
     common.start(run, 1, found, words, found[0], found[1], len(words))
     angles = words.double() * (2 * math.pi * 2.0**-32)
     torch.testing.assert_close(found.double(), 3 * torch.stack([angles.cos(), angles.sin()]), rtol=2e-7, atol=3e-7)
+
+
+def test_several_tensors_in_one_launch(device):
+    key = torch.tensor([-0x123456789ABCDEF0, 0x1F2345678], device=device)
+    grads = [torch.randn(shape, device=device) for shape in ((3, 5), (40, 65), (3, 5), (1,))]
+    before, streams = [g.clone() for g in grads], [7, 1000010, 3, 2**32 - 1]
+    add_noises(grads, key, streams, 0.5)
+    for grad, start, stream in zip(grads, before, streams, strict=True):
+        torch.testing.assert_close(grad, gaussian.reference(start, key, stream, 0.5), rtol=0, atol=2e-6)
