@@ -14,7 +14,7 @@ RUN    := $(VENV)/bin/python
 READY  := $(VENV)/ready
 TYPES  := build/types
 
-.PHONY: test lint types pytest demo wheel clean
+.PHONY: test lint types pytest test-full coverage demo wheel clean
 
 test: lint types pytest
 
@@ -30,6 +30,15 @@ types: $(READY)
 
 pytest: $(READY)
 	$(RUN) -m pytest $(PYTEST)
+
+# test-full: also the whole models that are near relatives of others; coverage: the page of what they do
+test-full: $(READY)
+	$(RUN) -m pytest $(PYTEST) -m "not whole_zoo"
+
+coverage: $(READY)
+	FLASHDP_COVERAGE=docs/coverage/cpu.jsonl $(RUN) -m pytest $(PYTEST) -m "full or not full" tests/libraries \
+		--deselect tests/libraries/test_libraries.py::test_the_page_is_what_was_found
+	PYTHONPATH=.:tests $(RUN) -m libraries.coverage
 
 demo: $(READY)
 	$(RUN) examples/demo.py $(if $(SHORT),--short)

@@ -23,6 +23,7 @@ from flashdp_compile.compat import (
     is_argument,
     is_python_float,
     known_size,
+    settle_equal,
     settle_size,
     size_expression,
     source_name,
@@ -227,9 +228,7 @@ def _batch_size(samples: dict[fx.Node, Input], batch_dim: int) -> Size:
         value = node.meta["val"]
         if not -value.dim() <= batch_dim < value.dim():
             raise InputError(_undecided(described, f"has no dimension {batch_dim}", batch_dim))
-        size = value.shape[batch_dim]
-        # none and one are cases of their own, even where a symbol still stands for them
-        sizes[node] = next((n for n in (0, 1) if known_size(size, n)), size_expression(size))
+        sizes[node] = _settled(value.shape[batch_dim])
     settled = {n for n in sizes.values() if isinstance(n, int) and n < 2}
     if len(settled) == 1:  # torch has fixed the size of some inputs only: the others' follow, if they have it now
         (number,) = settled
@@ -243,7 +242,8 @@ def _batch_size(samples: dict[fx.Node, Input], batch_dim: int) -> Size:
         )
     (first, batch), *rest = sizes.items()
     for node, size in rest:
-        if not same(size, batch):
+        # dynamo names the sizes of two inputs apart until an op has joined them
+        if not same(size, batch) and not settle_equal(*(n.meta["val"].shape[batch_dim] for n in (node, first))):
             fewest = samples[node] if node.meta["val"].dim() <= first.meta["val"].dim() else samples[first]
             raise InputError(
                 _undecided(
@@ -253,7 +253,12 @@ def _batch_size(samples: dict[fx.Node, Input], batch_dim: int) -> Size:
                     batch_dim,
                 )
             )
-    return batch
+    return _settled(first.meta["val"].shape[batch_dim])
+
+
+def _settled(size: Any) -> Size:
+    """None and one are cases of their own, even where a symbol still stands for them."""
+    return next((n for n in (0, 1) if known_size(size, n)), size_expression(size))
 
 
 def _undeclared(described: Input) -> str:

@@ -45,7 +45,11 @@ class Emitter:
         return inlined(traced, operands, self._output)
 
     def per_sample(self, function: Callable[..., Any], *operands: fx.Node) -> Any:
-        """The nodes of `function(B, *operands)`; B is a number, or the symbolic size of an input that holds samples."""
+        """The nodes of `function(B, *operands)`; B is a number, or the symbolic size of an input that holds samples.
+
+        Clip weights come last: a trace takes a size from the first operand that has it, and what a share is read from
+        may not depend on the weights.
+        """
         if isinstance(self._batch, int):
             return self(functools.partial(function, self._batch), *operands)
         samples, dim = next(iter(self._samples.items()))

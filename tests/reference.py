@@ -50,11 +50,16 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def in_precision(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model in another precision, in place; `nn.Module.to` would make complex buffers real."""
+    return model._apply(lambda t: t.to(dtype.to_complex()) if t.is_complex() else as_float(dtype)(t))
+
+
 def per_sample_gradients(
     case: Case, model: nn.Module, batch: Batch, dtype: torch.dtype = torch.float64
 ) -> dict[str, Tensor]:
     """{fqn: [B, *shape]}, sample by sample on a copy of the model; zeros for a parameter that is not used."""
-    model = copy.deepcopy(model).to(dtype)
+    model = in_precision(copy.deepcopy(model), dtype)
     batch = batch.to(dtype)
     parameters = trainable(model)
     gradients = {name: p.new_zeros(batch.size, *p.shape) for name, p in parameters.items()}

@@ -45,6 +45,7 @@ __all__ = [
     "known_size",
     "live_tensor",
     "returns_views",
+    "settle_equal",
     "settle_size",
     "size_expression",
     "size_hint",
@@ -77,6 +78,14 @@ def settle_size(size: int | torch.SymInt, value: int) -> bool:
     if isinstance(size, torch.SymInt) and size_hint(size, value - 1) != value:
         return False
     return bool(size == value)
+
+
+def settle_equal(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+    """Whether two sizes are equal in this call; torch makes that a condition of this compilation, and from then on
+    has one symbol for both. 2.11, 2.13."""
+    if size_hint(a, -1) != size_hint(b, -2):
+        return False
+    return bool(a == b)
 
 
 def size_hint(size: int | torch.SymInt, default: int) -> int:

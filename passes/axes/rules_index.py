@@ -75,13 +75,20 @@ _RESHAPES = (
 )
 
 
+def _slices_nothing_off(site: Site, node: fx.Node) -> bool:
+    """A slice from end to end, which torch leaves in the graph where it does not know the size."""
+    if node.target is not torch.ops.aten.slice.Tensor:
+        return False
+    return all(same(a, b) for a, b in zip(site.shape(node), site.shape(node.args[0]), strict=True))
+
+
 def _counting(site: Site, layout: Indexing, sizes: list[Any]) -> tuple[int, Batched] | None:
     """The dimension of x that is indexed by 0, 1, ..., B-1, and where that index runs: sample b asks for row b."""
     for slot, node in enumerate(layout.nodes):
         if node is None or not same(sizes[slot], site.batch):
             continue
         shape = site.shape(node)
-        while isinstance(node, fx.Node) and node.target in _RESHAPES:
+        while isinstance(node, fx.Node) and (node.target in _RESHAPES or _slices_nothing_off(site, node)):
             node = node.args[0]
         is_count = isinstance(node, fx.Node) and node.target is torch.ops.prims.iota.default
         if not is_count or node.kwargs.get("start") != 0 or node.kwargs.get("step") != 1:

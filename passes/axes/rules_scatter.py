@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from flashdp_compile.passes.axes.domain import ZERO, Batched, Reject, Site, State, quotient, same
+from torch import fx
+
+from flashdp_compile.compat import size_expression
+from flashdp_compile.passes.axes.domain import ZERO, Batched, Reject, Site, State, product, quotient, same
 from flashdp_compile.passes.axes.registry import all_reduced, rule
+from flashdp_compile.passes.axes.reshape import reshaped
 from flashdp_compile.passes.axes.rules_views import starts_a_run
 from flashdp_compile.passes.axes.uniform import same_for_all
 
@@ -37,6 +41,24 @@ def diagonal_scatter(site: Site, x: State, source: State, offset: int = 0, dim1:
     """Writing the diagonal of two feature dimensions; in the source it is the last dimension."""
     pair = (dim1 % len(site.shape()), dim2 % len(site.shape()))
     return _scatter(site, x, source, pair, [d for d in range(len(site.shape())) if d not in pair] + [pair[0]])
+
+
+@rule("aten.as_strided_scatter")
+def as_strided_scatter(site: Site, x: State, source: State, sizes: Any, strides: Any, offset: Any = None) -> State:
+    """Writing all of a contiguous tensor in its own order is a view of what is written: nothing of the tensor stays."""
+    whole = site.node.args[0].meta["val"].is_contiguous() and same(product(site.shape()), product(site.arg_shape(1)))
+    if isinstance(source, Batched) and whole and offset in (None, 0) and _in_order(site.arg_shape(1), strides):
+        return reshaped(site.batch, source, site.arg_shape(1), site.shape())
+    raise Reject("as_strided_scatter writes memory out of the order of the samples", "write into a slice instead")
+
+
+def _in_order(shape: list[Any], strides: Any) -> bool:
+    """Whether the strides are those of a contiguous tensor; the stride of a dimension of size one is of no matter."""
+    steps = [size_expression(s.meta["val"] if isinstance(s, fx.Node) else s) for s in strides]
+    return all(
+        same(size, 1) or same(step, product(shape[d + 1 :]))
+        for d, (size, step) in enumerate(zip(shape, steps, strict=True))
+    )
 
 
 def _scatter(site: Site, x: State, source: State, along: tuple[int, ...], places: list[int]) -> State:

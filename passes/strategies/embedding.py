@@ -56,12 +56,13 @@ def _prepare_embedding(emit: Emitter, axes: Axes, gradient: ParameterGradient) -
     operands = embedding_operands(gradient, axes)
     rows = gradient.shape[0]
 
-    def weighted(batch: Any, weights: Tensor, *values: Tensor) -> Tensor:
+    def weighted(batch: Any, *given: Tensor) -> Tensor:
+        *values, weights = given
         return ops.embedding_sum(*operands.view(batch, *values), weights, rows)
 
     return Prepared(
         emit.per_sample(lambda batch, *values: ops.embedding_sqnorm(*operands.view(batch, *values)), *operands.leaves),
-        lambda weights: emit.per_sample(weighted, weights, *operands.leaves),
+        lambda weights: emit.per_sample(weighted, *operands.leaves, weights),
     )
 
 
@@ -84,13 +85,14 @@ def _prepare_tied(emit: Emitter, axes: Axes, gradient: ParameterGradient) -> Pre
         est = own + 2 * ops.tied_cross(ids, ge, x, gl)
         return guarded(est, gamma(est.dtype, sum(shape)) * lengths.square())
 
-    def weighted(batch: Any, weights: Tensor, *values: Tensor) -> Tensor:
+    def weighted(batch: Any, *given: Tensor) -> Tensor:
+        *values, weights = given
         embedded = ops.embedding_sum(*lookups.view(batch, *values[:count]), weights, shape[0])
         product = ops.weighted_matmul(*products.view(batch, *values[count:]), weights)
         return embedded + relabelled(product, products.relabelling, shape)
 
     leaves = (*lookups.leaves, *products.leaves)
-    return Prepared(emit.per_sample(sqnorm, *leaves), lambda weights: emit.per_sample(weighted, weights, *leaves))
+    return Prepared(emit.per_sample(sqnorm, *leaves), lambda weights: emit.per_sample(weighted, *leaves, weights))
 
 
 EMBEDDING = Strategy("gram", _only_embedding, _prepare_embedding, embedding_cost, slack=SLACK)

@@ -32,11 +32,12 @@ def weighted_product(emit: Emitter, axes: Axes, gradient: ParameterGradient) -> 
     """The second half of every strategy that keeps the factors: one product with the weights in it."""
     operands = linear_operands(gradient, axes)
 
-    def weighted(batch: Any, weights: Tensor, *values: Tensor) -> Tensor:
+    def weighted(batch: Any, *given: Tensor) -> Tensor:
+        *values, weights = given
         x, g = operands.view(batch, *values)
         return relabelled(ops.weighted_matmul(x, g, weights), operands.relabelling, gradient.shape)
 
-    return lambda weights: emit.per_sample(weighted, weights, *operands.leaves)
+    return lambda weights: emit.per_sample(weighted, *operands.leaves, weights)
 
 
 def _prepare(norm: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Emitter, Axes, ParameterGradient], Prepared]:

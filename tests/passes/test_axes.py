@@ -64,6 +64,14 @@ KEPT = {
     "diagonal": (lambda m, h: h.diagonal(0, 1, 2) * 1, "dim 0 = B"),
     "diagonal_around_the_batch": (lambda m, h: h.transpose(0, 1).diagonal(1, 2, 0) * 1, "dim 0 = B"),
     "diagonal_scatter": (lambda m, h: torch.diagonal_scatter(h, h.sum(2), 0, 2, 1), "dim 0 = B"),
+    "as_strided_scatter": (
+        lambda m, h: torch.as_strided_scatter(h.new_zeros(B * T * D), h[:, None], (B, 1, T, D), (T * D, 5, D, 1)),
+        "dim 0 = B*24",
+    ),
+    "as_strided_scatter_over_samples": (
+        lambda m, h: torch.as_strided_scatter(h.sin(), h.flatten(1), (B, T * D), (T * D, 1)),
+        "dim 0 = B",
+    ),
     "diag_embed": (lambda m, h: h[..., 0].diag_embed(), "dim 0 = B"),
     "repeat": (lambda m, h: h.repeat(2, 1, 1), "dim 0 = 2*B"),
     "repeat_interleave": (lambda m, h: h.repeat_interleave(2, 0), "dim 0 = B*2"),
@@ -115,6 +123,26 @@ REFUSED = {
     "diagonal": (lambda m, h: h.diagonal() * 1, "diagonal through the batch"),
     "diagonal_scatter": (lambda m, h: torch.diagonal_scatter(h, m.table[:D, :B]), "along the batch"),
     "diagonal_of_samples": (lambda m, h: h.new_zeros(B, B).diagonal_scatter(h[:, 0, 0]), "along the batch"),
+    "as_strided_scatter_turned": (
+        lambda m, h: torch.as_strided_scatter(h.new_zeros(B * T), h[:, :, 0], (B, T), (1, B)),
+        "out of the order of the samples",
+    ),
+    "as_strided_scatter_of_a_part": (
+        lambda m, h: torch.as_strided_scatter(h.new_zeros(2 * B, T), h[:, :, 0], (B, T), (T, 1), 0),
+        "out of the order of the samples",
+    ),
+    "as_strided_scatter_shifted": (
+        lambda m, h: torch.as_strided_scatter(h.flatten(), h[:, 0, 0], (B,), (T * D,), 1),
+        "out of the order of the samples",
+    ),
+    "as_strided_scatter_into_turned_memory": (
+        lambda m, h: torch.as_strided_scatter(h[..., 0].contiguous().mT.sin(), h[:, 0, :T].mT, (T, B), (B, 1)),
+        "out of the order of the samples",
+    ),
+    "constants_by_as_strided_scatter": (
+        lambda m, h: torch.as_strided_scatter(h, m.rows, (B, T, D), (T * D, D, 1)),
+        "out of the order of the samples",
+    ),
     "select_scatter": (lambda m, h: h[:, :B].select_scatter(m.table[:B], 0, 1), "along the batch"),
     "slice_scatter": (lambda m, h: h.slice_scatter(m.table[None, :T], 0, 0, 1), "along the batch"),
     "pad": (lambda m, h: F.pad(h, (0, 0, 0, 0, 0, 1)), "pads the batch"),

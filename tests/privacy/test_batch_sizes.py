@@ -109,7 +109,19 @@ def test_an_unbacked_size_is_not_settled():
         torch.compile(model, backend="flashdp", fullgraph=True, options=QUIET)(x, torch.ones(1, 2))
 
 
-@pytest.mark.parametrize("name", ["mlp", "tied_embedding_and_head"])
+def test_sizes_that_no_op_joins_are_one_size_or_an_error():
+    """Dynamo has a symbol for each input; that they are equal becomes a condition of the compilation."""
+    model = Model(lambda m, x, row: m.fc(x) * row[torch.arange(x.shape[0])], fc=nn.Linear(3, 2))
+    module = torch.compile(model, backend="flashdp", fullgraph=True, options={**QUIET, "max_grad_norm": 0.1})
+    for size in (5, 4, 3):
+        model.zero_grad()
+        module(torch.randn(size, 3), torch.randn(size, 2)).sum(1).mean().backward()
+        assert torch.cat([g.flatten() for g in gradients(model).values()]).norm() <= 0.1
+    with pytest.raises(flashdp_compile.InputError, match="disagree on the batch size"):
+        module(torch.randn(3, 3), torch.randn(4, 2))
+
+
+@pytest.mark.parametrize("name", ["mlp", "tied_embedding_and_head", "attention_with_mask_read_by_counting"])
 def test_sizes_that_are_not_marked_compile_again_and_are_exact(name):
     """The recompiled graphs, one of them by the way of B=1 and one by that of B=0."""
     case, counting = CASES[name], Counting()

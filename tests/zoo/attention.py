@@ -69,6 +69,22 @@ def attention_with_padding(n: Sizes) -> Case:
     )
 
 
+@register("lookalike", equal=True)
+def attention_with_mask_read_by_counting(n: Sizes) -> Case:
+    """Sample b asks for row b of the mask by its number, so that no op joins the sizes of the two inputs."""
+
+    def forward(m: nn.Module, x: Tensor, real: Tensor) -> Tensor:
+        own = torch.arange(x.shape[0], device=x.device)[:, None, None, None]
+        keys = torch.arange(n.time, device=x.device)[None, None, None, :]
+        return m.attention(x, real[own, keys])
+
+    return regression(
+        lambda: Model(forward, attention=SelfAttention(n.width, n.heads)),
+        lambda size: (torch.randn(size, n.time, n.width), mask_of_lengths(size, n.time)),
+        (n.time, n.width),
+    )
+
+
 @register()
 def attention_with_public_mask(n: Sizes) -> Case:
     """A [T, T] mask given as an input that is no sample data and must be declared public."""

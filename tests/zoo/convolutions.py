@@ -194,6 +194,23 @@ def patches_of_volumes_twice(n: Sizes) -> Case:
     )
 
 
+@register("lookalike", equal=True)
+def mean_of_pixels_with_channels_last(n: Sizes) -> Case:
+    """Pooling to one pixel writes the strides of its result anew where the channels lie last in memory; ConvNeXt."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        pixels = m.norm(m.conv(x).movedim(1, -1)).movedim(-1, 1)
+        return m.head(F.adaptive_avg_pool2d(pixels.tanh(), 1).flatten(1))
+
+    return classification(
+        lambda: Model(
+            forward, conv=nn.Conv2d(3, n.width, 1), norm=nn.LayerNorm(n.width), head=nn.Linear(n.width, n.vocab)
+        ),
+        floats(3, n.time, 3),
+        n.vocab,
+    )
+
+
 @register()
 def patches_by_reshape(n: Sizes) -> Case:
     """The same front without a convolution: [B, 1, 4, 6] -> [B, 6, 4] by view and permute."""
