@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from flashdp_compile.compat import size_expression
 from flashdp_compile.passes.axes.domain import Batched, Constant, Mixed, PointKey, Reduced
 from flashdp_compile.passes.axes.engine import Axes
 from flashdp_compile.passes.capture import Gradient, JointGraph
 from flashdp_compile.passes.refuse import refuse
+from flashdp_compile.passes.values import laid_out
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -175,6 +177,9 @@ def _terms(axes: Axes, node: fx.Node, relabelling: tuple[Any, ...]) -> tuple[Ter
     if node.target is operator.getitem:
         key = PointKey(node.args[0], node.args[1])
     if isinstance(state, Reduced) and state.points == (key,):
+        # verify sees through views and permutations, but not through what cuts across them
+        if laid_out([size_expression(s) for s in node.meta["val"].shape], relabelling) is None:
+            return None
         return (Term(_point(axes, key, _NO_GRADIENT), relabelling),)
     if node.target in _SAME_VALUE:
         return _terms(axes, node.args[0], relabelling)

@@ -88,7 +88,10 @@ def plain(node: fx.Node) -> tuple[Dimension, ...]:
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor):
         return ()
-    sizes = [size_expression(s) for s in value.shape]
+    return _rows([size_expression(s) for s in value.shape])
+
+
+def _rows(sizes: Sequence[Size]) -> tuple[Dimension, ...]:
     return tuple(_step(size, product(sizes[i + 1 :])) for i, size in enumerate(sizes))
 
 
@@ -152,6 +155,15 @@ def _regrouped(dims: tuple[Dimension, ...], shape: Sequence[Size]) -> tuple[Dime
             wanted = rest
         result.insert(0, _merged(dim))
     return None if steps else tuple(result)
+
+
+def laid_out(sizes: Sequence[Size], relabelling: Sequence[tuple[str, Any]]) -> tuple[Dimension, ...] | None:
+    """How permutations and views read a tensor of these sizes; None if a view cuts across what a permutation moved."""
+    dims: tuple[Dimension, ...] | None = _rows(sizes)
+    for kind, argument in relabelling:
+        if dims is not None:
+            dims = tuple(dims[d] for d in argument) if kind == "permute" else _regrouped(dims, argument)
+    return dims
 
 
 def _merged(dim: list[tuple[Size, Size]]) -> Dimension:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from torch import fx
+
+from flashdp_compile.compat import size_expression
 from flashdp_compile.passes.axes.domain import Batched, Reject, Size, product, quotient, same
 
 
@@ -31,3 +34,12 @@ def reshaped(batch: Size, x: Batched, old: list[Size], new: list[Size]) -> Batch
 
 def _sizes(shape: list[Size]) -> str:
     return "[" + ", ".join(map(str, shape)) + "]"
+
+
+def strides_in_order(node: fx.Node) -> bool:
+    """Whether an as_strided reads all of a contiguous tensor as another contiguous one, as a view would."""
+    source, result = node.args[0].meta["val"], node.meta["val"]
+    sizes = [product([size_expression(s) for s in value.shape]) for value in (source, result)]
+    offset = node.args[3] if len(node.args) > 3 else None  # in the storage, where the source may begin later
+    starts_alike = offset is None or offset == 0 and same(size_expression(source.storage_offset()), 0)
+    return source.is_contiguous() and result.is_contiguous() and starts_alike and same(*sizes)

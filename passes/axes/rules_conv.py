@@ -52,7 +52,10 @@ def convolution_backward(site: Site, grad: State, x: State, weight: State, *rest
     "prims._low_memory_max_pool_offsets_to_indices",
     "aten.reflection_pad1d",
     "aten.reflection_pad2d",
+    "aten.reflection_pad3d",
+    "aten.replication_pad1d",
     "aten.replication_pad2d",
+    "aten.replication_pad3d",
     "aten.upsample_nearest2d",
     "aten.upsample_bilinear2d",
     "aten.upsample_bicubic2d",
@@ -77,7 +80,12 @@ def spatial(site: Site, *operands: Any, **options: Any) -> Any:
     "aten.adaptive_max_pool2d_backward",
     "aten.upsample_nearest2d_backward",
     "aten.upsample_bilinear2d_backward",
+    "aten.reflection_pad1d_backward",
     "aten.reflection_pad2d_backward",
+    "aten.reflection_pad3d_backward",
+    "aten.replication_pad1d_backward",
+    "aten.replication_pad2d_backward",
+    "aten.replication_pad3d_backward",
 )
 def spatial_backward(site: Site, *operands: Any, **options: Any) -> Any:
     """As the forward op: every sample's own gradient."""

@@ -179,7 +179,13 @@ def _mask_agrees(site: Site, mask: State, with_state: State, rank: int) -> None:
             raise Reject("its mask holds the samples in another place", _FIX)
 
 
-@rule("aten.index.Tensor", "aten._unsafe_index.Tensor")
+def _reads_at_constants(x: Any, *rest: Any) -> bool:
+    """Elements of a batch sum, by places that no sample has chosen."""
+    states = [s for r in rest for s in (r if isinstance(r, (list, tuple)) else [r])]
+    return isinstance(x, Reduced) and not any(isinstance(s, Reduced) for s in states)
+
+
+@rule("aten.index.Tensor", "aten._unsafe_index.Tensor", linear=_reads_at_constants)
 def index(site: Site, x: State, indices: list[State | None]) -> State:
     """Reading by constant indices off the batch, or by a sample's own indices from a constant or from itself."""
     return read(site, x, indices, list(site.node.args[1]))
@@ -205,6 +211,8 @@ def index_put(site: Site, x: State, indices: list[State | None], values: State, 
 def masked_index_put(site: Site, x: State, mask: State, indices: list[State | None], values: State) -> State:
     """The backward of an embedding (torch 2.13) and of masked indexing; the mask leaves out values, padding say."""
     _mask_agrees(site, mask, values, len(site.shape(site.node.args[3])))
+    if not isinstance(values, Batched) and any(isinstance(s, Batched) for s in indices):
+        raise Reject("it counts how often an index occurs in the batch", "use scale_grad_by_freq=False in embeddings")
     if isinstance(mask, Batched) and not isinstance(values, Batched):
         raise Reject("its mask carries samples that its values lack", _FIX)
     return write(site, x, indices, values, list(site.node.args[2]), adds=True)

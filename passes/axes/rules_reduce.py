@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from flashdp_compile.passes.axes.domain import Batched, Mixed, Reject, Site, State
-from flashdp_compile.passes.axes.registry import first_reduced, rule
+from flashdp_compile.passes.axes.registry import LINEAR, first_reduced, rule
 from flashdp_compile.passes.axes.uniform import same_for_all
 
 
@@ -112,6 +114,26 @@ def _along(site: Site, x: Batched, dim: Any) -> Batched:
 def along_dimension(site: Site, x: Batched, dim: Any = None, *rest: Any, **options: Any) -> State:
     """Running along the batch would tie every sample to others."""
     return _along(site, x, dim)
+
+
+LINEAR[torch.ops.aten.cumsum.default] = first_reduced
+
+
+@rule("aten.glu")
+def glu(site: Site, x: Batched, dim: int = -1) -> State:
+    """One half of a feature dimension is the gate of the other."""
+    return _along(site, x, dim)
+
+
+@rule("aten.glu_backward")
+def glu_backward(site: Site, grad: Any, x: Any, dim: int) -> State:
+    """As the forward op: the gradient has half the size along the dimension that is halved."""
+    states = [s for s in (grad, x) if isinstance(s, Batched)]
+    if any(not s.aligned(states[0]) for s in states):
+        raise Reject("its operands hold their samples in different places")
+    for node, state in zip(site.node.args, (grad, x), strict=False):
+        same_for_all(site, node, state, states[0])
+    return _along(site, states[0], dim)
 
 
 @rule("aten._softmax_backward_data", "aten._log_softmax_backward_data")

@@ -14,12 +14,11 @@ from flashdp_compile.passes.axes.domain import (
     Reject,
     Site,
     State,
-    product,
     quotient,
     same,
 )
 from flashdp_compile.passes.axes.registry import all_reduced, rule
-from flashdp_compile.passes.axes.reshape import reshaped
+from flashdp_compile.passes.axes.reshape import reshaped, strides_in_order
 from flashdp_compile.passes.axes.uniform import same_for_all
 
 
@@ -32,14 +31,7 @@ def view(site: Site, x: Batched, *sizes: Any) -> State:
 @rule("aten.as_strided", linear=True)
 def as_strided(site: Site, x: Batched, *layout: Any) -> State:
     """Reading a contiguous tensor as another contiguous one of the same size is a view."""
-    source, result = site.node.args[0].meta["val"], site.node.meta["val"]
-    offset = site.node.args[3] if len(site.node.args) > 3 else None
-    if (
-        source.is_contiguous()
-        and result.is_contiguous()
-        and offset in (None, 0)
-        and same(product(site.arg_shape()), product(site.shape()))
-    ):
+    if strides_in_order(site.node):
         return reshaped(site.batch, x, site.arg_shape(), site.shape())
     raise Reject("as_strided reads memory out of the order of the samples", "use view, permute or slicing instead")
 
@@ -184,7 +176,11 @@ def stack(site: Site, tensors: list[State], dim: int = 0) -> State:
     return batched[0].at(batched[0].dim + (dim % len(site.shape()) <= batched[0].dim))
 
 
-@rule("aten.constant_pad_nd")
+def _pads_zeros(x: Any, padding: list[Any], value: Any = 0) -> bool:
+    return value == 0
+
+
+@rule("aten.constant_pad_nd", linear=_pads_zeros)
 def pad(site: Site, x: Batched, padding: list[Any], value: Any = 0) -> State:
     """Padding a feature dimension keeps the axis; padding the batch would add samples."""
     position = 2 * (site.arg_rank() - 1 - x.dim)

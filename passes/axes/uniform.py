@@ -22,7 +22,7 @@ from torch import fx
 
 from flashdp_compile.compat import OpOverload, size_expression
 from flashdp_compile.passes.axes.domain import ZERO, Batched, Constant, Reject, Site, Size, same
-from flashdp_compile.passes.axes.reshape import reshaped
+from flashdp_compile.passes.axes.reshape import reshaped, strides_in_order
 
 Needs = list[tuple[Any, Batched]]
 Step = Callable[[Any, Batched, Size], Needs | None]
@@ -76,7 +76,7 @@ _DRAWN = frozenset(
     "rand randn randint rand_like randn_like randint_like uniform normal normal_functional bernoulli "
     "native_dropout".split()
 )
-_SEVERAL = ("native_dropout", "split", "split_with_sizes", "unbind")  # each of their results needs the same
+_SEVERAL = ("native_dropout", "split", "split_with_sizes", "unbind", "var_mean")  # each of their results needs the same
 
 
 def _sizes(node: fx.Node) -> list[Size]:
@@ -84,7 +84,9 @@ def _sizes(node: fx.Node) -> list[Size]:
 
 
 def _rank(node: fx.Node) -> int:
-    return len(node.meta["val"].shape)
+    """That of the first result, if an op has several."""
+    value = node.meta["val"]
+    return len((value[0] if isinstance(value, (tuple, list)) else value).shape)
 
 
 def _tensors(node: fx.Node) -> list[fx.Node]:
@@ -136,8 +138,10 @@ def _expand(node: Any, axis: Batched, batch: Size) -> Needs:
     return _pointwise(node, axis, batch)
 
 
-@_step("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze")
+@_step("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "as_strided")
 def _reshape(node: Any, axis: Batched, batch: Size) -> Needs | None:
+    if node.target._opname == "as_strided" and not strides_in_order(node):
+        return None
     try:
         return [(node.args[0], reshaped(batch, axis, _sizes(node), _sizes(node.args[0])))]
     except Reject:
@@ -164,18 +168,19 @@ def _repeat(node: Any, axis: Batched, batch: Size) -> Needs | None:
     return [(node.args[0], axis.at(dim))] if node.args[1][axis.dim] == 1 else None
 
 
-@_step(*"slice flip roll constant_pad_nd cumsum _softmax _log_softmax tril triu".split())
+@_step(*"slice flip rev roll constant_pad_nd cumsum _softmax _log_softmax tril triu glu".split())
 def _beside(node: Any, axis: Batched, batch: Size) -> Needs | None:
     """Something happens along dimensions that the axis is none of, and the axis keeps its size."""
     rank, name = _rank(node), node.target._opname
     if name == "slice" and same(_sizes(node)[axis.dim], _sizes(node.args[0])[axis.dim]):
         return [(node.args[0], axis)]
-    if name in ("flip", "roll"):
+    if name in ("flip", "rev", "roll"):
         dims = node.args[-1] if len(node.args) > (name == "roll") + 1 else range(rank)
     elif name == "constant_pad_nd":
         dims = [rank - 1 - k // 2 for k, p in enumerate(node.args[1]) if p != 0]
     else:
-        dims = (-2, -1) if name in ("tril", "triu") else [node.args[1] if len(node.args) > 1 else 0]
+        given = [node.args[1]] if len(node.args) > 1 else [-1 if name == "glu" else 0]
+        dims = (-2, -1) if name in ("tril", "triu") else given
     return None if axis.dim in [d % rank for d in dims] else [(node.args[0], axis)]
 
 
@@ -207,7 +212,7 @@ def _select(node: Any, axis: Batched, batch: Size) -> Needs:
     return [(node.args[0], axis.at(axis.dim + (dim <= axis.dim)))]
 
 
-@_step("sum", "mean", "amax", "amin", "any", "all", "argmax", "argmin", "prod", "var", "linalg_vector_norm")
+@_step("sum", "mean", "amax", "amin", "any", "all", "argmax", "argmin", "prod", "var", "var_mean", "linalg_vector_norm")
 def _reduce(node: Any, axis: Batched, batch: Size) -> Needs | None:
     rank, own = _rank(node.args[0]), _rank(node)
     if own == rank:

@@ -221,6 +221,7 @@ _SPECIAL: dict[Any, Any] = {
     aten.slice_scatter.default: _slice_scatter,
     aten._weight_norm_interface_backward.default: _weight_norm_backward,
     operator.getitem: lambda node, x, i: x[i],
+    prims.rev.default: lambda node, x, dims: x.flip(dims),  # vmap has no rule for it, and would loop over the samples
     prims.convert_element_type.default: _keep,
     aten._to_copy.default: _keep,
     aten.convolution_backward.default: _convolution_backward,

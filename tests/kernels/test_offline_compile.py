@@ -105,7 +105,7 @@ def test_every_kernel_compiles_for_sm_90(tmp_path):
     assert len(gluon) == len(WARP_SPECIALISED)
     for kernel in gluon:  # what spills is outside of the loop that multiplies
         assert kernel["tma"] and kernel["wgmma"] and kernel["spilled"] <= 64, kernel
-    built = [kernel for kernel in built if not kernel["gluon"]]
+    built = [kernel for kernel in built if not kernel["gluon"] and "add_noises" not in kernel["name"]]
     assert len(built) == 2 * len(FAMILIES) + 2 * len(MATRIX) + 5 + 2 * len(clip.FUNCTIONS), done.stdout
     fast = [kernel for kernel in built if kernel["tma"]]
     assert len(fast) == 2 * len(MATRIX) + 2, done.stdout  # one operand of an unaligned product is aligned

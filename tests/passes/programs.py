@@ -425,14 +425,18 @@ STARTS = (
 @st.composite
 def programs(draw: Any, wild: bool) -> Program:
     """A program of one to seven steps, wild or all of them safe; equal sizes are frequent."""
-    sizes = st.integers(2, 4)
-    equal = draw(st.booleans())
-    B = draw(sizes)
-    T, d = (B, B) if equal else (draw(sizes), draw(sizes))
 
     def choose(n: int) -> int:
         return draw(st.integers(0, n - 1)) if n > 1 else 0
 
+    return random_program(choose, wild)
+
+
+def random_program(choose: Callable[[int], int], wild: bool) -> Program:
+    """A program as `programs` draws it; `choose(n)` gives a number below n."""
+    equal = choose(2)
+    B = 2 + choose(3)
+    T, d = (B, B) if equal else (2 + choose(3), 2 + choose(3))
     b = Builder(choose, B, T, d)
     first = choose(len(STARTS))
     for k in (first, first + 1 + choose(len(STARTS) - 1)):

@@ -98,6 +98,37 @@ def conv2d_reflect_padding(n: Sizes) -> Case:
     return regression(lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"), floats(2, 5, 5), (3, 5, 5))
 
 
+def padded_features(n: int, mode: str) -> Case:
+    """A convolution of features in one, two or three dimensions, whose edges are padded by values of the sample."""
+    filters = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[n - 1]
+    sizes = (5, 4, 3)[:n]
+    return regression(
+        lambda: nn.Sequential(filters(2, 3, 1), nn.Tanh(), filters(3, 2, 3, padding=1, padding_mode=mode)),
+        floats(2, *sizes),
+        (2, *sizes),
+    )
+
+
+@register()
+def features_with_repeated_edges_1d(n: Sizes) -> Case:
+    return padded_features(1, "replicate")
+
+
+@register()
+def features_with_repeated_edges_2d(n: Sizes) -> Case:
+    return padded_features(2, "replicate")
+
+
+@register()
+def features_with_repeated_edges_3d(n: Sizes) -> Case:
+    return padded_features(3, "replicate")
+
+
+@register()
+def features_with_mirrored_edges_3d(n: Sizes) -> Case:
+    return padded_features(3, "reflect")
+
+
 @register("peer")
 def conv2d_used_twice(n: Sizes) -> Case:
     return regression(

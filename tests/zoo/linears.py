@@ -191,6 +191,14 @@ def query_key_value(n: Sizes) -> Case:
     )
 
 
+@register()
+def gated_linear_unit(n: Sizes) -> Case:
+    """One half of the features gates the other; nn.GLU is an op of its own."""
+    return regression(
+        lambda: nn.Sequential(nn.Linear(n.width, 2 * n.out), nn.GLU()), floats(n.time, n.width), (n.time, n.out)
+    )
+
+
 @register(equal=True)
 def gated_mlp(n: Sizes) -> Case:
     return regression(lambda: SwiGLU(n.width, n.hidden), floats(n.time, n.width), (n.time, n.width))

@@ -1,5 +1,7 @@
 """Bare parameters: scales, temperatures, initial states, and weights computed from other parameters."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -209,3 +211,38 @@ def one_row_of_a_parameter(n: Sizes) -> Case:
         floats(n.time, n.width),
         (n.time, n.out),
     )  # fmt: skip
+
+
+def linear_of(weight: Callable[[Tensor], Tensor], n: Sizes, *shape: int) -> Case:
+    """A linear layer whose weight is made of a parameter."""
+    return regression(
+        lambda: Model(lambda m, x: F.linear(x, weight(m.w)), w=nn.Parameter(torch.randn(shape))),
+        floats(n.time, n.width),
+        (n.time, n.out),
+    )
+
+
+@register()
+def weight_backwards(n: Sizes) -> Case:
+    return linear_of(lambda w: w.mT.flip(0).flip(1), n, n.width, n.out)
+
+
+@register()
+def rolled_weight(n: Sizes) -> Case:
+    return linear_of(lambda w: w.mT.roll(1, 0), n, n.width, n.out)
+
+
+@register()
+def cumulative_weight(n: Sizes) -> Case:
+    return linear_of(lambda w: w.cumsum(0), n, n.out, n.width)
+
+
+@register()
+def padded_weight(n: Sizes) -> Case:
+    return linear_of(lambda w: F.pad(w, (1, 0, 0, 2)), n, n.out - 2, n.width - 1)
+
+
+@register(equal=True)
+def weight_read_across_its_rows(n: Sizes) -> Case:
+    """A transpose is read row by row under another shape, which is no view of the product that its gradient is."""
+    return linear_of(lambda w: w.t().reshape(w.shape[0], w.shape[1]), n, n.out, n.width)

@@ -79,6 +79,17 @@ def _(fc, x):
     return F.conv1d(fc(x).T[None], x.new_ones(1, WIDTH, 3), padding=1)[0]
 
 
+@refuse_layer("one_half_of_the_batch_gates_the_other", rows, "glu")
+def _(fc, x):
+    return F.glu(fc(x), 0)
+
+
+@refuse_layer("padded_over_the_batch", rows, "index", "batch")
+def _(fc, x):
+    """Copies of the first and the last sample stand at the ends of the batch."""
+    return F.avg_pool1d(F.pad(fc(x).T[None], (1, 1), mode="replicate"), 3, 1)[0].T
+
+
 @refuse_layer("interpolated_over_the_batch", rows, "pool", "upsample", "mean", "view", "squeeze")
 def _(fc, x):
     return F.avg_pool1d(fc(x).T[None], 2)[0]

@@ -147,6 +147,31 @@ def scale_of_a_constant(n: Sizes) -> Case:
     )
 
 
+def beside_transformed(n: Sizes, width: int, layer: Callable[[], nn.Module]) -> Case:
+    """A buffer [1, T, width] that a layer transforms for each sample."""
+    return beside_linear(
+        n,
+        lambda m, x: m.layer(m.seed.expand(len(x), -1, -1)),
+        layer=layer,
+        seed=lambda: torch.linspace(-1, 2, width * n.time).square().reshape(1, n.time, width),
+    )
+
+
+@register("peer", equal=True)
+def layer_norm_of_a_constant(n: Sizes) -> Case:
+    return beside_transformed(n, n.out, lambda: nn.LayerNorm(n.out))
+
+
+@register("peer")
+def group_norm_of_a_constant(n: Sizes) -> Case:
+    return beside_transformed(n, n.out, lambda: nn.GroupNorm(2, n.time))
+
+
+@register("peer")
+def gated_linear_unit_of_a_constant(n: Sizes) -> Case:
+    return beside_transformed(n, 3, lambda: nn.Sequential(nn.Linear(3, 2 * n.out), nn.GLU()))
+
+
 @register("peer")
 def memory_of_attention(n: Sizes) -> Case:
     """Queries of samples, keys and values from a buffer that is projected for each sample."""
