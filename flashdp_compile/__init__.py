@@ -15,6 +15,7 @@ _PUBLIC = {
     "explain": "flashdp_compile.explanation",
     "Options": "flashdp_compile.options",
     "nonfinite_samples": "flashdp_compile.runtime.clipping",
+    "sequence_losses": "flashdp_compile.losses",
     "FlashDPError": "flashdp_compile.errors",
     "InputError": "flashdp_compile.errors",
     "InternalError": "flashdp_compile.errors",

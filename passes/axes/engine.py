@@ -265,6 +265,7 @@ _MIX_FIX = (
     "this batch (BatchNorm in eval mode)"
 )
 _COUNT_FIX = (
-    "(1) return per-sample losses: cross_entropy(..., reduction='none'), then for each sample its own sum over its own "
-    "count; or (2) compute the loss outside of the compiled region from the logits, divided by a constant"
+    "(1) return per-sample losses: flashdp_compile.sequence_losses(logits, labels) for a language model, else "
+    "cross_entropy(..., reduction='none'), then for each sample its own sum over its own count; or (2) compute the "
+    "loss outside of the compiled region from the logits, divided by a constant"
 )
