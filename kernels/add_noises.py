@@ -18,6 +18,7 @@ class Spec:
     block: int = 256
 
 
+# What Triton compiles knows nothing of the streams: it serves others as well.
 TEMPLATE = Template(
     "add_noises",
     """
@@ -26,7 +27,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[{% for layer in range(kinds | sum) %}"noise_stream_{{ layer }}", {% endfor %}])
 def kernel(
     {{ parameters(*names) | indent(4) -}}
     {{ "    " }}key_ptr, std,
@@ -43,20 +44,19 @@ def kernel(
 
 def add_noises(grads: list[Tensor], key: Tensor, streams: Sequence[int], std: float) -> None:
     """`grads` are contiguous float32 tensors; key and streams as of add_noise."""
-    prepare(grads, streams)(grads, key, std)
+    prepare(grads)(grads, key, streams, std)
 
 
-def prepare(grads: list[Tensor], streams: Sequence[int]) -> Callable[[list[Tensor], Tensor, float], None]:
-    """What add_noises does for tensors of these sizes, as a function of the tensors, the key and the deviation."""
+def prepare(grads: list[Tensor]) -> Callable[[list[Tensor], Tensor, Sequence[int], float], None]:
+    """add_noises for tensors of these sizes."""
     by_kind = several.kinds(grads)
     spec = Spec(tuple(map(len, by_kind)))
     programs = [cdiv(t.numel(), 4 * spec.block) for t in grads]
     common = [(programs[numbers[0]], grads[numbers[0]].numel()) for numbers in by_kind]
-    words = [word(stream) for stream in streams]
     launch = Launch(kernel(TEMPLATE, spec), sum(programs))
 
-    def add(grads: list[Tensor], key: Tensor, std: float) -> None:
-        arguments = several.arguments(list(zip(grads, words, strict=True)), common, by_kind)
-        launch(key, *arguments, key, float(std))
+    def add(grads: list[Tensor], key: Tensor, streams: Sequence[int], std: float) -> None:
+        own = [(grad, word(stream)) for grad, stream in zip(grads, streams, strict=True)]
+        launch(key, *several.arguments(own, common, by_kind), key, float(std))
 
     return add

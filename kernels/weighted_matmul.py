@@ -37,10 +37,15 @@ def launch(
 
 
 def prepare(
-    x: Tensor, g: Tensor, weights: Tensor, key: Tensor | None, stream: int, std: float
+    x: Tensor, g: Tensor, weights: Tensor, key: Tensor | None = None, stream: int = 0, std: float = 0.0
 ) -> Callable[..., Tensor]:
     sums = weighted_matmuls.prepare([x], [g], [weights], key, [stream], std)
-    return lambda x, g, weights, key, stream, std: sums([x], [g], [weights], key, [stream], std)[0]
+
+    # torch calls an op's body without the last arguments where these are the defaults
+    def total(x: Tensor, g: Tensor, weights: Tensor, key: Any = None, stream: int = 0, std: float = 0.0) -> Tensor:
+        return sums([x], [g], [weights], key, [stream], std)[0]
+
+    return total
 
 
 def example(case, dtype, device, generator):

@@ -183,7 +183,7 @@ def prepare(
 ) -> Callable[..., list[Tensor]]:
     spec = specialise(xs, gs, weights, key)
     run = samples_of_a_run(xs, gs, weights, spec.tiles)
-    return warp_specialised.prepare(kernel(FAMILY, spec), run, xs, gs, weights, streams)
+    return warp_specialised.prepare(kernel(FAMILY, spec), run, xs, gs, weights)
 
 
 def _nothing(x: Tensor, g: Tensor, key: Tensor | None, stream: int, std: float) -> Tensor:

@@ -134,7 +134,7 @@ def kernel(
 
 
 def prepare(
-    chosen: Any, run: int, xs: list[Tensor], gs: list[Tensor], weights: list[Tensor], streams: Sequence[int]
+    chosen: Any, run: int, xs: list[Tensor], gs: list[Tensor], weights: list[Tensor]
 ) -> Callable[..., list[Tensor]]:
     """Sums of layers with this geometry, by the kernel `chosen`, in runs of so many samples."""
     by_kind = several.kinds(xs, gs, weights)
@@ -150,18 +150,24 @@ def prepare(
     noise: list[Callable[..., None]] = []
 
     def sums(
-        xs: list[Tensor], gs: list[Tensor], weights: list[Tensor], key: Tensor | None, streams: Any, std: float
+        xs: list[Tensor],
+        gs: list[Tensor],
+        weights: list[Tensor],
+        key: Tensor | None,
+        streams: Sequence[int],
+        std: float,
     ) -> list[Tensor]:
         parts = [xs[0].new_empty((number, *shape), dtype=torch.float32) for shape in shapes]
         own = list(zip(xs, gs, weights, parts, strict=True))
         launch(xs[0], *several.arguments(own, common, by_kind), programs)
+        streams = streams or [0] * len(xs)  # without noise there need not be any
         if number > 1:
             return [product_sum.launch(t, None, key, n, std) for t, n in zip(parts, streams, strict=True)]
         results = [t.squeeze(0) for t in parts]
         if key is not None:
             if not noise:
-                noise.append(add_noises.prepare(results, streams))
-            noise[0](results, key, std)
+                noise.append(add_noises.prepare(results))
+            noise[0](results, key, streams, std)
         return results
 
     return sums

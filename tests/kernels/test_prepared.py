@@ -101,6 +101,33 @@ def test_sums(case, device, monkeypatch):
     assert device.asked == 2, "once for the sums and once for the noise"
 
 
+def test_sums_in_several_runs_without_noise(device):
+    """Few tiles: each of three samples is a run."""
+    family = FAMILIES["weighted_matmuls"]
+    xs, gs, weights, *_ = arguments(family, SUMS[1], torch.bfloat16)
+    got = family.prepare(xs, gs, weights, None, [], 0.0)(xs, gs, weights, None, [], 0.0)
+    for value, want in zip(got, family.reference(xs, gs, weights, None, [], 0.0), strict=True):
+        torch.testing.assert_close(value, want, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("noise", [(), (torch.tensor([3, 4]), 9), (torch.tensor([3, 4]), 9, 0.5)], ids=len)
+def test_one_layer_with_what_torch_leaves_of_its_arguments(noise, device, monkeypatch):
+    monkeypatch.setattr(tuning, "processors", lambda device: 1)
+    family = FAMILIES["weighted_matmul"]
+    args = (*arguments(family, (4, 40, 128, 256), torch.bfloat16), *noise)
+    torch.testing.assert_close(family.prepare(*args)(*args), family.reference(*args), rtol=1e-5, atol=1e-4)
+
+
+def test_another_stream_is_another_noise(device, monkeypatch):
+    monkeypatch.setattr(tuning, "processors", lambda device: 1)
+    family = FAMILIES["weighted_matmuls"]
+    xs, gs, weights, key, streams, std = arguments(family, SUMS[2], torch.bfloat16)
+    prepared = family.prepare(xs, gs, weights, key, streams, std)
+    for own in (streams, [3]):
+        args = xs, gs, weights, key, own, std
+        torch.testing.assert_close(prepared(*args), family.reference(*args), rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("case", NORMS, ids=str)
 def test_norms(case, device):
     family = FAMILIES["gram_sqnorms"]
