@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import fx
 
+import flashdp_compile.passes.axes.engine  # noqa: F401  (enters all rules)
 import libraries
 from flashdp_compile.passes.axes.registry import NO_DATA, RULES, lookup
 from flashdp_compile.testing import on_joint_graph
@@ -33,13 +34,15 @@ def ops_of(name: str) -> Counter[str]:
 
 
 def rule_of(op: str) -> str:
-    """Where an op's rule is, or why it needs none; ValueError if it has none."""
+    """Where an op's rule is, or why it needs none. The models are accepted, so an op without a rule met constants."""
     packet, _, overload = op.rpartition(".")
     target = getattr(getattr(getattr(torch.ops, packet.split(".")[0]), packet.split(".")[1]), overload)
     if target in NO_DATA:
         return "carries no data of its operands"
+    if not any("Tensor" in str(argument.type) for argument in target._schema.arguments):
+        return "makes a constant"
     if (rule := lookup(target)) is None:
-        raise ValueError(f"{op} has no rule")
+        return "none; here it meets constants alone"
     place = f"{rule.__module__.rpartition('.')[2]}.{rule.__name__}"
     return place if target in RULES else f"{place}, as all that torch calls pointwise"
 
@@ -61,7 +64,7 @@ def table() -> str:
     rows = [
         f"| `{op}` | {n} | {models[op]} | {rule_of(op)} |" for op, n in sorted(total.items(), key=lambda i: (-i[1], i))
     ]
-    titles = ", ".join(libraries.MODELS[name].title for name in by_model)
+    titles = "; ".join(libraries.MODELS[name].title for name in by_model)
     head = f"{len(by_model)} models: {titles}.\n\n| op | times | models | rule |\n| --- | --- | --- | --- |\n"
     return head + "\n".join(rows)
 
