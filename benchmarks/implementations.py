@@ -12,6 +12,7 @@ from torch import nn
 
 from benchmarks.settings import Settings
 from benchmarks.steps import FlashDPStep, Step
+from flashdp_compile.kernels import hopper
 
 GRAPHS = "reduce-overhead"
 Make = Callable[[nn.Module, int, Settings], Step]  # model, batch size, settings
@@ -48,8 +49,12 @@ def _compile(mode: str | None = None) -> Make:
     return make
 
 
-def _flashdp(clipping: str, mode: str | None = None) -> Make:
-    return lambda model, batch_size, settings: FlashDPStep(model, clipping, batch_size, settings, mode)
+def _flashdp(clipping: str, mode: str | None = None, gluon: bool = False) -> Make:
+    def make(model: nn.Module, batch_size: int, settings: Settings) -> Step:
+        hopper.WANTED = gluon  # each implementation has a process of its own
+        return FlashDPStep(model, clipping, batch_size, settings, mode)
+
+    return make
 
 
 def _opacus(name: str) -> Make:
@@ -66,6 +71,9 @@ _ALL = (
     Implementation(name="compile", clipping=None, make=_compile()),
     Implementation(name="flashdp-flat", clipping="flat", make=_flashdp("flat")),
     Implementation(name="flashdp-per_layer", clipping="per_layer", make=_flashdp("per_layer")),
+    # sums and norms by the kernels of kernels/hopper, which are not the default yet
+    Implementation(name="flashdp-flat-gluon", clipping="flat", make=_flashdp("flat", gluon=True)),
+    Implementation(name="flashdp-per_layer-gluon", clipping="per_layer", make=_flashdp("per_layer", gluon=True)),
     # launched by CUDA graphs, so that the host has no say
     Implementation(name="compile-graphs", clipping=None, make=_compile(GRAPHS)),
     Implementation(name="flashdp-flat-graphs", clipping="flat", make=_flashdp("flat", GRAPHS)),
