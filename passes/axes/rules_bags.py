@@ -1,4 +1,4 @@
-"""EmbeddingBag: the rows of a table that a sample's ids name, reduced within the sample."""
+"""EmbeddingBag: the rows of a table that a sample's ids name, reduced within the sample; and sparse gradients."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from flashdp_compile.passes.axes.domain import CONSTANT, Batched, Reject, Site, 
 from flashdp_compile.passes.axes.registry import rule
 
 _IDS = "pass ids of shape [batch, ids per bag], without offsets"
+_SPARSE = "its gradient is sparse, so the ids of all samples could be read off it", "use sparse=False"
 
 
 def _bag(site: Site, indices: State, offsets: Any, *settings: Any) -> Batched:
@@ -22,7 +23,7 @@ def _bag(site: Site, indices: State, offsets: Any, *settings: Any) -> Batched:
     if settings[0]:
         raise Reject("it divides by how often an id occurs in the batch", "use scale_grad_by_freq=False")
     if settings[1]:
-        raise Reject("its gradient is sparse, so the ids of all samples could be read off it", "use sparse=False")
+        raise Reject(*_SPARSE)
     counts = isinstance(offsets, fx.Node) and offsets.target is torch.ops.prims.iota.default
     if not (isinstance(indices, Batched) and indices.aligned(Batched(0, 1, indices.inner)) and counts):
         raise Reject("its bags have ends of their own, so a bag may hold ids of several samples", _IDS)
@@ -32,6 +33,12 @@ def _bag(site: Site, indices: State, offsets: Any, *settings: Any) -> Batched:
     if not (starts_at_zero and same(size_expression(step), indices.inner) and same(site.shape(offsets)[0], site.batch)):
         raise Reject("its bags are not the samples", _IDS)
     return indices
+
+
+@rule("aten._sparse_coo_tensor_with_dims_and_tensors")
+def sparse_tensor(site: Site, *operands: Any, **options: Any) -> State:
+    """The backward of nn.Embedding(sparse=True)."""
+    raise Reject(*_SPARSE)
 
 
 @rule("aten._embedding_bag.default")
