@@ -18,13 +18,20 @@ from benchmarks.tables import caption
 from benchmarks.targets import target
 
 INK, GRID, CARD = "#1f2933", "#cbd2d9", "#ffffff"
-COLOURS = dict(
-    zip(
-        IMPLEMENTATIONS,
-        ("#9aa5b1", "#52606d", "#e8833a", "#2f6fb3", "#7f8c99", "#c9632b", "#1f4f80", "#7a9e3d", "#a8659b"),
-        strict=True,
-    )
-)
+COLOURS = {
+    "eager": "#9aa5b1",
+    "compile": "#52606d",
+    "flashdp-flat": "#e8833a",
+    "flashdp-per_layer": "#2f6fb3",
+    "flashdp-flat-gluon": "#f2b27a",
+    "flashdp-per_layer-gluon": "#7fb0df",
+    "compile-graphs": "#7f8c99",
+    "flashdp-flat-graphs": "#c9632b",
+    "flashdp-per_layer-graphs": "#1f4f80",
+    "opacus-hooks": "#7a9e3d",
+    "opacus-ghost": "#a8659b",
+}
+assert list(COLOURS) == list(IMPLEMENTATIONS), "a colour for each implementation"
 
 
 def draw(results: Results, picture: Path) -> None:
