@@ -124,16 +124,14 @@ def pin_layouts(node: fx.Node) -> None:
     """Makes Inductor hand the operands of a launch or an op over with the very strides that they were traced with. The
     strides are numbers among a launch's arguments, and an op's kernel may need rows that are aligned. Without, it keeps
     no more than their order for a launch, and may pad rows or remove padding. 2.11, 2.13."""
-    exact = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
-    if node.target is torch.ops.higher_order.triton_kernel_wrapper_mutation:
-        of_tensors = {
-            name: value.meta["val"]
-            if isinstance(value, fx.Node) and isinstance(value.meta["val"], torch.Tensor)
-            else None
-            for name, value in node.kwargs["kwargs"].items()  # type: ignore[union-attr]
-        }
-        exact = ((), {**dict.fromkeys(node.kwargs), "kwargs": of_tensors})
-    node.meta["eager_input_vals"] = exact
+    if node.target is not torch.ops.higher_order.triton_kernel_wrapper_mutation:
+        node.meta["eager_input_vals"] = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
+        return
+    exact = {
+        name: value.meta["val"] if isinstance(value, fx.Node) and isinstance(value.meta["val"], torch.Tensor) else None
+        for name, value in node.kwargs["kwargs"].items()  # type: ignore[union-attr]
+    }
+    node.meta["eager_input_vals"] = ((), {**dict.fromkeys(node.kwargs), "kwargs": exact})
 
 
 def written_by(launch: fx.Node) -> set[str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+import torch
 from torch import fx
 
 from flashdp_compile.compat import size_expression
@@ -40,6 +42,10 @@ def strides_in_order(node: fx.Node) -> bool:
     """Whether an as_strided reads all of a contiguous tensor as another contiguous one, as a view would."""
     source, result = node.args[0].meta["val"], node.meta["val"]
     sizes = [product([size_expression(s) for s in value.shape]) for value in (source, result)]
-    offset = node.args[3] if len(node.args) > 3 else None  # in the storage, where the source may begin later
-    starts_alike = offset is None or offset == 0 and same(size_expression(source.storage_offset()), 0)
-    return source.is_contiguous() and result.is_contiguous() and starts_alike and same(*sizes)
+    offset = node.args[3] if len(node.args) > 3 else None
+    return source.is_contiguous() and result.is_contiguous() and begins_alike(source, offset) and same(*sizes)
+
+
+def begins_alike(source: torch.Tensor, offset: Any) -> bool:
+    """Whether an offset into the storage is where the source begins, which may be later than its storage does."""
+    return offset is None or offset == 0 and same(size_expression(source.storage_offset()), 0)

@@ -128,21 +128,21 @@ def glu(site: Site, x: Batched, dim: int = -1) -> State:
 @rule("aten.glu_backward")
 def glu_backward(site: Site, grad: Any, x: Any, dim: int) -> State:
     """As the forward op: the gradient has half the size along the dimension that is halved."""
-    states = [s for s in (grad, x) if isinstance(s, Batched)]
-    if any(not s.aligned(states[0]) for s in states):
-        raise Reject("its operands hold their samples in different places")
-    for node, state in zip(site.node.args, (grad, x), strict=False):
-        same_for_all(site, node, state, states[0])
-    return _along(site, states[0], dim)
+    return _both_along(site, (grad, x), dim)
 
 
 @rule("aten._softmax_backward_data", "aten._log_softmax_backward_data")
 def softmax_backward(site: Site, grad: Any, output: Any, dim: int, dtype: Any) -> State:
     """As the forward op: both operands hold the samples in the same place, off the dimension that is normalised."""
-    states = [s for s in (grad, output) if isinstance(s, Batched)]
+    return _both_along(site, (grad, output), dim)
+
+
+def _both_along(site: Site, operands: tuple[Any, Any], dim: int) -> State:
+    """The first two operands hold the samples in the same place, off the dimension."""
+    states = [s for s in operands if isinstance(s, Batched)]
     if any(not s.aligned(states[0]) for s in states):
         raise Reject("its operands hold their samples in different places")
-    for node, state in zip(site.node.args, (grad, output), strict=False):
+    for node, state in zip(site.node.args, operands, strict=False):
         same_for_all(site, node, state, states[0])
     return _along(site, states[0], dim)
 

@@ -10,7 +10,7 @@ from torch import fx
 from flashdp_compile.compat import size_expression
 from flashdp_compile.passes.axes.domain import ZERO, Batched, Reject, Site, State, product, quotient, same
 from flashdp_compile.passes.axes.registry import all_reduced, rule
-from flashdp_compile.passes.axes.reshape import reshaped
+from flashdp_compile.passes.axes.reshape import begins_alike, reshaped
 from flashdp_compile.passes.axes.rules_views import starts_a_run
 from flashdp_compile.passes.axes.uniform import same_for_all
 
@@ -46,8 +46,10 @@ def diagonal_scatter(site: Site, x: State, source: State, offset: int = 0, dim1:
 @rule("aten.as_strided_scatter")
 def as_strided_scatter(site: Site, x: State, source: State, sizes: Any, strides: Any, offset: Any = None) -> State:
     """Writing all of a contiguous tensor in its own order is a view of what is written: nothing of the tensor stays."""
-    whole = site.node.args[0].meta["val"].is_contiguous() and same(product(site.shape()), product(site.arg_shape(1)))
-    if isinstance(source, Batched) and whole and offset in (None, 0) and _in_order(site.arg_shape(1), strides):
+    tensor = site.node.args[0].meta["val"]
+    whole = tensor.is_contiguous() and same(product(site.shape()), product(site.arg_shape(1)))
+    ordered = begins_alike(tensor, offset) and _in_order(site.arg_shape(1), strides)
+    if isinstance(source, Batched) and whole and ordered:
         return reshaped(site.batch, source, site.arg_shape(1), site.shape())
     raise Reject("as_strided_scatter writes memory out of the order of the samples", "write into a slice instead")
 
