@@ -20,6 +20,7 @@ import jinja2
 
 from flashdp_compile.kernels import operands, philox, several
 from flashdp_compile.kernels.family import Family, Template
+from flashdp_compile.kernels.hopper import scaffold
 
 # args(name, dims, inner): the parameters of a strided operand; at(...): the address of a tile, in 64 bits;
 # dot(a, b, acc): a product of tiles whose precision is the operands' own, never TF32; fresh_dot(a, b, depth): the same
@@ -51,9 +52,8 @@ _rendered: dict[tuple[str, Any], str] = {}
 @functools.cache
 def source(family: Family | Template, spec: Any) -> str:
     """The Triton source of one specialisation, headed by the names of both."""
-    body = _environment.from_string(MACROS + operands.MACROS + philox.MACROS + several.MACROS + family.template).render(
-        **asdict(spec)
-    )
+    macros = MACROS + operands.MACROS + philox.MACROS + several.MACROS + scaffold.MACROS
+    body = _environment.from_string(macros + family.template).render(**asdict(spec))
     settings = ", ".join(f"{key}={value!r}" for key, value in asdict(spec).items())
     body = body.strip().replace("def kernel(", f"def {_name(family)}(")
     return f"# flashdp kernel {family.name}, rendered from its template with\n#   {settings}\n\n{body}\n"

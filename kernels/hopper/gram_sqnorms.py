@@ -75,29 +75,7 @@ def load_pair(
     return step
 
 
-@gluon.jit
-def load(
-    {{ arguments | indent(4) }}
-    blocks, full, empty,
-):
-    step, first_done, second_done = tl.to_tensor(0), tl.to_tensor(0), tl.to_tensor(0)
-    programs = tl.num_programs(0)
-    for number in range(tl.program_id(0), PAIRS_OF_ALL, 2 * programs):
-        landed(first_done, step, full, STAGES)
-        step = load_pair(
-            number, step,
-            {{ arguments | indent(12) }}
-            blocks, full, empty,
-        )
-        first_done = step
-        if number + programs < PAIRS_OF_ALL:
-            landed(second_done, step, full, STAGES)
-            step = load_pair(
-                number + programs, step,
-                {{ arguments | indent(16) }}
-                blocks, full, empty,
-            )
-            second_done = step
+{{ load_in_turn("load_pair", "number", "PAIRS_OF_ALL", arguments, "blocks, full, empty") }}
 
 
 @gluon.jit
@@ -157,19 +135,7 @@ def kernel(
 ):
     blocks = tl.allocate_shared_memory(DTYPE, [2 * STAGES, 1, 128, DEPTH], TILE)
     full, empty = ring(STAGES)
-    tl.warp_specialize([
-{% for half in (0, 1) %}
-        (multiply, (
-            tl.constexpr({{ half }}),
-            {{ arguments | indent(12) }}
-            blocks, full, empty,
-        )),
-{% endfor %}
-        (load, (
-            {{ arguments | indent(12) }}
-            blocks, full, empty,
-        )),
-    ], [4, 1], [232, 40])
+    {{ specialised(arguments, "blocks, full, empty") | indent(4) }}
 """
 
 

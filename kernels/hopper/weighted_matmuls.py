@@ -58,29 +58,7 @@ def load_tile(
     return step
 
 
-@gluon.jit
-def load(
-    {{ arguments | indent(4) }}
-    xs, gs, full, empty,
-):
-    step, first_done, second_done = tl.to_tensor(0), tl.to_tensor(0), tl.to_tensor(0)
-    programs = tl.num_programs(0)
-    for tile in range(tl.program_id(0), TILES, 2 * programs):
-        landed(first_done, step, full, STAGES)
-        step = load_tile(
-            tile, step,
-            {{ arguments | indent(12) }}
-            xs, gs, full, empty,
-        )
-        first_done = step
-        if tile + programs < TILES:
-            landed(second_done, step, full, STAGES)
-            step = load_tile(
-                tile + programs, step,
-                {{ arguments | indent(16) }}
-                xs, gs, full, empty,
-            )
-            second_done = step
+{{ load_in_turn("load_tile", "tile", "TILES", arguments, "xs, gs, full, empty") }}
 
 
 @gluon.jit
@@ -117,19 +95,7 @@ def kernel(
     xs = tl.allocate_shared_memory(DTYPE, [2 * STAGES, 1, 64, 64], TILE)
     gs = tl.allocate_shared_memory(DTYPE, [STAGES, 1, 64, 256], TILE)
     full, empty = ring(STAGES)
-    tl.warp_specialize([
-{% for half in (0, 1) %}
-        (multiply, (
-            tl.constexpr({{ half }}),
-            {{ arguments | indent(12) }}
-            xs, gs, full, empty,
-        )),
-{% endfor %}
-        (load, (
-            {{ arguments | indent(12) }}
-            xs, gs, full, empty,
-        )),
-    ], [4, 1], [232, 40])
+    {{ specialised(arguments, "xs, gs, full, empty") | indent(4) }}
 """
 
 
