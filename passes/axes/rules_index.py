@@ -161,6 +161,8 @@ def write(site: Site, x: State, indices: list[State | None], values: State, node
             raise Reject("it adds samples into a table that is not zero")
         _same_for_all(site, layout, indices, runs)
         return site.point(weight=values.weight if isinstance(values, Batched) else None)
+    if adds and not isinstance(values, Batched):
+        raise Reject("it counts how often an index occurs in the batch", "use scale_grad_by_freq=False in embeddings")
     raise Reject("it writes samples' values at places that other samples share", _FIX)
 
 
@@ -211,8 +213,6 @@ def index_put(site: Site, x: State, indices: list[State | None], values: State, 
 def masked_index_put(site: Site, x: State, mask: State, indices: list[State | None], values: State) -> State:
     """The backward of an embedding (torch 2.13) and of masked indexing; the mask leaves out values, padding say."""
     _mask_agrees(site, mask, values, len(site.shape(site.node.args[3])))
-    if not isinstance(values, Batched) and any(isinstance(s, Batched) for s in indices):
-        raise Reject("it counts how often an index occurs in the batch", "use scale_grad_by_freq=False in embeddings")
     if isinstance(mask, Batched) and not isinstance(values, Batched):
         raise Reject("its mask carries samples that its values lack", _FIX)
     return write(site, x, indices, values, list(site.node.args[2]), adds=True)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from flashdp_compile.passes.axes.domain import Batched, Reject, Site
-from flashdp_compile.passes.axes.registry import rule
+from flashdp_compile.passes.axes.registry import LINEAR, first_reduced, rule
 from flashdp_compile.passes.axes.rules_pointwise import operands_with_states
 from flashdp_compile.passes.axes.uniform import same_for_all
 
@@ -59,3 +61,18 @@ def _own(site: Site, node: Any) -> int:
         return 1
     solves = "solve_ex" in str(site.node.target) and node is site.node.args[1]
     return 1 if solves and len(site.shape()) < site.arg_rank(0) else 2
+
+
+def _linear_in_b(factors: Any, b: Any, *rest: Any, **options: Any) -> bool:
+    """X in A X = B, which is linear in B alone."""
+    return first_reduced(b, factors, *rest)
+
+
+def _linear_in_b_after_pivots(factors: Any, pivots: Any, b: Any, *rest: Any, **options: Any) -> bool:
+    return first_reduced(b, factors, pivots, *rest)
+
+
+# The backward of a weight that solves a system, such as the Cayley map of torch.nn.utils.parametrizations.orthogonal.
+LINEAR[torch.ops.aten.linalg_solve_triangular.default] = _linear_in_b
+LINEAR[torch.ops.aten.linalg_lu_solve.default] = _linear_in_b_after_pivots
+LINEAR[torch.ops.aten.cholesky_solve.default] = first_reduced

@@ -12,6 +12,7 @@ import torch
 
 from flashdp_compile.errors import Refusal
 from libraries import CORE, LIMIT, MODELS, coverage, hugging_face
+from libraries.whole import Task, Whole
 from reference import (
     bound_between,
     per_sample_gradients,
@@ -20,6 +21,7 @@ from reference import (
     release,
     trainable,
 )
+from zoo import Model
 from zoo.training import DEVICE, compiled, gradients, loss_of
 
 # batches of several steps: another size compiles again, with a symbol for it
@@ -116,9 +118,19 @@ def test_the_loss_that_labels_give_is_refused(name):
 
 def test_every_model_says_so_where_it_is_missing():
     """A model whose library is not installed is skipped with the reason, and is no silent pass."""
-    missing = hugging_face.Whole("none", "no_such_library", torch.nn.Identity, tuple, hugging_face.CLASS)
+    missing = Whole("none", "no_such_library", torch.nn.Identity, tuple, hugging_face.CLASS)
     with pytest.raises(pytest.skip.Exception, match="no_such_library cannot be imported: No module named"):
         missing.need()
+
+
+def test_what_torch_cannot_trace_is_told_from_what_it_can():
+    def model(function):
+        build = lambda: Model(function, fc=torch.nn.Linear(3, 3))  # noqa: E731
+        task = Task(torch.zeros, lambda output, targets: output.sum(1) - targets)
+        return Whole("own", "", build, lambda size: (torch.ones(size, 3),), task)
+
+    assert model(lambda m, x: m.fc(x)).traced()
+    assert not model(lambda m, x: m.fc(x) if x.sum() > 0 else x).traced()
 
 
 def test_the_page_is_what_was_found():

@@ -7,7 +7,9 @@ from importlib.metadata import version
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import Unsupported
 
 from zoo import Case
 from zoo.case import Tree
@@ -49,6 +51,16 @@ class Whole:
             import_module(self.library or "torch")
         except Exception as error:  # timm needs torchvision, which raises RuntimeError beside another torch
             pytest.skip(f"{self.library} cannot be imported: {error}")
+
+    def traced(self) -> bool:
+        """Whether torch.compile makes one graph of it with the backend that runs a graph as it is."""
+        torch._dynamo.reset()
+        case = self.case()
+        try:
+            case.losses(torch.compile(case.model(), backend="eager", fullgraph=True), case.batch(2))
+        except Unsupported:
+            return False
+        return True
 
     @property
     def version(self) -> str:

@@ -242,6 +242,23 @@ def padded_weight(n: Sizes) -> Case:
     return linear_of(lambda w: F.pad(w, (1, 0, 0, 2)), n, n.out - 2, n.width - 1)
 
 
+@register()
+def weight_that_solves_systems(n: Sizes) -> Case:
+    """The systems are constants; what is solved for is linear in the parameter."""
+
+    def build() -> nn.Module:
+        triangle = torch.randn(n.width, n.width).tril(-1) + 3 * torch.eye(n.width)
+        factors, pivots = torch.linalg.lu_factor(triangle + triangle.mT)
+        w = nn.Parameter(torch.randn(n.width, n.out))
+        return Model(forward, w=w, triangle=triangle, factors=factors, pivots=pivots)
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        w = torch.linalg.solve_triangular(m.triangle, m.w, upper=False)
+        return x @ torch.cholesky_solve(torch.linalg.lu_solve(m.factors, m.pivots, w), m.triangle)
+
+    return regression(build, floats(n.time, n.width), (n.time, n.out))
+
+
 @register(equal=True)
 def weight_read_across_its_rows(n: Sizes) -> Case:
     """A transpose is read row by row under another shape, which is no view of the product that its gradient is."""
