@@ -49,9 +49,10 @@ def _compile(mode: str | None = None) -> Make:
     return make
 
 
-def _flashdp(clipping: str, mode: str | None = None, gluon: bool = False) -> Make:
+def _flashdp(clipping: str, mode: str | None = None, triton: bool = False) -> Make:
     def make(model: nn.Module, batch_size: int, settings: Settings) -> Step:
-        hopper.WANTED = gluon  # each implementation has a process of its own
+        if triton:
+            hopper.available = lambda device: False  # each implementation has a process of its own
         return FlashDPStep(model, clipping, batch_size, settings, mode)
 
     return make
@@ -71,9 +72,9 @@ _ALL = (
     Implementation(name="compile", clipping=None, make=_compile()),
     Implementation(name="flashdp-flat", clipping="flat", make=_flashdp("flat")),
     Implementation(name="flashdp-per_layer", clipping="per_layer", make=_flashdp("per_layer")),
-    # sums and norms by the kernels of kernels/hopper, which are not the default yet
-    Implementation(name="flashdp-flat-gluon", clipping="flat", make=_flashdp("flat", gluon=True)),
-    Implementation(name="flashdp-per_layer-gluon", clipping="per_layer", make=_flashdp("per_layer", gluon=True)),
+    # without the kernels of kernels/hopper, as on other devices
+    Implementation(name="flashdp-flat-triton", clipping="flat", make=_flashdp("flat", triton=True)),
+    Implementation(name="flashdp-per_layer-triton", clipping="per_layer", make=_flashdp("per_layer", triton=True)),
     # launched by CUDA graphs, so that the host has no say
     Implementation(name="compile-graphs", clipping=None, make=_compile(GRAPHS)),
     Implementation(name="flashdp-flat-graphs", clipping="flat", make=_flashdp("flat", GRAPHS)),

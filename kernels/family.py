@@ -94,6 +94,11 @@ class Family:
             return self.reference
         return self.prepare(*args) if self.prepare is not None and self.stays_op(*args) else self.launch
 
+    def compile_early(self, *args: Any) -> None:
+        """Compiles, in other threads, what an op that stays one will launch for arguments like these fake ones."""
+        if self.prepare is not None:
+            self.prepare(*args)(*args)
+
     @property
     def op(self) -> Any:
         return getattr(torch.ops.flashdp, self.name)

@@ -20,7 +20,7 @@ from flashdp_compile.compat import argument, pin_layouts, recorded_launches, wri
 from flashdp_compile.errors import InternalError
 from flashdp_compile.kernels import FAMILIES
 from flashdp_compile.kernels.clip import release_weights
-from flashdp_compile.kernels.family import tensors
+from flashdp_compile.kernels.family import Family, tensors
 from flashdp_compile.passes.nodes import is_static
 from flashdp_compile.passes.points import RESHAPES
 from flashdp_compile.passes.take_apart import TakeApart
@@ -36,8 +36,11 @@ def inline_kernels(graph: fx.Graph, device: str = "cuda") -> int:
         take_apart(node, launch)
     _sort_once(graph)
     launches = recorded_launches(graph)
-    for node in (*launches, *(n for n in graph.nodes if _stays(n, device))):
+    for node in launches:
         pin_layouts(node)
+    for node, family in [(n, family) for n in graph.nodes if (family := _stays(n, device)) is not None]:
+        pin_layouts(node)
+        family.compile_early(*_operands(node, device))
     _check_writes(launches)
     return len(found)
 
@@ -100,11 +103,11 @@ def _launch(node: fx.Node, device: str) -> Callable[..., Any] | None:
     return lambda sqnorm, bound, fn, mean, size, *counting: release_weights(sqnorm, bound, fn, mean, size)
 
 
-def _stays(node: fx.Node, device: str) -> bool:
-    """Whether a node is an op that takes a kernel which Inductor cannot write."""
+def _stays(node: fx.Node, device: str) -> Family | None:
+    """The family of an op that takes a kernel which Inductor cannot write."""
     values = _operands(node, device)
     family = None if values is None else FAMILIES.get(node.target._opname)  # type: ignore[union-attr]
-    return family is not None and family.supports(*values) and family.stays_op(*values)
+    return family if family is not None and family.supports(*values) and family.stays_op(*values) else None
 
 
 def _operands(node: fx.Node, device: str) -> Any:

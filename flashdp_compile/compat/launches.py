@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from flashdp_compile.compat import early
+
 __all__ = [
     "analysed_once",
     "descriptors_are_views",
@@ -34,14 +36,19 @@ def start_kernel(
     blocks: Blocks,
     settings: Mapping[str, int],
 ) -> Any:
-    """Launches `programs` copies of a Triton kernel, or records the launch in the graph that is being traced.
+    """Launches `programs` copies of a Triton kernel, or records the launch in the graph that is being traced. For fake
+    tensors, it is compiled in another thread, unless it needs descriptors from the host.
 
     Gives what Triton has compiled, for `start_compiled`, if that is known. 2.11, 2.13.
     """
+    from torch._subclasses.fake_tensor import FakeTensor
     from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
     if get_proxy_mode() is not None:
         return _record(kernel, programs, arguments, blocks, **settings)
+    if any(isinstance(a, FakeTensor) for a in arguments):
+        return None if blocks else early.compile_early(kernel, device, arguments, settings)
+    early.finish_early(kernel)
     if blocks:
         from triton.tools.tensor_descriptor import TensorDescriptor
 

@@ -7,12 +7,10 @@ written in Gluon, Triton's language in which layouts, copies and barriers are ex
 compiles them for sm_90 (tests/kernels/test_offline_compile.py), a GPU compares them with their twins.
 
 A family takes them where `fits` says so, and its Triton template everywhere else. Inductor cannot write Gluon into its
-own code, so such an op stays a call, which costs the host more than a launch. Until whole steps were timed with them
-they wait for FLASHDP_GLUON=1: docs/performance.md.
+own code, so such an op stays a call, which costs the host more than a launch: see `Family.run`.
 """
 
 import functools
-import os
 from collections.abc import Iterable
 
 import torch
@@ -28,7 +26,6 @@ PAIRS = Tiles(128, 128, 64, 8, 6)  # of Gram matrices
 SETTINGS = {"num_warps": 4, "maxnreg": 168}  # of a launch: three groups of four warps fill a multiprocessor
 WASTE = 1.5  # at most so many times as many elements in the tiles as in the results
 LEAST_TOKENS = 32
-WANTED = os.environ.get("FLASHDP_GLUON") == "1"
 
 
 def fits(pairs: list[tuple[Tensor, Tensor]]) -> bool:
@@ -41,7 +38,7 @@ def fits(pairs: list[tuple[Tensor, Tensor]]) -> bool:
 
 def can_load(operands: list[Tensor]) -> bool:
     """Whether all are [B, T, .] of one 16-bit dtype that a descriptor reads, on a device with these kernels."""
-    if not ready(operands[0]) or len({t.dtype for t in operands}) > 1:
+    if not available(operands[0].device) or len({t.dtype for t in operands}) > 1:
         return False
     return all(_whole(t.shape) and _whole(t.stride()) and layout(t) == TMA for t in operands) and (
         min(t.shape[1] for t in operands) >= LEAST_TOKENS
@@ -52,10 +49,6 @@ def _whole(numbers: tuple[int, ...]) -> bool:
     """Whether all are known, and none is 0."""
     a, b, c = numbers
     return type(a) is type(b) is type(c) is int and a != 0 and b != 0 and c != 0
-
-
-def ready(anchor: Tensor) -> bool:
-    return WANTED and available(anchor.device)
 
 
 def available(device: torch.device) -> bool:

@@ -1,13 +1,11 @@
 """Prints, as JSON, the code that Inductor would run on an H100 for a small private step. Needs no GPU; runs nothing.
 
-Arguments: clipping, norm strategy, and for a model of blocks how many.
-
 The step is traced on the CPU. When Inductor takes over a graph, the graph's values are given the device of a GPU, and
 torch and Triton are told of an H100 that is not there. What would be compiled and run afterwards is never called.
 """
 
+import argparse
 import json
-import sys
 import types
 from typing import Any
 
@@ -165,16 +163,40 @@ class Blocks(nn.Module):
         return (x.square().mean(2) * labels).mean(1)
 
 
-if __name__ == "__main__":
-    from flashdp_compile.kernels import tuning
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("clipping")
+    parser.add_argument("strategy")
+    parser.add_argument("--blocks", type=int, help="a model of so many blocks")
+    parser.add_argument("--triton", action="store_true", help="without the kernels of kernels/hopper")
+    parser.add_argument("--early", action="store_true", help="print too what is compiled early: names and errors")
+    arguments = parser.parse_args()
 
+    from flashdp_compile.compat import early
+    from flashdp_compile.kernels import hopper, tuning
+
+    begun = []
+
+    def begin(kernel: Any, device: Any, given: tuple[Any, ...], settings: Any) -> None:
+        if arguments.early:
+            begun.append(kernel)
+            compile_early(kernel, device, given, settings)
+
+    compile_early, early.compile_early = early.compile_early, begin
+    if arguments.triton:
+        hopper.available = lambda device: False
     tuning._table()["sm_90"]["outer_store"]["16"][0][-1] = 8  # wide tiles for a product that is cut into so few
     ids = torch.randint(0, 512, (16, 512))
-    options = {"clipping": sys.argv[1], "norm_strategy": sys.argv[2], "expected_batch_size": 16}
-    model = Blocks(int(sys.argv[3])) if sys.argv[3:] else Model()
+    options = {"clipping": arguments.clipping, "norm_strategy": arguments.strategy, "expected_batch_size": 16}
+    model = Blocks(arguments.blocks) if arguments.blocks else Model()
     compiled = torch.compile(model, backend="flashdp", fullgraph=True, options=options)
     try:
         with torch.autocast("cpu", torch.bfloat16):
             compiled(ids, ids).mean().backward()
     except Stop:
-        print(json.dumps(generated))
+        errors = {k.fn.__name__: [repr(f.exception()) for f in early.under_way(k)] for k in begun}
+        print(json.dumps([*generated, errors]))
+
+
+if __name__ == "__main__":
+    main()

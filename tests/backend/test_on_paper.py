@@ -17,14 +17,19 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def backward_of(clipping: str, strategy: str, *blocks: int, **variables: str) -> str:
-    """The code of the backward, with these variables in the environment."""
+def on_paper(*arguments: str) -> tuple[str, dict[str, list[str]]]:
+    """The code of the backward, and how the early compilations of kernels ended."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1", **variables}
-    command = [sys.executable, str(Path(__file__).with_name("on_paper.py")), clipping, strategy, *map(str, blocks)]
+    environment |= {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    command = [sys.executable, str(Path(__file__).with_name("on_paper.py")), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])[1]
+    _, backward, early = json.loads(done.stdout.splitlines()[-1])
+    return backward, early
+
+
+def backward_of(*arguments: str) -> str:
+    return on_paper(*arguments)[0]
 
 
 @pytest.fixture(scope="module", params=["per_layer", "flat"])
@@ -103,25 +108,27 @@ def test_a_buffer_is_read_only_after_the_launch_that_fills_it(backward):
 @pytest.mark.parametrize("strategy, norm", [("gram", "gram_sqnorms"), ("outer", "outer_sqnorm")])
 def test_weighted_products_are_summed_in_runs(strategy, norm):
     """One layer is cut into too few tiles for 132 processors: runs of samples, then their sum, with weights of one."""
-    code = backward_of("flat", strategy)
+    code = backward_of("flat", strategy, "--triton")
     assert len(calls(code, norm)) == len(calls(code, "weighted_matmuls")) == 2
     assert len(calls(code, "product_sum")) >= 1
 
 
 def test_kernels_in_gluon_are_called_with_operands_as_they_lie():
     """Rows of the logits' gradient are padded once here as well: no second tensor of that size."""
-    code = backward_of("flat", "gram", FLASHDP_GLUON="1")
+    code, early = on_paper("flat", "gram", "--early")
     called = re.findall(r"= torch\.ops\.flashdp\.(\w+)\.default\(", code)
     assert {*called} - {"clip_factors", "draw_key"} == {"gram_sqnorm", "weighted_matmul"}
     assert len(re.findall(r"empty_strided_cuda\(\(16, 512, 1031\)|empty_strided_cuda\(\(8192, 1031\)", code)) == 1
     assert "(16, 512, 1031), (557056, 1088, 1)" in code
+    names = {"flashdp_gram_sqnorms", "flashdp_weighted_matmuls", "flashdp_product_sum"}
+    assert names <= {*early} and all(error == "None" for errors in early.values() for error in errors), early
 
 
 def test_layers_that_are_clipped_by_themselves_take_no_launches_for_it():
     """Norm scales and biases of all layers are measured and clipped in one. Left are a linear layer's own: the norm of
     its bias, and its weights."""
     blocks, samples = 3, 16
-    flat, code = (backward_of(clipping, "auto", blocks) for clipping in ("flat", "per_layer"))
+    flat, code = (backward_of(clipping, "auto", f"--blocks={blocks}") for clipping in ("flat", "per_layer"))
     assert len(calls(code, "group_weights")) == len(calls(code, "vector_sums")) == 1
     assert not calls(code, "vector_sqnorms") and not calls(flat, "group_weights")
     of_samples = [line for line in launches(code) if re.search(rf"^triton_.*, {samples}(, \d+)?, stream=$", line)]
@@ -130,7 +137,7 @@ def test_layers_that_are_clipped_by_themselves_take_no_launches_for_it():
 
 
 def test_the_count_of_bad_samples_copies_the_norms_of_a_launch_at_once():
-    code = backward_of("per_layer", "auto", 3)
+    code = backward_of("per_layer", "auto", "--blocks=3")
     (together,) = calls(code, "group_weights")
     sqnorms = together[1]
     assert len(re.findall(rf"^ +triton_\w+\.run\({sqnorms}, ", code, re.MULTILINE)) == 1

@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+import triton
 from kernel_cases import arguments, outputs
 from test_families import check
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
+from flashdp_compile.compat import early
 from flashdp_compile.kernels import FAMILIES, hopper
 
 pytestmark = pytest.mark.gpu
@@ -32,10 +36,9 @@ POINTS = [pytest.param(name, case, id=f"{name}-{'x'.join(map(str, case))}") for 
 
 
 @pytest.fixture(autouse=True)
-def wanted(monkeypatch):
+def needed():
     if not hopper.available(torch.device("cuda", 0)):
         pytest.skip("needs compute capability 9.0 and the Gluon of Triton 3.6")
-    monkeypatch.setattr(hopper, "WANTED", True)
 
 
 @pytest.mark.parametrize("name, case", POINTS)
@@ -53,6 +56,17 @@ def test_same_bits_on_every_run(name, case, device):
     for _ in range(20):
         again = outputs(FAMILIES[name].run(*args))  # which prepares once, and then only launches
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("name, case", POINTS[:2] + POINTS[-2:])
+def test_what_is_compiled_early_is_what_is_launched(name, case, device, monkeypatch):
+    args, again = arguments(FAMILIES[name], case, torch.bfloat16, device), []
+    with FakeTensorMode() as mode:
+        FAMILIES[name].compile_early(*tree_map_only(torch.Tensor, mode.from_tensor, args))
+    begun = [future.result() for futures in early._UNDER_WAY.values() for future in futures]
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda **what: again.append(what))
+    FAMILIES[name].run(*args)
+    assert begun and not again
 
 
 @pytest.mark.parametrize("kept", [(), (0,), (7,), (0, 7)], ids=str)

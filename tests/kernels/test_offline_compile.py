@@ -46,7 +46,7 @@ def compile_all() -> None:
     JITFunction.__getitem__ = lambda kernel, grid: lambda *args, **options: launches.append((kernel, args, options))
     tuning.architecture = lambda device: "sm_90"
     tuning.processors = lambda device: 1
-    hopper.ready = lambda anchor: False
+    hopper.available = lambda device: False
     for family in FAMILIES.values():
         for dtype, layout in ((torch.float32, "contiguous"), (torch.bfloat16, "last_strided")):
             family.launch(*arguments(family, family.cases[1], dtype, layout=layout))
@@ -66,7 +66,7 @@ def compile_all() -> None:
     *parts, _, mean, expected = arguments(FAMILIES["group_weights"], FAMILIES["group_weights"].cases[1])
     for fn in clip.FUNCTIONS:
         FAMILIES["group_weights"].launch(*parts, fn, mean, expected)
-    hopper.ready = lambda anchor: True
+    hopper.available = lambda device: True
     for name, case in WARP_SPECIALISED:
         FAMILIES[name].launch(*arguments(FAMILIES[name], case, torch.bfloat16))
     for kernel, args, options in launches:

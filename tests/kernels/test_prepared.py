@@ -82,7 +82,7 @@ RUNS = {
 def device(monkeypatch):
     stand_in = Device()
     monkeypatch.setattr(tuning, "architecture", lambda device: "sm_90")
-    monkeypatch.setattr(hopper, "ready", lambda anchor: True)
+    monkeypatch.setattr(hopper, "available", lambda device: True)
     monkeypatch.setattr(compat, "start_kernel", stand_in.start)
     monkeypatch.setattr(compat, "start_compiled", lambda compiled, programs, device, args: compiled(args))
     return stand_in
