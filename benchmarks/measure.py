@@ -3,6 +3,7 @@
 import gc
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from statistics import median
 from typing import Any, NamedTuple
@@ -41,11 +42,12 @@ def prepare(workload: str, implementation: str, settings: Settings) -> Prepared:
     its, maker = WORKLOADS[workload], IMPLEMENTATIONS[implementation]
     model = its.model(batched_positions=maker.batched_positions, device=settings.device)
     batches = its.batches(settings.pool, settings.device)
-    expected = expected_gradients(model, batches[0], maker.clipping, settings.max_grad_norm, settings.autocast)
+    reference = partial(expected_gradients, model, batches[0], maker.clipping, settings.max_grad_norm)
+    expected, plain = reference(), reference(settings.autocast) if settings.dtype == "bf16" else None
     step = maker.make(model, its.batch, settings)
     seconds = _seconds(lambda: step.backward(batches[0]), settings)
     observed = step.observe(batches[0])
-    error = check(observed.gradients, expected, observed.rounding, settings.tolerance)
+    error = check(observed.gradients, expected, observed.rounding, settings.tolerance, plain)
     return Prepared(step, batches, seconds, *error)
 
 

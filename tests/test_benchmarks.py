@@ -83,6 +83,25 @@ def test_a_gradient_that_is_missing_or_not_finite_is_found():
                 check.check(gradients | {name: gradients[name] * wrong}, gradients, rounding, 2e-2)
 
 
+def test_what_16_bits_round_away_in_the_reference_is_no_error_of_a_step():
+    """Up to a quarter more of it, parameter by parameter, and never less than the tolerance."""
+    right = expected(None)
+    rounding, direction = dict.fromkeys(right, 0.0), {n: torch.randn_like(g) for n, g in right.items()}
+    off = {name: d * (right[name].norm() / d.norm()) for name, d in direction.items()}
+
+    def moved(by: dict[str, float]) -> dict:
+        return {name: g + by.get(name, 0.0) * off[name] for name, g in right.items()}
+
+    largest = max(right, key=lambda name: float(right[name].norm()))
+    plain = moved({largest: 0.04})
+    assert check.check(moved({largest: -0.048}), right, rounding, 2e-2, plain)[1] == largest
+    for wrong in ({largest: 0.052}, {name: 0.021 for name in right if name != largest}):
+        with pytest.raises(check.CheckFailed):
+            check.check(moved(wrong), right, rounding, 2e-2, plain)
+    with pytest.raises(check.CheckFailed, match="4.80e-02; allowed: 2.00e-02"):
+        check.check(moved({largest: 0.048}), right, rounding, 2e-2)
+
+
 def test_the_reference_sums_in_float32_and_puts_the_setting_back(monkeypatch):
     seen, matmul = [], torch.backends.cuda.matmul
     before = matmul.allow_bf16_reduced_precision_reduction
