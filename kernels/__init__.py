@@ -6,7 +6,9 @@
 | gram_sqnorms(xs, gs, bias)        [layers, B]          | the same of several layers                                 |
 | outer_sqnorm(x, g)                       [B]          | |x_b^T g_b|^2, by tiles of the d x p product              |
 | outer_store(x, g)               [B, d, p], [B]        | the product in x's dtype, and the norm of what was stored |
+| outer_stores(xs, gs, stores) [layers, B, d, p], ..., [layers, B] | the same of several layers                     |
 | product_sum(product, weights)            [d, p]       | sum_b w_b product_b                                       |
+| product_sums(products, weights, key, streams, std) [d, p], ... | the same of several layers, with noise   |
 | weighted_matmul(x, g, weights)           [d, p]       | sum_b w_b x_b^T g_b                                       |
 | weighted_matmuls(xs, gs, weights, key, streams, std) [d, p], ... | the same of several layers, with noise |
 | embedding_sqnorm(ids, g)                 [B]          | |gradient of the table|^2 of each sample                  |
@@ -24,8 +26,8 @@ sample's row, and a sample of weight 0 is not read at all. CUDA tensors of 16 or
 everything else the twin (`reference`), which is also the oracle of the tests.
 
 `clip.clip_weights` and `gaussian.gaussian` are plain functions: the runtime makes the op `clip_factors` of the first.
-`hopper` has kernels in Gluon for two families. `catalogue.FAMILIES` lists the records, `codegen.rendered()` the sources
-that this process has built.
+`hopper` has kernels in Gluon for three families. `catalogue.FAMILIES` lists the records, `codegen.rendered()` the
+sources that this process has built.
 
 Importing this package registers the ops. It does not import Triton; the first launch does.
 """

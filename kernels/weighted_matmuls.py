@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashdp_compile.kernels import gaussian, hopper, product_sum, several, tuning
+from flashdp_compile.kernels import gaussian, hopper, product_sums, several, tuning
 from flashdp_compile.kernels.codegen import kernel
 from flashdp_compile.kernels.common import accumulator, cdiv, dot_type, randn, sample_products, start
 from flashdp_compile.kernels.family import Family, supported
@@ -175,7 +175,7 @@ def launch(
         return [t.squeeze(0) for t in out]
     if number == 1:
         return [gaussian.launch(t.squeeze(0), key, stream, std) for t, stream in zip(out, streams, strict=True)]
-    return [product_sum.launch(t, None, key, stream, std) for t, stream in zip(out, streams, strict=True)]
+    return product_sums.launch(out, None, key, streams, std)
 
 
 def prepare(

@@ -5,6 +5,8 @@ sums are written and read again; and every launch costs the host as much as a sm
 
     gram_sqnorm(x, gs, bias), ...                              select(gram_sqnorms([x, ...], [*gs, ...], bias), 0, i)
     weighted_matmul(x, g, weights, key, stream, std), ...      one of the results of weighted_matmuls
+    outer_store(x, g), ...                                     select(one of the results of outer_stores, 0, i), ...
+    product_sum(product, weights, key, stream, std), ...       one of the results of product_sums
 
 A layer waits for others of its window, and its operands are held meanwhile: windows are as large as the peak of memory
 allows. Runs behind the proof; values differ by rounding, and the noise is that of (key, stream) as before.
@@ -13,14 +15,14 @@ allows. Runs behind the proof; values differ by rounding, and the noise is that 
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
 from flashdp_compile.compat import argument, sort_topologically
-from flashdp_compile.kernels import FAMILIES, tuning
+from flashdp_compile.kernels import FAMILIES, hopper, outer_stores, product_sums, tuning
 from flashdp_compile.kernels.common import cdiv
 from flashdp_compile.kernels.operands import TMA, layout
 from flashdp_compile.passes.memory import Memory
@@ -29,12 +31,26 @@ from flashdp_compile.passes.nodes import call, is_static
 aten, flashdp = torch.ops.aten, torch.ops.flashdp
 
 ROUNDS = ((3, 8), (1, 3))  # windows of so many rounds of programs, at least and at most: tried in this order
+SHORTER = 8  # times as many rounds of programs that make one sample's products, and not a sum over all
 GROWTH = 0.01  # by how much of the peak memory may grow
+
+
+class Grouping(NamedTuple):
+    """How launches of an op become one: what those of one launch have in common (None for one that stays alone), how
+    many programs each has, and how many more rounds than ROUNDS says a window has. `alone`: whether a node without a
+    window is replaced as well."""
+
+    op: Any
+    read: Callable[[fx.Node], Any]
+    tiles: Callable[[fx.Node], int]
+    together: Callable[[fx.Graph, Sequence[fx.Node]], None]
+    rounds: int = 1
+    alone: bool = False
 
 
 def group_layers(graph: fx.Graph, device: str = "cuda") -> int:
     """Rewrites the norms and sums on devices of this type, in place; returns how many launches there are fewer."""
-    nodes = [n for op in (flashdp.gram_sqnorm, flashdp.weighted_matmul) for n in _on(graph, op.default, device)]
+    nodes = [n for grouping in GROUPINGS for n in _on(graph, grouping.op, device)]
     if len(nodes) < 2:
         return 0
     limit = (1 + GROWTH) * Memory(graph).peak(list(graph.nodes))
@@ -48,22 +64,24 @@ def group_layers(graph: fx.Graph, device: str = "cuda") -> int:
 
 
 def _on(graph: fx.Graph, op: Any, device: str) -> list[fx.Node]:
-    return [n for n in graph.find_nodes(op="call_function", target=op) if n.meta["val"].device.type == device]
+    nodes = graph.find_nodes(op="call_function", target=op)
+    return [n for n in nodes if n.args[0].meta["val"].device.type == device]
 
 
 def _group(graph: fx.Graph, device: str, least: int, most: int) -> int:
     fewer = 0
-    for op, read, together in (
-        (flashdp.gram_sqnorm.default, _read_norm, _norms),
-        (flashdp.weighted_matmul.default, _read_sum, _sums),
-    ):
+    for op, read, tiles, together, rounds, alone in GROUPINGS:
         alike: dict[Any, list[fx.Node]] = {}
         for node in _on(graph, op, device):
             if (kind := read(node)) is not None:
                 alike.setdefault(kind, []).append(node)
         for nodes in alike.values():
-            room = tuning.processors(nodes[0].meta["val"].device)
-            for window in _windows(nodes, [_tiles(n) for n in nodes], least * room, most * room, room):
+            room = tuning.processors(nodes[0].args[0].meta["val"].device)
+            counts = [tiles(n) for n in nodes]
+            windows = _windows(nodes, counts, least * rounds * room, most * rounds * room, room)
+            together_with = {n for window in windows for n in window}
+            windows += [[n] for n in nodes if alone and n not in together_with]
+            for window in windows:
                 together(graph, window)
                 fewer += len(window) - 1
     sort_topologically(graph)
@@ -85,6 +103,25 @@ def _read_sum(total: fx.Node) -> Any:
     return argument(total, "key"), argument(total, "std"), x.shape[0], x.dtype, g.dtype
 
 
+def _read_store(store: fx.Node) -> Any:
+    """Only the kernel in Gluon stores for several layers."""
+    x, g = _values(store)
+    if (
+        not hopper.STORES
+        or not all(_is_described(t) for t in (x, g))
+        or not FAMILIES["outer_stores"].stays_op([x], [g], [0])
+    ):
+        return None
+    return x.shape[0], x.dtype
+
+
+def _read_product_sum(total: fx.Node) -> Any:
+    product, weights, *_ = _values(total)
+    if not is_static(product) or 0 in product.shape or not product_sums.is_flat(product):
+        return None
+    return argument(total, "key"), argument(total, "std"), product.shape[0], product.dtype
+
+
 def _values(node: fx.Node) -> Any:
     return fx.map_arg(node.args, lambda n: n.meta["val"])
 
@@ -99,6 +136,17 @@ def _tiles(node: fx.Node) -> int:
     gs = gs if isinstance(gs, (list, tuple)) else [gs]
     large = tuning.tiles("weighted_matmul", x.dtype, x.device, (2**30, 1))
     return sum(cdiv(x.shape[2], large.rows) * cdiv(g.shape[2], large.columns) for g in gs)
+
+
+def _tiles_of_store(node: fx.Node) -> int:
+    x, g = _values(node)
+    return x.shape[0] * cdiv(x.shape[2], hopper.STORED.rows) * cdiv(g.shape[2], hopper.STORED.columns)
+
+
+def _tiles_of_sum(node: fx.Node) -> int:
+    """As many as its products had, so that windows of both are the same layers."""
+    B, d, p = node.args[0].meta["val"].shape
+    return B * cdiv(d, hopper.STORED.rows) * cdiv(p, hopper.STORED.columns)
 
 
 def _windows(nodes: list[fx.Node], tiles: list[int], least: int, most: int, room: int) -> list[list[fx.Node]]:
@@ -134,17 +182,50 @@ def _norms(graph: fx.Graph, window: Sequence[fx.Node]) -> None:
     _replace(window, results)
 
 
-def _sums(graph: fx.Graph, window: Sequence[fx.Node]) -> None:
-    operands = (list(column) for column in zip(*(n.args[:3] for n in window), strict=True))
-    streams = [argument(n, "stream") for n in window]
-    key, std = argument(window[0], "key"), argument(window[0], "std")
+def _sums(op: Any, *operands: str) -> Callable[[fx.Graph, Sequence[fx.Node]], None]:
+    """By one call of `op`, which takes a list for each of these arguments."""
+
+    def together(graph: fx.Graph, window: Sequence[fx.Node]) -> None:
+        columns = [[argument(n, name) for n in window] for name in operands]
+        streams = [argument(n, "stream") for n in window]
+        key, std = argument(window[0], "key"), argument(window[0], "std")
+        with graph.inserting_before(window[-1]):
+            sums = call(graph, op, *columns, key, streams, std)
+            results = [call(graph, operator.getitem, sums, number) for number in range(len(window))]
+        _replace(window, results)
+
+    return together
+
+
+def _stores(graph: fx.Graph, window: Sequence[fx.Node]) -> None:
+    xs, gs = ([n.args[at] for n in window] for at in (0, 1))
+    shapes = [n.meta["val"][0].shape[1:] for n in window]
+    stores = [list(dict.fromkeys(shapes)).index(shape) for shape in shapes]
     with graph.inserting_before(window[-1]):
-        sums = call(graph, flashdp.weighted_matmuls.default, *operands, key, streams, std)
-        results = [call(graph, operator.getitem, sums, number) for number in range(len(window))]
-    _replace(window, results)
+        made = call(graph, flashdp.outer_stores.default, xs, gs, stores)
+        *kept, norms = [call(graph, operator.getitem, made, at) for at in range(2 + max(stores))]
+        results = [
+            (call(graph, aten.select.int, kept[store], 0, place), call(graph, aten.select.int, norms, 0, number))
+            for number, (store, place) in enumerate(outer_stores.places(stores))
+        ]
+    for node, parts in zip(window, results, strict=True):
+        for part in list(node.users):
+            part.replace_all_uses_with(parts[part.args[1]])
+            graph.erase_node(part)
+        graph.erase_node(node)
 
 
 def _replace(window: Sequence[fx.Node], results: Sequence[fx.Node]) -> None:
     for node, result in zip(window, results, strict=True):
         node.replace_all_uses_with(result)
         node.graph.erase_node(node)
+
+
+_weighted_matmuls = _sums(flashdp.weighted_matmuls.default, "x", "g", "weights")
+_product_sums = _sums(flashdp.product_sums.default, "product", "weights")
+GROUPINGS = (
+    Grouping(flashdp.gram_sqnorm.default, _read_norm, _tiles, _norms),
+    Grouping(flashdp.weighted_matmul.default, _read_sum, _tiles, _weighted_matmuls),
+    Grouping(flashdp.outer_store.default, _read_store, _tiles_of_store, _stores, SHORTER, alone=True),
+    Grouping(flashdp.product_sum.default, _read_product_sum, _tiles_of_sum, _product_sums, SHORTER),
+)

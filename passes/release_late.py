@@ -16,7 +16,7 @@ from torch import fx
 from flashdp_compile.passes.memory import Memory
 from flashdp_compile.passes.nodes import is_static
 
-STORES = (torch.ops.flashdp.outer_store.default,)
+STORES = (torch.ops.flashdp.outer_store.default, torch.ops.flashdp.outer_stores.default)
 LARGE = 0.03  # of the peak: what is smaller stays where its operands are in the cache
 CANDIDATES = 64  # places that are tried for each layer
 PATIENCE = 4  # layers in a row for which no later place is better: under one group for all, none is

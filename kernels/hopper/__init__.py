@@ -8,9 +8,12 @@ compiles them for sm_90 (tests/kernels/test_offline_compile.py), a GPU compares 
 
 A family takes them where `fits` says so, and its Triton template everywhere else. Inductor cannot write Gluon into its
 own code, so such an op stays a call, which costs the host more than a launch: see `Family.run`.
+
+`outer_stores` has not run on a GPU yet, and waits for FLASHDP_STORES=1 until it has.
 """
 
 import functools
+import os
 from collections.abc import Iterable
 
 import torch
@@ -22,10 +25,12 @@ from flashdp_compile.kernels.operands import TMA, layout
 from flashdp_compile.kernels.tuning import Tiles
 
 PRODUCTS = Tiles(128, 256, 64, 8, 4)
+STORED = Tiles(128, 256, 64, 8, 3)  # a stage less: tiles on their way out take its place
 PAIRS = Tiles(128, 128, 64, 8, 6)  # of Gram matrices
 SETTINGS = {"num_warps": 4, "maxnreg": 168}  # of a launch: three groups of four warps fill a multiprocessor
 WASTE = 1.5  # at most so many times as many elements in the tiles as in the results
 LEAST_TOKENS = 32
+STORES = os.environ.get("FLASHDP_STORES") == "1"
 
 
 def fits(pairs: list[tuple[Tensor, Tensor]]) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashdp_compile.kernels import add_noises, hopper, product_sum, several, tuning
+from flashdp_compile.kernels import add_noises, hopper, product_sums, several, tuning
 from flashdp_compile.kernels.common import Launch, cdiv
 
 # Programs take tiles of all layers, as many apart as there are programs. The loading warp makes a descriptor for each
@@ -128,7 +128,7 @@ def prepare(
         launch(xs[0], *several.arguments(own, common, by_kind), programs)
         streams = streams or [0] * len(xs)  # without noise there need not be any
         if number > 1:
-            return [product_sum.launch(t, None, key, n, std) for t, n in zip(parts, streams, strict=True)]
+            return product_sums.launch(parts, None, key, streams, std)
         results = [t.squeeze(0) for t in parts]
         if key is not None:
             if not noise:

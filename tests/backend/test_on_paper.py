@@ -34,13 +34,28 @@ def backward_of(*arguments: str) -> str:
 
 @pytest.fixture(scope="module", params=["per_layer", "flat"])
 def backward(request) -> str:
-    return backward_of(request.param, "auto")
+    """By Triton's kernels, which Inductor launches itself: without those of kernels/hopper."""
+    return backward_of(request.param, "auto", "--triton")
 
 
 def calls(code: str, kernel: str) -> list[list[str]]:
     """The arguments of every launch of a kernel."""
     found = re.findall(rf"^ +flashdp_{kernel}_\d+\.run\((.*), stream=", code, re.MULTILINE)
     return [re.split(r", (?![^(]*\))", arguments) for arguments in found]
+
+
+def layers_summed(code: str) -> list[list[str]]:
+    """Product, weights, result and stream of every layer in every launch of product_sums."""
+    found = []
+    for arguments in calls(code, "product_sums"):
+        parts = iter(
+            re.sub(r"reinterpret_tensor\([^)]*\([^)]*\)[^)]*\)[^)]*\)", "view", ", ".join(arguments)).split(", ")
+        )
+        for first in parts:
+            if not first.startswith(("buf", "view")):
+                break
+            found.append([first, *(next(parts) for _ in range(3))])
+    return found
 
 
 def launches(code: str) -> list[str]:
@@ -55,7 +70,7 @@ def test_nothing_goes_through_the_dispatcher_but_the_key_and_the_count(backward)
 
 
 def test_every_linear_layer_is_stored_and_summed_by_launches(backward):
-    assert len(calls(backward, "outer_store")) == len(calls(backward, "product_sum")) == 2
+    assert len(calls(backward, "outer_store")) == len(layers_summed(backward)) == 2
     assert len(calls(backward, "embedding_sqnorm")) == len(calls(backward, "embedding_sum")) == 1
 
 
@@ -87,7 +102,7 @@ def test_rows_of_odd_length_are_padded_once(backward):
 
 def test_each_gradient_draws_from_a_stream_of_its_own(backward):
     """The sums and the table draw inside, with one key; norm scale and biases are summed by one launch."""
-    streams = [arguments[5] for arguments in calls(backward, "product_sum")]
+    streams = [stream for *_, stream in layers_summed(backward)]
     streams += [arguments[1] for arguments in calls(backward, "noise")]
     assert len(streams) == len(set(streams)) == 3 and all(stream.isdecimal() for stream in streams)
     assert len(calls(backward, "vector_sums")) == 1
@@ -97,7 +112,7 @@ def test_each_gradient_draws_from_a_stream_of_its_own(backward):
 
 def test_a_buffer_is_read_only_after_the_launch_that_fills_it(backward):
     lines = backward.splitlines()
-    for kernel in ("outer_store", "product_sum", "embedding_sqnorm", "embedding_sum", "noise", "vector_sums"):
+    for kernel in ("outer_store", "product_sums", "embedding_sqnorm", "embedding_sum", "noise", "vector_sums"):
         for number, line in enumerate(lines):
             if re.match(rf" +flashdp_{kernel}_\d+\.run\(", line):
                 for buffer in re.findall(r"\bbuf\d+\b", line):
@@ -110,7 +125,7 @@ def test_weighted_products_are_summed_in_runs(strategy, norm):
     """One layer is cut into too few tiles for 132 processors: runs of samples, then their sum, with weights of one."""
     code = backward_of("flat", strategy, "--triton")
     assert len(calls(code, norm)) == len(calls(code, "weighted_matmuls")) == 2
-    assert len(calls(code, "product_sum")) >= 1
+    assert len(calls(code, "product_sums")) >= 1
 
 
 def test_kernels_in_gluon_are_called_with_operands_as_they_lie():
@@ -120,24 +135,34 @@ def test_kernels_in_gluon_are_called_with_operands_as_they_lie():
     assert {*called} - {"clip_factors", "draw_key"} == {"gram_sqnorm", "weighted_matmul"}
     assert len(re.findall(r"empty_strided_cuda\(\(16, 512, 1031\)|empty_strided_cuda\(\(8192, 1031\)", code)) == 1
     assert "(16, 512, 1031), (557056, 1088, 1)" in code
-    names = {"flashdp_gram_sqnorms", "flashdp_weighted_matmuls", "flashdp_product_sum"}
+    names = {"flashdp_gram_sqnorms", "flashdp_weighted_matmuls", "flashdp_product_sums"}
     assert names <= {*early} and all(error == "None" for errors in early.values() for error in errors), early
 
 
+@pytest.mark.parametrize("clipping", ["flat", "per_layer"])
+def test_products_in_gluon_are_stored_by_one_call_and_summed_by_launches(clipping):
+    code = backward_of(clipping, "auto", "--blocks=3", "--growth=9", "--stores")
+    assert re.findall(r"= torch\.ops\.flashdp\.(outer_\w+)\.default\(", code) == ["outer_stores"]
+    assert not calls(code, "outer_store")
+    assert len(calls(code, "product_sums")) == 1
+    assert len({stream for *_, stream in layers_summed(code)}) == 6
+
+
 def test_layers_that_are_clipped_by_themselves_take_no_launches_for_it():
-    """Norm scales and biases of all layers are measured and clipped in one. Left are a linear layer's own: the norm of
-    its bias, and its weights."""
+    """Weights come from one launch for the linear layers, whose sums are one launch as well, and from another for norm
+    scales and biases. Left are the norms: a launch for each product, one for the table and one for biases."""
     blocks, samples = 3, 16
-    flat, code = (backward_of(clipping, "auto", f"--blocks={blocks}") for clipping in ("flat", "per_layer"))
-    assert len(calls(code, "group_weights")) == len(calls(code, "vector_sums")) == 1
+    flat, code = (backward_of(clipping, "auto", f"--blocks={blocks}", "--triton") for clipping in ("flat", "per_layer"))
+    assert len(calls(code, "group_weights")) == 2
+    assert len(calls(code, "vector_sums")) == len(calls(code, "product_sums")) == 1
     assert not calls(code, "vector_sqnorms") and not calls(flat, "group_weights")
     of_samples = [line for line in launches(code) if re.search(rf"^triton_.*, {samples}(, \d+)?, stream=$", line)]
-    assert len(of_samples) <= 2 * 2 * blocks + 1, "two linear layers of each block, and the embedding"
-    assert len(launches(code)) <= len(launches(flat)) + 8
+    assert len(of_samples) <= 2 * blocks + 2
+    assert len(launches(code)) <= len(launches(flat)) + 1
 
 
 def test_the_count_of_bad_samples_copies_the_norms_of_a_launch_at_once():
-    code = backward_of("per_layer", "auto", "--blocks=3")
-    (together,) = calls(code, "group_weights")
-    sqnorms = together[1]
-    assert len(re.findall(rf"^ +triton_\w+\.run\({sqnorms}, ", code, re.MULTILINE)) == 1
+    code = backward_of("per_layer", "auto", "--blocks=3", "--triton")
+    sqnorms = [arguments[1] for arguments in calls(code, "group_weights")]
+    readers = [line for line in launches(code) if line.startswith("triton_") and any(f"{s}, " in line for s in sqnorms)]
+    assert len(readers) == 1 and all(f"{s}, " in readers[0] for s in sqnorms)

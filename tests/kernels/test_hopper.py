@@ -32,6 +32,7 @@ CASES = {
         (33, 129, 128, 520),
     ),
 }
+CASES["outer_stores"] = CASES["weighted_matmuls"]
 POINTS = [pytest.param(name, case, id=f"{name}-{'x'.join(map(str, case))}") for name in CASES for case in CASES[name]]
 
 

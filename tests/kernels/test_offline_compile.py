@@ -18,6 +18,7 @@ WARP_SPECIALISED = (
     ("weighted_matmuls", (2, 256, 768, 768)),
     ("weighted_matmuls", (2, 197, 768, 2304, 3072, 768)),
     ("gram_sqnorms", (2, 197, 2, 768, 2304, 3072, 768)),
+    ("outer_stores", (2, 197, 768, 2304, 3072, 768, 768, 768)),
 )
 NAMES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int64": "*i64"}
 
@@ -103,8 +104,9 @@ def test_every_kernel_compiles_for_sm_90(tmp_path):
         assert kernel["shared"] <= 227 * 1024, kernel
     gluon = [kernel for kernel in built if kernel["gluon"]]
     assert len(gluon) == len(WARP_SPECIALISED)
-    for kernel in gluon:  # what spills is outside of the loop that multiplies
-        assert kernel["tma"] and kernel["wgmma"] and kernel["spilled"] <= 64, kernel
+    for kernel in gluon:  # what spills is outside of the loop that multiplies: a warp that loads has 40 registers
+        assert kernel["tma"] and kernel["wgmma"], kernel
+        assert kernel["spilled"] <= (160 if "outer_stores" in kernel["name"] else 64), kernel
     built = [kernel for kernel in built if not kernel["gluon"] and "add_noises" not in kernel["name"]]
     assert len(built) == 2 * len(FAMILIES) + 2 * len(MATRIX) + 5 + 2 * len(clip.FUNCTIONS), done.stdout
     fast = [kernel for kernel in built if kernel["tma"]]

@@ -63,6 +63,30 @@ def measured(values, kinds):
     assert values["PAIRS_OF_ALL"] == sum(kind["PROGRAMS"] for _, kind in layers(values, kinds))
 
 
+def stored(values, kinds):
+    values["part_ptr"].zero_()
+    for own, kind in layers(values, kinds):
+        x, g, store = own["x_ptr"], own["g_ptr"], values[f"store_ptr_{own['store']}"]
+        assert (values["B"], kind["T"], kind["D"], kind["P"]) == (*x.shape, g.shape[2])
+        assert (kind["x_s0"], kind["x_s1"], kind["g_s0"], kind["g_s1"]) == (*x.stride()[:2], *g.stride()[:2])
+        assert kind["PROGRAMS"] == values["B"] * kind["TILES_D"] * kind["TILES_P"]
+        assert 2 * kind["TILES_D"] * kind["TILES_P"] <= values["SLOTS"]
+        sizes = [values[f"{name}_{own['store']}"] for name in ("ROWS", "STORE_D", "STORE_P")]
+        assert sizes == [len(store) * values["B"], kind["D"], kind["P"]] and store.is_contiguous()
+        store[own["slot"]] = product = (x.float().mT @ g.float()).to(x.dtype)
+        values["part_ptr"][own["row"], :, -1] += product.float().square().sum((1, 2))
+    assert values["TILES"] == sum(kind["PROGRAMS"] for _, kind in layers(values, kinds))
+
+
+def added(values, kinds):
+    for own, kind in layers(values, kinds):
+        product = own["product_ptr"]
+        assert (values["B"], kind["P"], kind["N"], kind["product_s0"]) == (
+            len(product), product.shape[2], product[0].numel(), product.stride(0),
+        )  # fmt: skip
+        own["out_ptr"].copy_(product.float().sum(0))
+
+
 def noised(values, kinds):
     for own, kind in layers(values, kinds):
         assert kind["N"] == own["grad_ptr"].numel() <= 1024 * kind["PROGRAMS"]
@@ -73,8 +97,9 @@ def noised(values, kinds):
 RUNS = {
     "flashdp_weighted_matmuls": summed,
     "flashdp_gram_sqnorms": measured,
+    "flashdp_outer_stores": stored,
     "flashdp_add_noises": noised,
-    "flashdp_product_sum": lambda values, kinds: values["out_ptr"].copy_(values["product_ptr"].sum(0)),
+    "flashdp_product_sums": added,
 }
 
 
@@ -126,6 +151,17 @@ def test_another_stream_is_another_noise(device, monkeypatch):
     for own in (streams, [3]):
         args = xs, gs, weights, key, own, std
         torch.testing.assert_close(prepared(*args), family.reference(*args), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", SUMS, ids=str)
+def test_stores(case, device):
+    family = FAMILIES["outer_stores"]
+    prepared = family.prepare(*arguments(family, case, torch.bfloat16))
+    for seed in range(2):
+        args = arguments(family, case, torch.bfloat16, seed=seed)
+        for got, want in zip(prepared(*args), family.reference(*args), strict=True):
+            torch.testing.assert_close(got, want, rtol=2e-2 if got.dim() > 2 else 1e-4, atol=1e-4)
+    assert device.asked == 1
 
 
 @pytest.mark.parametrize("case", NORMS, ids=str)

@@ -1,10 +1,12 @@
 """Norms and sums of several layers in one launch: what is grouped, in which windows, and that values stay."""
 
+import operator
+
 import pytest
 import torch
 from torch import fx
 
-from flashdp_compile.kernels import tuning
+from flashdp_compile.kernels import hopper, tuning
 from flashdp_compile.passes import group_layers as module
 from flashdp_compile.passes.group_layers import group_layers
 
@@ -54,6 +56,52 @@ def linears(widths, noise=True, flat=True):
     ]
     graph.output(tuple(sums))
     return fx.GraphModule({}, graph), inputs
+
+
+def stored(shapes):
+    """(graph module, inputs): products and norms of linears [B, T, d] by [B, T, p], and a sum of each."""
+    generator = torch.Generator().manual_seed(0)
+    graph, inputs, results = fx.Graph(), [], []
+
+    def add(target, *args):
+        node = graph.call_function(target, args)
+        node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))
+        return node
+
+    for number, (B, T, d, p) in enumerate(shapes):
+        for width in (d, p):
+            inputs.append(torch.randn(B, T, width, generator=generator).bfloat16())
+            graph.placeholder(f"in{len(inputs)}").meta["val"] = inputs[-1]
+        made = add(flashdp.outer_store.default, *list(graph.nodes)[-2:])
+        product, norm = (add(operator.getitem, made, at) for at in (0, 1))
+        results += [norm, add(flashdp.product_sum.default, product, norm)] if number != 1 else [product]
+    graph.output(tuple(results))
+    return fx.GraphModule({}, graph), inputs
+
+
+@pytest.mark.parametrize("B", [3, 1])
+def test_products_stay(B, monkeypatch):
+    """Layers of two shapes; one that is too small for the tiles stays as it is, as does one of rows with odd ends."""
+    monkeypatch.setattr(hopper, "available", lambda device: True)
+    monkeypatch.setattr(hopper, "STORES", True)
+    fine, wide = (B, 40, 128, 256), (B, 70, 128, 512)
+    gm, inputs = stored([fine, wide, fine, (B, 40, 32, 64), wide, (B, 40, 128, 258), fine])
+    expected = gm(*inputs)
+    assert group_layers(gm.graph, "cpu") == 4 + 5
+    gm.graph.lint()
+    gm.recompile()
+    assert count(gm.graph, flashdp.product_sums.default) == 1 and count(gm.graph, flashdp.product_sum.default) == 0
+    (together,) = gm.graph.find_nodes(op="call_function", target=flashdp.outer_stores.default)
+    assert together.args[2] == [0, 1, 0, 1, 0] and count(gm.graph, flashdp.outer_store.default) == 2
+    assert [tuple(t.shape) for t in together.meta["val"]] == [(3, B, 128, 256), (2, B, 128, 512), (5, B)]
+    for got, value in zip(gm(*inputs), expected, strict=True):
+        assert torch.equal(got, value)
+
+
+def test_products_are_stored_layer_by_layer_on_other_devices():
+    gm, _ = stored([(3, 40, 128, 256)] * 4)
+    assert group_layers(gm.graph, "cpu") == 2, "three sums"
+    assert count(gm.graph, flashdp.outer_store.default) == 4 and count(gm.graph, flashdp.outer_stores.default) == 0
 
 
 def count(graph, op):
