@@ -31,14 +31,17 @@ types: $(READY)
 pytest: $(READY)
 	$(RUN) -m pytest $(PYTEST)
 
-# test-full: also the whole models that are near relatives of others; coverage: the page of what they do
+# test-full: also the whole models that are near relatives of others; coverage: the pages of what the tests find
 test-full: $(READY)
 	$(RUN) -m pytest $(PYTEST) -m "not whole_zoo"
 
 coverage: $(READY)
-	FLASHDP_COVERAGE=docs/coverage/cpu.jsonl $(RUN) -m pytest $(PYTEST) -m "full or not full" tests/libraries \
-		--deselect tests/libraries/test_libraries.py::test_the_page_is_what_was_found
+	rm -f docs/coverage/*-cpu.jsonl
+	FLASHDP_COVERAGE=docs/coverage $(RUN) -m pytest $(PYTEST) -m "full or not full" -k "not page" tests/libraries \
+		tests/test_exactness.py tests/test_adversarial.py tests/test_modes.py tests/generate/test_generated_layers.py \
+		--deselect tests/generate/test_generated_layers.py::test_more_of_them
 	PYTHONPATH=.:tests $(RUN) -m libraries.coverage
+	PYTHONPATH=.:tests $(RUN) -m zoo.coverage
 
 demo: $(READY)
 	$(RUN) examples/demo.py $(if $(SHORT),--short)

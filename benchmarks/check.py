@@ -7,7 +7,8 @@ or one for each module that owns parameters ("per_layer"), with C_k = max_grad_n
 this is shared with flashdp_compile.
 
 A step under autocast may be as far from that as the same loop under the same autocast, and a quarter more: in a deep
-model, what 16 bits round away is more than the tolerance.
+model, what 16 bits round away is more than the tolerance. Rounding goes all ways, so along the gradient itself, where a
+wrong scale or a missing sample shows, the tolerance stands.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -101,6 +102,7 @@ def gradient_errors(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 
 
 LEEWAY = 1.25  # times the error of plain autograd under autocast: one rounding of many differs from another
+CEILING = 5e-2  # of what LEEWAY allows
 
 
 def check(
@@ -113,17 +115,21 @@ def check(
     """The largest relative error of any parameter's gradient, and the parameter.
 
     `rounding` {parameter: norm} is allowed besides the tolerance, or besides LEEWAY times the error of `plain`, the
-    gradients of the loop under autocast, where that is more.
+    gradients of the loop under autocast, where that is more and at most CEILING.
 
     Raises:
-        CheckFailed: an error is larger than that, or not a number.
+        CheckFailed: an error is larger than that, or not a number; or what it has along the gradient is larger than the
+            tolerance.
     """
     errors = gradient_errors(actual, expected)
     of_plain = gradient_errors(plain or expected, expected)
     for name, (error, norm) in errors.items():
-        allowed = max(tolerance, LEEWAY * of_plain[name][0] / norm) + rounding[name] / norm
-        if not error / norm <= allowed:
-            raise CheckFailed(f"the gradient of {name} is off by {error / norm:.2e}; allowed: {allowed:.2e}")
+        own, rounded = expected[name].double().flatten(), rounding[name] / norm
+        along = abs(float((actual[name].double().flatten() - own) @ own)) / max(float(own.norm()), 1e-300) / norm
+        allowed = max(tolerance, min(CEILING, LEEWAY * of_plain[name][0] / norm)) + rounded
+        if not error / norm <= allowed or not along <= tolerance + rounded:
+            off = f"{error / norm:.2e}, {along:.2e} of it along itself"
+            raise CheckFailed(f"the gradient of {name} is off by {off}; allowed: {allowed:.2e}, {tolerance:.2e}")
     return max((error / norm, name) for name, (error, norm) in errors.items())
 
 

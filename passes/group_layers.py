@@ -32,13 +32,14 @@ aten, flashdp = torch.ops.aten, torch.ops.flashdp
 
 ROUNDS = ((3, 8), (1, 3))  # windows of so many rounds of programs, at least and at most: tried in this order
 SHORTER = 8  # times as many rounds of programs that make one sample's products, and not a sum over all
+LAYERS = 64  # of a window, at most: a kernel has several arguments for each
 GROWTH = 0.01  # by how much of the peak memory may grow
 
 
 class Grouping(NamedTuple):
     """How launches of an op become one: what those of one launch have in common (None for one that stays alone), how
-    many programs each has, and how many more rounds than ROUNDS says a window has. `alone`: whether a node without a
-    window is replaced as well."""
+    many programs each has, and how many times as many rounds as ROUNDS says a window has. `alone`: whether a node
+    without a window is replaced as well."""
 
     op: Any
     read: Callable[[fx.Node], Any]
@@ -50,16 +51,20 @@ class Grouping(NamedTuple):
 
 def group_layers(graph: fx.Graph, device: str = "cuda") -> int:
     """Rewrites the norms and sums on devices of this type, in place; returns how many launches there are fewer."""
-    nodes = [n for grouping in GROUPINGS for n in _on(graph, grouping.op, device)]
-    if len(nodes) < 2:
-        return 0
     limit = (1 + GROWTH) * Memory(graph).peak(list(graph.nodes))
+    return sum(_group_within(graph, grouping, device, limit) for grouping in GROUPINGS)
+
+
+def _group_within(graph: fx.Graph, grouping: Grouping, device: str, limit: float) -> int:
+    """In the largest windows whose peak of memory is not above the limit."""
+    if len(_on(graph, grouping.op, device)) < (1 if grouping.alone else 2):
+        return 0
     for least, most in ROUNDS:
         trial = fx.Graph()
         trial.output(trial.graph_copy(graph, {}))
-        _group(trial, device, least, most)
+        _group(trial, grouping, device, least, most)
         if Memory(trial).peak(list(trial.nodes)) <= limit:
-            return _group(graph, device, least, most)
+            return _group(graph, grouping, device, least, most)
     return 0
 
 
@@ -68,22 +73,21 @@ def _on(graph: fx.Graph, op: Any, device: str) -> list[fx.Node]:
     return [n for n in nodes if n.args[0].meta["val"].device.type == device]
 
 
-def _group(graph: fx.Graph, device: str, least: int, most: int) -> int:
+def _group(graph: fx.Graph, grouping: Grouping, device: str, least: int, most: int) -> int:
+    op, read, tiles, together, rounds, alone = grouping
     fewer = 0
-    for op, read, tiles, together, rounds, alone in GROUPINGS:
-        alike: dict[Any, list[fx.Node]] = {}
-        for node in _on(graph, op, device):
-            if (kind := read(node)) is not None:
-                alike.setdefault(kind, []).append(node)
-        for nodes in alike.values():
-            room = tuning.processors(nodes[0].args[0].meta["val"].device)
-            counts = [tiles(n) for n in nodes]
-            windows = _windows(nodes, counts, least * rounds * room, most * rounds * room, room)
-            together_with = {n for window in windows for n in window}
-            windows += [[n] for n in nodes if alone and n not in together_with]
-            for window in windows:
-                together(graph, window)
-                fewer += len(window) - 1
+    alike: dict[Any, list[fx.Node]] = {}
+    for node in _on(graph, op, device):
+        if (kind := read(node)) is not None:
+            alike.setdefault(kind, []).append(node)
+    for nodes in alike.values():
+        room = tuning.processors(nodes[0].args[0].meta["val"].device)
+        windows = _windows(nodes, [tiles(n) for n in nodes], least * rounds * room, most * rounds * room, room)
+        grouped = {n for window in windows for n in window}
+        windows += [[n] for n in nodes if alone and n not in grouped]
+        for window in windows:
+            together(graph, window)
+            fewer += len(window) - 1
     sort_topologically(graph)
     return fewer
 
@@ -119,6 +123,8 @@ def _read_product_sum(total: fx.Node) -> Any:
     product, weights, *_ = _values(total)
     if not is_static(product) or 0 in product.shape or not product_sums.is_flat(product):
         return None
+    if product.shape[1] * product.shape[2] >= 2**31:  # sizes of several layers are passed in 32 bits
+        return None
     return argument(total, "key"), argument(total, "std"), product.shape[0], product.dtype
 
 
@@ -144,7 +150,7 @@ def _tiles_of_store(node: fx.Node) -> int:
 
 
 def _tiles_of_sum(node: fx.Node) -> int:
-    """As many as its products had, so that windows of both are the same layers."""
+    """As many as its products had: where all are stored in windows, these are windows of the sums as well."""
     B, d, p = node.args[0].meta["val"].shape
     return B * cdiv(d, hopper.STORED.rows) * cdiv(p, hopper.STORED.columns)
 
@@ -160,7 +166,7 @@ def _windows(nodes: list[fx.Node], tiles: list[int], least: int, most: int, room
         options, total = list[tuple[int, int, int]](), 0
         for start in reversed(range(end)):
             total += tiles[waiting[start]]
-            if total > most and options:
+            if (total > most or end - start > LAYERS) and options:
                 break
             rounds, windows, _ = best[start]
             options.append((rounds + cdiv(total, room), windows + 1, start))

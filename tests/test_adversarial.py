@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flashdp_compile import FlashDPError
-from zoo import REFUSED
+from zoo import REFUSED, coverage
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -31,3 +31,4 @@ def test_refused(name):
         assert "refused_" in text, f"the refusal does not name the user's line:\n{text}"
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    coverage.refused(name, caught.value)

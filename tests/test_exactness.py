@@ -21,7 +21,7 @@ from reference import (
     relative_errors,
     release,
 )
-from zoo import CASES, Case, Model
+from zoo import CASES, Case, Model, coverage
 from zoo.case import as_float, map_tensors
 from zoo.problems import floats, regression
 from zoo.schedule import CLIPPINGS, CORE, ONCE, Run, runs_of
@@ -37,10 +37,12 @@ def clipping_of(case: Case, model: nn.Module, clipping: str):
     return case.grouping(model) if clipping == "groups" else clipping
 
 
-def assert_close(actual, expected, tolerance):
+def assert_close(actual, expected, tolerance) -> float:
+    """The largest error."""
     errors = relative_errors(actual, expected)
     wrong = {name: error for name, error in errors.items() if not error < tolerance}
     assert not wrong, f"relative errors {wrong}, all others under {tolerance}"
+    return max(errors.values(), default=0.0)
 
 
 def or_refused(case: Case, function):
@@ -49,6 +51,7 @@ def or_refused(case: Case, function):
         return function()
     except Refusal as refusal:
         if "may_refuse" in case.tags:
+            coverage.refused(case.name, refusal)
             pytest.xfail(f"refused, which is right too: {refusal}")
         raise
 
@@ -86,7 +89,7 @@ def test_float32(run: Run):
     released = [name for name, gradient in actual.items() if gradient is not None]
     assert "idle" in case.tags or len(released) == len(actual)
     expected = release(per_sample, **options, released=released)
-    assert_close(actual, expected.gradients, FLOAT32)
+    coverage.exact(run.case, run.clipping, assert_close(actual, expected.gradients, FLOAT32))
 
 
 # Cases where plain autocast, without any clipping, keeps well within half of the tolerance
@@ -122,7 +125,7 @@ def test_bfloat16_autocast(name):
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         actual = compiled_gradients(mixed, model, batch, ("outside", "inside")[index % 2], **PLAIN, **options)
     assert all(gradient.dtype == torch.float32 for gradient in actual.values())
-    assert_close(actual, expected.gradients, BFLOAT16)
+    coverage.exact(name, "bf16 autocast", assert_close(actual, expected.gradients, BFLOAT16))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -155,6 +158,7 @@ def test_one_sample_never_exceeds_the_bound(name, clipping):
         or_refused(case, lambda scale=scale: (scale * loss_of(case, module, batch, "outside", "sum")).backward())
         released = torch.cat([g.flatten() for g in gradients(model).values() if g is not None]).norm()
         assert released <= bound * (1 + 1e-5)
+        coverage.bounded(name, float(released / bound))
 
 
 @pytest.mark.parametrize("place", ["outside", "inside"])

@@ -15,7 +15,9 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from flashdp_compile import sequence_losses
+from found import what
 from reference import release
+from zoo import coverage
 from zoo.training import gradients
 
 BOUND = 0.2
@@ -56,8 +58,11 @@ class Attention(nn.Module):
         return self.head(self.norm(x + F.scaled_dot_product_attention(q, k, v, is_causal=True)[:, 0]))
 
 
-def compiled(model: nn.Module, **options) -> nn.Module:
-    options = {"max_grad_norm": BOUND, "noise_multiplier": 0.0, "compiler": "eager", **options}
+pytestmark = pytest.mark.parametrize("clipping", ["flat", "per_layer"])
+
+
+def compiled(model: nn.Module, clipping: str, **options) -> nn.Module:
+    options = {"clipping": clipping, "max_grad_norm": BOUND, "noise_multiplier": 0.0, "compiler": "eager", **options}
     return torch.compile(model, backend="flashdp", fullgraph=True, options=options)
 
 
@@ -65,7 +70,7 @@ def classes(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(model(x).float(), y, reduction="none")
 
 
-def exact(model: nn.Module, losses, *data: torch.Tensor) -> dict[str, torch.Tensor]:
+def exact(clipping: str, model: nn.Module, losses, *data: torch.Tensor) -> dict[str, torch.Tensor]:
     """What is released, by a loop over samples in the precision of the mode; float32 sums."""
     model = copy.deepcopy(model)
     named = dict(model.named_parameters())
@@ -74,29 +79,31 @@ def exact(model: nn.Module, losses, *data: torch.Tensor) -> dict[str, torch.Tens
         loss = losses(model, *(t[b : b + 1] for t in data)).sum()
         found.append([g.float() for g in torch.autograd.grad(loss, list(named.values()))])
     samples = {name: torch.stack(own) for name, own in zip(named, zip(*found, strict=True), strict=True)}
-    return release(samples, max_grad_norm=BOUND).gradients
+    return release(samples, clipping=clipping, max_grad_norm=BOUND).gradients
 
 
-def error(model: nn.Module, expected: dict[str, torch.Tensor]) -> float:
-    """The largest, relative to a parameter's own gradient or a hundredth of the whole."""
+def check(mode: str, clipping: str, model: nn.Module, expected: dict[str, torch.Tensor], allowed: float) -> None:
+    """Errors are relative to a parameter's own gradient, or to a hundredth of the whole."""
     whole = torch.cat([g.flatten() for g in expected.values()]).norm()
     found = gradients(model)
-    return max(float((found[n].float() - g).norm() / g.norm().clamp(min=whole / 100)) for n, g in expected.items())
+    error = max(float((found[n].float() - g).norm() / g.norm().clamp(min=whole / 100)) for n, g in expected.items())
+    assert error < allowed
+    coverage.mode(f"{mode}, {clipping}", f"exact, {error:.0e}")
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(4, 8), torch.randint(0, 3, (4,))
 
 
-def test_weights_in_bfloat16():
+def test_weights_in_bfloat16(clipping):
     model, (x, y) = mlp().bfloat16(), batch()
-    expected = exact(model, classes, x.bfloat16(), y)
-    classes(compiled(model), x.bfloat16(), y).mean().backward()
+    expected = exact(clipping, model, classes, x.bfloat16(), y)
+    classes(compiled(model, clipping), x.bfloat16(), y).mean().backward()
     assert {p.grad.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert error(model, expected) < 2e-2
+    check("bf16 weights", clipping, model, expected, 2e-2)
 
 
-def test_float16_with_a_scale_that_stays():
+def test_float16_with_a_scale_that_stays(clipping):
     """The bound is of what is clipped, the gradients of the scaled loss: it is scaled as well (docs/privacy.md)."""
     scale = 2.0**10
     model, (x, y) = mlp(), batch()
@@ -107,23 +114,40 @@ def test_float16_with_a_scale_that_stays():
         with torch.autocast("cpu", torch.float16):
             return classes(model, x, y)
 
-    expected = exact(model, losses, x, y)
-    scaler.scale(losses(compiled(model, max_grad_norm=BOUND * scale), x, y).mean()).backward()
+    expected = exact(clipping, model, losses, x, y)
+    scaler.scale(losses(compiled(model, clipping, max_grad_norm=BOUND * scale), x, y).mean()).backward()
     scaler.unscale_(optimizer)
-    assert error(model, expected) < 5e-3
+    check("fp16 autocast, GradScaler with a fixed scale", clipping, model, expected, 5e-3)
     scaler.step(optimizer)
     scaler.update()
     assert scaler.get_scale() == scale
 
 
-def test_selective_recomputation():
+def test_selective_recomputation(clipping):
     model, (x, y) = Recomputed(), batch()
-    expected = exact(model, classes, x, y)
-    classes(compiled(model), x, y).mean().backward()
-    assert error(model, expected) < 1e-5
+    expected = exact(clipping, model, classes, x, y)
+    classes(compiled(model, clipping), x, y).mean().backward()
+    check("selective recomputation", clipping, model, expected, 1e-5)
 
 
-def test_several_losses_and_weights_of_samples():
+def test_recomputation_of_whole_blocks(clipping):
+    class Blocks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks, self.head = nn.ModuleList(nn.Sequential(mlp(), nn.Linear(3, 8)) for _ in range(2)), mlp()
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = x + checkpoint(block, x, use_reentrant=False)
+            return self.head(x)
+
+    model, (x, y) = Blocks(), batch()
+    expected = exact(clipping, model, classes, x, y)
+    classes(compiled(model, clipping), x, y).mean().backward()
+    check("recomputation of whole blocks", clipping, model, expected, 1e-5)
+
+
+def test_several_losses_and_weights_of_samples(clipping):
     model, (x, y) = mlp(), batch()
     weights = torch.tensor([0.1, 2.0, 0.0, 5.0])
 
@@ -131,31 +155,31 @@ def test_several_losses_and_weights_of_samples():
         out = model(x)
         return F.cross_entropy(out, y, reduction="none") * w + 0.3 * out.square().mean(1)
 
-    expected = exact(model, losses, x, y, weights)
-    out = compiled(model)(x)
+    expected = exact(clipping, model, losses, x, y, weights)
+    out = compiled(model, clipping)(x)
     first = (F.cross_entropy(out, y, reduction="none") * weights).mean()
     (first + 0.3 * out.square().mean()).backward()
-    assert error(model, expected) < 1e-5
+    check("several losses, weights of samples", clipping, model, expected, 1e-5)
 
 
-def test_one_compilation_serves_all_batches_and_lengths():
+def test_one_compilation_serves_all_batches_and_lengths(clipping):
     model = Attention()
-    module = compiled(model)
+    module = compiled(model, clipping)
     counters.clear()
     for size, length in ((4, 6), (4, 9), (3, 7), (5, 12), (2, 5)):
         ids = torch.randint(0, 11, (size, length))
         mark_dynamic(ids, 0)
         mark_dynamic(ids, 1)
-        expected = exact(model, lambda model, ids: sequence_losses(model(ids), ids), ids)
+        expected = exact(clipping, model, lambda model, ids: sequence_losses(model(ids), ids), ids)
         model.zero_grad()
         sequence_losses(module(ids), ids).mean().backward()
-        assert error(model, expected) < 1e-5
+        check("any B and any T in one compilation", clipping, model, expected, 1e-5)
     assert counters["stats"]["unique_graphs"] == 1
 
 
-def test_keys_of_a_state_are_those_of_a_model_that_is_compiled_by_inductor():
+def test_keys_of_a_state_are_those_of_a_model_that_is_compiled_by_inductor(clipping):
     model = mlp()
-    private, plain = compiled(model), torch.compile(model)
+    private, plain = compiled(model, clipping), torch.compile(model)
     assert list(private.state_dict()) == list(plain.state_dict())
     private.load_state_dict(plain.state_dict())
 
@@ -164,9 +188,11 @@ def test_keys_of_a_state_are_those_of_a_model_that_is_compiled_by_inductor():
     (nn.Sequential(nn.Embedding(7, 8, sparse=True), nn.Flatten()), torch.randint(0, 7, (4, 2)), "use sparse=False"),
     (nn.Linear(4, 3, dtype=torch.complex64), torch.randn(4, 4, dtype=torch.complex64), "complex"),
 ])  # fmt: skip
-def test_sparse_and_complex_gradients_are_refused(module, data, word):
+def test_sparse_and_complex_gradients_are_refused(module, data, word, clipping):
     from flashdp_compile import Refusal
 
-    with pytest.raises(Refusal, match=word):
-        compiled(module)(data).abs().sum(1).mean().backward()
+    with pytest.raises(Refusal, match=word) as caught:
+        compiled(module, clipping)(data).abs().sum(1).mean().backward()
     assert all(p.grad is None for p in module.parameters())
+    kind = "sparse" if "sparse" in word else "complex"
+    coverage.mode(f"{kind} gradients, {clipping}", f"refused: {what(caught.value)}")

@@ -14,18 +14,43 @@ from typing import Any
 
 import torch
 
-__all__ = ["compile_early", "finish_early"]
+__all__ = ["as_compiled", "compile_early", "finish_early", "under_way"]
 
-_UNDER_WAY: dict[int, list[Future[Any]]] = {}  # by the kernel's id; kernels are kept by kernels/codegen.py
+_UNDER_WAY: dict[int, dict[Any, Future[Any]]] = {}  # by the kernel's id; kernels are kept by kernels/codegen.py
 
 
 def compile_early(kernel: Any, device: torch.device, arguments: tuple[Any, ...], settings: Mapping[str, int]) -> None:
     """Compiles for a launch with these numbers and tensors like these, which may be fake. Triton 3.6, 3.7."""
     if not torch.cuda.is_available():
         return
-    # Triton takes a dtype for an aligned tensor of it
-    kinds = [a.dtype if isinstance(a, torch.Tensor) else a for a in arguments]
-    _UNDER_WAY.setdefault(id(kernel), []).append(_threads().submit(_compile, kernel, device, kinds, settings))
+    like = [_Like(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+    known = _UNDER_WAY.setdefault(id(kernel), {})
+    key = tuple(as_compiled(a) for a in arguments), tuple(settings.items())
+    if key not in known:
+        known[key] = _threads().submit(_compile, kernel, device, like, settings)
+
+
+def as_compiled(value: Any) -> tuple[Any, ...] | None:
+    """What Triton compiles a kernel for: a number's type, whether it is 1, and whether 16 divides it; a tensor's dtype
+    and whether 16 divides its address. None for what only Inductor understands."""
+    if isinstance(value, torch.Tensor):
+        return "tensor", value.dtype, _Like(value).data_ptr() % 16
+    if hasattr(value, "get_dtype"):  # a tensor as Inductor writes it
+        return "tensor", value.get_dtype()
+    if type(value) is int:
+        return "int", value == 1, value % 16 == 0, value.bit_length() > 31
+    return ("float",) if type(value) is float else None
+
+
+class _Like:
+    """What Triton asks a tensor for. Fresh memory is aligned, so a place in it is as aligned as its offset."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.dtype, self.shape = tensor.dtype, tensor.shape
+        self._offset = tensor.storage_offset() * tensor.element_size()
+
+    def data_ptr(self) -> Any:
+        return self._offset
 
 
 def finish_early(kernel: Any) -> None:
@@ -36,12 +61,12 @@ def finish_early(kernel: Any) -> None:
 
 
 def under_way(kernel: Any) -> list[Future[Any]]:
-    return _UNDER_WAY.get(id(kernel), [])
+    return list(_UNDER_WAY.get(id(kernel), {}).values())
 
 
-def _compile(kernel: Any, device: torch.device, kinds: list[Any], settings: Mapping[str, int]) -> None:
+def _compile(kernel: Any, device: torch.device, like: list[Any], settings: Mapping[str, int]) -> None:
     with torch.cuda.device(device):
-        kernel.warmup(*kinds, grid=(1,), **settings)
+        kernel.warmup(*like, grid=(1,), **settings)
 
 
 @functools.cache

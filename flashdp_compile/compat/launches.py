@@ -226,7 +226,7 @@ def _remembered(analyse: Callable[..., Any]) -> Callable[..., Any]:
 
     def answer(kernel: Any, arguments: dict[str, Any], descriptors: Any) -> Any:
         function = kernel if hasattr(kernel, "params") else kernel.fn  # an autotuner has one
-        described = tuple((name, _as_compiled(value)) for name, value in arguments.items())
+        described = tuple((name, early.as_compiled(value)) for name, value in arguments.items())
         if any(p.is_constexpr for p in function.params) or any(d is None for _, d in described):
             return analyse(kernel, arguments, descriptors)
         key = (id(function), described, repr(descriptors))
@@ -235,15 +235,3 @@ def _remembered(analyse: Callable[..., Any]) -> Callable[..., Any]:
         return copy.deepcopy(known[key][1])
 
     return answer
-
-
-def _as_compiled(value: Any) -> tuple[Any, ...] | None:
-    """What Triton compiles a kernel for: a number's type, whether it is 1, and whether 16 divides it. None for what
-    only Inductor understands."""
-    if isinstance(value, torch.Tensor):
-        return "tensor", value.dtype
-    if hasattr(value, "get_dtype"):  # a tensor as Inductor writes it
-        return "tensor", value.get_dtype()
-    if type(value) is int:
-        return "int", value == 1, value % 16 == 0, value.bit_length() > 31
-    return ("float",) if type(value) is float else None

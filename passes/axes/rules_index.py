@@ -120,6 +120,9 @@ def read(site: Site, x: State, indices: list[State | None], nodes: list[Any]) ->
     return counting[1].at(counting[1].dim + layout.start)
 
 
+_COUNTS = "it counts how often an index occurs in the batch", "use scale_grad_by_freq=False in embeddings"
+
+
 def write(site: Site, x: State, indices: list[State | None], values: State, nodes: list[Any], adds: bool) -> State:
     """The axis of x after x[indices] (+)= values."""
     sizes = site.arg_shape()
@@ -161,8 +164,8 @@ def write(site: Site, x: State, indices: list[State | None], values: State, node
             raise Reject("it adds samples into a table that is not zero")
         _same_for_all(site, layout, indices, runs)
         return site.point(weight=values.weight if isinstance(values, Batched) else None)
-    if adds and not isinstance(values, Batched):
-        raise Reject("it counts how often an index occurs in the batch", "use scale_grad_by_freq=False in embeddings")
+    if adds and isinstance(x, Constant) and not isinstance(values, Batched):
+        raise Reject(*_COUNTS)
     raise Reject("it writes samples' values at places that other samples share", _FIX)
 
 
@@ -213,8 +216,10 @@ def index_put(site: Site, x: State, indices: list[State | None], values: State, 
 def masked_index_put(site: Site, x: State, mask: State, indices: list[State | None], values: State) -> State:
     """The backward of an embedding (torch 2.13) and of masked indexing; the mask leaves out values, padding say."""
     _mask_agrees(site, mask, values, len(site.shape(site.node.args[3])))
-    if isinstance(mask, Batched) and not isinstance(values, Batched):
-        raise Reject("its mask carries samples that its values lack", _FIX)
+    if not isinstance(values, Batched):
+        if any(isinstance(s, Batched) for s in indices):
+            raise Reject(*_COUNTS)
+        raise Reject("its mask may differ from sample to sample where its values are the same for all", _FIX)
     return write(site, x, indices, values, list(site.node.args[2]), adds=True)
 
 

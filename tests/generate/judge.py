@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from flashdp_compile.errors import InternalError, Refusal
+from found import what
 from generate.cases import Drawn
 from reference import bound_between, per_sample_gradients, relative_errors, release
 from zoo import Batch
@@ -52,11 +53,10 @@ def judge(drawn: Drawn, index: int, alone: bool) -> Verdict:
         if alone:
             bounded_alone(drawn, settings["clipping"])
     except (Refusal, InternalError) as error:
-        lines = str(error).splitlines()
-        said = next((line for line in lines if line.startswith("  what")), lines[0])
+        said = what(error)
         if isinstance(error, InternalError) or not any(word in said.lower() for word in drawn.refusals):
             raise Wrong(f"refused: {error}\n{drawn.text}") from error
-        return Verdict(said.removeprefix("  what").strip())
+        return Verdict(said)
     except Wrong as wrong:
         raise Wrong(f"{wrong}\nunder {settings}, B={drawn.size}, seed {drawn.case.name}\n{drawn.text}") from None
     return Verdict()

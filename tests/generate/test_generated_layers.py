@@ -15,7 +15,7 @@ import torch
 from generate.cases import ORDER, draw
 from generate.judge import Verdict, Wrong, in_bounds, judge
 from generate.layers import KINDS
-from zoo import Model
+from zoo import Model, coverage
 
 IN_CI, IN_ALL, CHUNK = 310, 3300, 100
 
@@ -25,6 +25,7 @@ def judged(number: int, alone: bool) -> Verdict:
     verdict = judge(drawn, number, alone)
     if verdict.refused:
         print(f"{drawn.kinds[0]}: {verdict.refused}")
+    coverage.drawn(drawn.kinds[0], number, verdict.refused or ("unresolved" if verdict.unresolved else "exact"))
     return verdict
 
 

@@ -64,7 +64,7 @@ def test_what_is_compiled_early_is_what_is_launched(name, case, device, monkeypa
     args, again = arguments(FAMILIES[name], case, torch.bfloat16, device), []
     with FakeTensorMode() as mode:
         FAMILIES[name].compile_early(*tree_map_only(torch.Tensor, mode.from_tensor, args))
-    begun = [future.result() for futures in early._UNDER_WAY.values() for future in futures]
+    begun = [future.result() for futures in early._UNDER_WAY.values() for future in futures.values()]
     monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda **what: again.append(what))
     FAMILIES[name].run(*args)
     assert begun and not again

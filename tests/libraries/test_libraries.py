@@ -2,7 +2,7 @@
 
 The near relatives of other models run in full where they are asked for, by -m "full or not full".
 
-What is found is written down for docs/coverage.md where FLASHDP_COVERAGE names a file (libraries/coverage.py).
+What is found is written down for docs/coverage.md where FLASHDP_COVERAGE names a folder (tests/found.py).
 """
 
 import copy
@@ -10,6 +10,7 @@ import copy
 import pytest
 import torch
 
+import found
 from flashdp_compile.errors import Refusal
 from libraries import CORE, LIMIT, MODELS, coverage, hugging_face
 from libraries.whole import Task, Whole
@@ -62,9 +63,9 @@ def trains_on_exact_gradients(name: str, clipping: str, sizes: tuple[int, ...]) 
         assert step or 0 < (expected.factors < 1).sum() < expected.factors.numel()
         loss = loss_of(case, module, batch.on(DEVICE), "outside", "mean")
         loss.backward()
-        found = gradients(trained)
-        assert loss.isfinite() and all(gradient is not None for gradient in found.values())
-        errors = relative_errors(found, expected.gradients)
+        actual = gradients(trained)
+        assert loss.isfinite() and all(gradient is not None for gradient in actual.values())
+        errors = relative_errors(actual, expected.gradients)
         assert max(errors.values()) < LIMIT, errors
         worst = max(worst, *errors.values())
         optimizer.step()
@@ -137,7 +138,7 @@ def test_the_page_is_what_was_found():
     """Every model has a row, complete where it ran at all; timm's are written where timm can be imported."""
     page = coverage.PAGE.read_text(encoding="utf-8")
     assert coverage.filled(page) == page, "PYTHONPATH=.:tests python -m libraries.coverage writes it anew"
-    files = {path.name: coverage.load(path) for path in coverage.FOLDER.glob("*.jsonl")}
+    files = {path.name: coverage.load(path) for path in found.files("models")}
     for lines in files.values():
         assert {model for model, _ in lines} <= set(MODELS)
         assert all(line.get("error", 0.0) < LIMIT for line in lines.values())

@@ -1,0 +1,23 @@
+"""docs/layers.md is what the tests of layers found, and leaves out none of them."""
+
+from generate.test_generated_layers import IN_CI
+from zoo import CASES, REFUSED, coverage
+from zoo.schedule import CLIPPINGS, ONCE
+
+ALLOWED = {**dict.fromkeys(CLIPPINGS, 1e-5), "bf16 autocast": 2e-2, "one sample": 1 + 1e-5}
+
+
+def test_the_page_is_what_was_found():
+    page = coverage.PAGE.read_text(encoding="utf-8")
+    assert coverage.filled(page) == page, "PYTHONPATH=.:tests python -m zoo.coverage writes it anew"
+
+
+def test_the_page_leaves_nothing_out():
+    lines = coverage.lines()
+    settings = {name: {line["setting"] for line in lines if line.get("case") == name} for name in (*CASES, *REFUSED)}
+    for name, case in CASES.items():
+        if "equal" not in case.tags:
+            assert settings[name] >= set(CLIPPINGS) or (case.tags & ONCE and settings[name]), name
+    assert all(settings[name] == {"refused"} for name in REFUSED)
+    assert {line["number"] for line in lines if "kind" in line} == set(range(IN_CI))
+    assert all(line["value"] < ALLOWED[line["setting"]] for line in lines if "value" in line)
