@@ -31,4 +31,4 @@ def test_refused(name):
         assert "refused_" in text, f"the refusal does not name the user's line:\n{text}"
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    coverage.refused(name, caught.value)
+    coverage.rejected(name, caught.value)

@@ -32,7 +32,13 @@ def bounded(case: str, part: float) -> None:
 
 
 def refused(case: str, refusal: Exception) -> None:
+    """Of a case that may be refused as well as exact."""
     found.record("layers", case=case.removesuffix(TWIN), setting="refused", text=found.what(refusal))
+
+
+def rejected(model: str, refusal: Exception) -> None:
+    """Of a model that has to be refused."""
+    found.record("layers", model=model, text=found.what(refusal))
 
 
 def drawn(kind: str, number: int, outcome: str) -> None:
@@ -48,14 +54,21 @@ def merged(lines: Iterable[found.Line]) -> list[found.Line]:
     """One line for each case and setting, each random model and each mode; numbers are the largest."""
     result: dict[tuple, found.Line] = {}
     for line in lines:
-        key = tuple(line.get(name) for name in ("case", "setting", "kind", "number", "mode"))
+        key = tuple(line.get(name) for name in ("case", "setting", "model", "kind", "number", "mode"))
         before = result.get(key, line)
         result[key] = {**line, "value": max(line["value"], before["value"])} if "value" in line else line
     position = {name: n for n, name in enumerate([*CASES, *REFUSED])}
 
     def order(line: found.Line) -> tuple[Any, ...]:
-        first = position.get(line.get("case"), len(position))
-        return first, line.get("setting", ""), line.get("kind", ""), line.get("number", 0), line.get("mode", "")
+        first = position.get(line.get("case") or line.get("model"), len(position))
+        return (
+            first,
+            "model" in line,
+            line.get("setting", ""),
+            line.get("kind", ""),
+            line.get("number", 0),
+            line.get("mode", ""),
+        )
 
     return sorted(result.values(), key=order)
 
@@ -84,7 +97,7 @@ def _cell(setting: str, line: found.Line) -> str:
 
 
 def refusals(read: list[found.Line]) -> list[list[str]]:
-    return [[line["case"].replace("_", " "), line["text"]] for line in read if line.get("case") in REFUSED]
+    return [[line["model"].replace("_", " "), line["text"]] for line in read if line.get("model") in REFUSED]
 
 
 def random_layers(read: list[found.Line]) -> list[list[str]]:

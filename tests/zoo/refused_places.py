@@ -179,15 +179,15 @@ refuse(
 )
 
 
-@refuse_layer("constants_put_where_a_mask_differs_by_place", rows, "mask", "counts")
+@refuse_layer("constants_put_where_a_mask_differs_by_place", rows, "mask", "counts", mixes=False)
 def _(fc, x):
     y, places = fc(x), torch.arange(x.shape[0], device=x.device)
     put = torch.ops.aten._unsafe_masked_index_put_accumulate
-    return put(y, places % 2 == 0, [places, torch.zeros_like(places)], y.new_full((x.shape[0],), 10.0))
+    return put(y, places % 2 == 0, [places, torch.zeros_like(places)], y.new_full((x.shape[0],), 10.0)).square()
 
 
-@refuse_layer("constants_put_at_own_places_where_a_mask_differs", rows, "mask", "counts")
+@refuse_layer("constants_put_at_own_places_where_a_mask_differs", rows, "mask", "counts", mixes=False)
 def _(fc, x):
     y, places = fc(x), torch.arange(x.shape[0], device=x.device)
     put = torch.ops.aten._unsafe_masked_index_put_accumulate
-    return put(y, places % 2 == 0, [places, (x[:, 0] > 0).long()], y.new_full((x.shape[0],), 10.0))
+    return put(y, places % 2 == 0, [places, (x[:, 0] > 0).long()], y.new_full((x.shape[0],), 10.0)).square()
