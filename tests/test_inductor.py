@@ -89,7 +89,7 @@ def test_samples_stay_apart_in_the_outputs(name):
     assert moved.tolist() == [False, False, True, False, False]
 
 
-@pytest.mark.parametrize("name, clipping", [("gpt", "per_layer"), ("tied_embedding_and_head", "flat")])
+@pytest.mark.parametrize("name, clipping", [("causal_attention", "per_layer"), ("tied_embedding_and_head", "flat")])
 def test_the_noise_is_that_of_the_interpreted_graph(name, clipping):
     """On a GPU it is drawn in other kernels there: inside sums, and once for all small gradients."""
     case = CASES[name]

@@ -148,9 +148,11 @@ def reference(model: Cells, x: Tensor, bound: float) -> dict[str, Tensor]:
     return total
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(("compiler", "batch"), [("eager", B), ("eager", 1), ("inductor", B)])
-def test_a_step_through_fused_cells_is_exact(bias, compiler, batch, cells_known_on_the_cpu):
+@pytest.mark.parametrize(
+    ("compiler", "batch", "bias"),
+    [("eager", B, True), ("eager", B, False), ("eager", 1, True), ("eager", 1, False), ("inductor", B, True)],
+)
+def test_a_step_through_fused_cells_is_exact(compiler, batch, bias, cells_known_on_the_cpu):
     model, x = Cells(bias, fused=True), torch.randn(batch, 2, D)
     options = {"compiler": compiler, "noise_multiplier": 0.0, "max_grad_norm": 0.1}
     module = torch.compile(model, backend="flashdp", fullgraph=True, options=options)
