@@ -128,6 +128,26 @@ def test_bfloat16_autocast(name):
     coverage.exact(name, "bf16 autocast", assert_close(actual, expected.gradients, BFLOAT16))
 
 
+@pytest.mark.parametrize("layer", [nn.RNN, nn.GRU, nn.LSTM])
+@pytest.mark.parametrize("clipping", ["flat", "per_layer"])
+@pytest.mark.filterwarnings("ignore")  # on TF32, which has no part in this
+def test_recurrent_layers_that_read_the_inputs(layer, clipping):
+    """Dynamo traces them where it is told to; oneDNN would compute the LSTM in one op, backward and all."""
+    layers = 2 if clipping == "flat" else 1
+    case = regression(
+        lambda: Model(lambda m, x: m.head(m.rnn(x)[0]), rnn=layer(6, 5, layers, batch_first=True, bidirectional=True),
+                      head=nn.Linear(10, 3)),
+        floats(4, 6), (4, 3),
+    )  # fmt: skip
+    model, batch = case.model(), case.batch(5)
+    per_sample = per_sample_gradients(case, model, batch)
+    options = {"clipping": clipping, "max_grad_norm": bound_between(release(per_sample, clipping=clipping).norms)}
+    with torch._dynamo.config.patch(allow_rnn=True):
+        actual = compiled_gradients(case, model, batch, **PLAIN, **options)
+    error = assert_close(actual, release(per_sample, **options).gradients, FLOAT32)
+    coverage.mode(f"nn.{layer.__name__} on the inputs, allow_rnn, {clipping}", f"exact, {error:.0e}")
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("clipping", ["flat", "per_layer"])
 @pytest.mark.parametrize("name", ["linear_3d", "mlp", "layer_norm", "conv2d", "causal_attention", "scalar_temperature"])

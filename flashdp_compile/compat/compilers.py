@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,8 @@ def compile_with_inductor(
         "post_grad_custom_post_pass": last_pass,
     }
     one_graph = descriptors_are_views(analysed_once(compile_fx_inner))
-    compiled: Any = compile_fx(gm, example_inputs, inner_compile=one_graph, config_patches=patches)
+    with _lstm_layers_in_parts():
+        compiled: Any = compile_fx(gm, example_inputs, inner_compile=one_graph, config_patches=patches)
     return compiled
 
 
@@ -123,7 +125,22 @@ def compile_with_interpreter(
         joint.recompile()
         return min_cut_rematerialization_partition(joint, inputs, **options)
 
-    return partitioned_backend(partition)(gm, example_inputs)
+    with _lstm_layers_in_parts():
+        return partitioned_backend(partition)(gm, example_inputs)
+
+
+@contextlib.contextmanager
+def _lstm_layers_in_parts() -> Iterator[None]:
+    """While graphs are traced: an LSTM layer on inputs without gradient is one op of oneDNN on a CPU, and its backward
+    sums over the batch inside. 2.11, 2.13."""
+    import torch._decomp.decompositions as module
+
+    before = module.select_one_layer_lstm_function
+    module.select_one_layer_lstm_function = lambda *layer: module.one_layer_lstm
+    try:
+        yield
+    finally:
+        module.select_one_layer_lstm_function = before
 
 
 def partitioned_backend(partition: Callable[..., Any]) -> Callable[..., Any]:

@@ -15,5 +15,5 @@ def _recurrent_layers_are_traced():
     """Dynamo leaves RNN, GRU and LSTM out unless told otherwise, and oneDNN has an op of its own for an LSTM."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on TF32, which has no part in this
-        with torch._dynamo.config.patch(allow_rnn=True), torch.backends.mkldnn.flags(enabled=False):
+        with torch._dynamo.config.patch(allow_rnn=True):
             yield
