@@ -144,7 +144,8 @@ _RUNNING_FIX = "running statistics cannot be kept privately: use GroupNorm or La
 
 def _point(axes: Axes, key: PointKey, gradient: Gradient) -> Point:
     node = key.node
-    kind = _POINT_OPS.get(getattr(node.target, "_opname", ""))
+    own = getattr(node.target, "namespace", "") in ("aten", "prims")  # the names are torch's
+    kind = _POINT_OPS.get(node.target._opname) if own else None
     if kind is None:
         refuse(
             node,

@@ -164,7 +164,7 @@ def _every(node: fx.Node, state: State) -> Any:
 
 def _constant(node: fx.Node, given: list[State]) -> Any:
     """Zero if the op creates zeros, or only moves or weakly combines zeros."""
-    if isinstance(node.target, OpOverload):
+    if isinstance(node.target, OpOverload) and node.target.namespace in ("aten", "prims"):
         name = node.target._opname
         creates_zero: Any = name in ("zeros", "zeros_like", "new_zeros")
         creates_zero |= (name == "full" and node.args[1] == 0) or (name == "scalar_tensor" and node.args[0] == 0)

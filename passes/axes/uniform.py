@@ -14,8 +14,8 @@ alone in seeing them. The proof enters them into `Site.draws`, and the engine th
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -24,7 +24,15 @@ from flashdp_compile.compat import OpOverload, size_expression
 from flashdp_compile.passes.axes.domain import ZERO, Batched, Constant, Reject, Site, Size, same
 from flashdp_compile.passes.axes.reshape import reshaped, strides_in_order
 
-Needs = list[tuple[Any, Batched]]
+
+class Either(NamedTuple):
+    """One of two operands, each with its axis."""
+
+    first: tuple[Any, Batched]
+    second: tuple[Any, Batched]
+
+
+Needs = Sequence[tuple[Any, Batched] | Either]
 Step = Callable[[Any, Batched, Size], Needs | None]
 STEPS: dict[str, Step] = {}
 
@@ -62,14 +70,26 @@ def uniform(node: Any, axis: Batched, batch: Size, draws: dict[fx.Node, Batched]
         return False
     if source is not node and source.target._opname not in _SEVERAL:
         return False
-    step = STEPS.get(source.target._opname)
+    # the names are torch's own: an op of somebody else's by the same name may do anything
+    step = STEPS.get(source.target._opname) if source.target.namespace in ("aten", "prims") else None
     if step is None and torch.Tag.pointwise in source.target.tags:
         step = _pointwise
     needs = None if step is None else step(source, axis, batch)
-    if needs is None or not all(uniform(n, a, batch, draws) for n, a in needs):
+    if needs is None or not all(_met(need, batch, draws) for need in needs):
         return False
     # drawn for one axis, it is no sample's own along another
     return source.target._opname not in _DRAWN or draws.setdefault(source, axis) == axis
+
+
+def _met(need: tuple[Any, Batched] | Either, batch: Size, draws: dict[fx.Node, Batched]) -> bool:
+    if not isinstance(need, Either):
+        return uniform(*need, batch, draws)
+    for one in need:
+        own = dict(draws)  # what it rests on counts only if it holds
+        if uniform(*one, batch, own):
+            draws.update(own)
+            return True
+    return False
 
 
 _DRAWN = frozenset(
@@ -258,7 +278,10 @@ def _embedding(node: Any, axis: Batched, batch: Size) -> Needs:
 
 @_step("index", "_unsafe_index")
 def _index(node: Any, axis: Batched, batch: Size) -> Needs | None:
-    """One index, with its dimensions where the indexed dimension was; or several that start at the first dimension."""
+    """One index, with its dimensions where the indexed dimension was; or several that start at the first dimension.
+
+    Which row an index names does not matter where all rows are equal: `positions.expand(B, T)[arange(B)[:, None], t]`.
+    """
     x, indices = node.args[:2]
     places = [i for i, n in enumerate(indices) if n is not None]
     rank = max(_rank(indices[i]) for i in places)
@@ -266,7 +289,8 @@ def _index(node: Any, axis: Batched, batch: Size) -> Needs | None:
         return None
     start = places[0]
     if start <= axis.dim < start + rank:
-        return [(indices[i], axis.at(axis.dim - start + _rank(indices[i]) - rank)) for i in places]
+        own = [(i, (indices[i], axis.at(axis.dim - start + _rank(indices[i]) - rank))) for i in places]
+        return [Either(need, (x, Batched(i))) if same(_sizes(x)[i], batch) else need for i, need in own]
     return [(x, axis.at(axis.dim if axis.dim < start else axis.dim - rank + len(places)))]
 
 

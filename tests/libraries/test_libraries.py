@@ -105,6 +105,22 @@ def test_one_sample_never_exceeds_the_bound(name):
     coverage.record(name, "one sample", norm=longest / BOUND)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama", "vit", "bert_padded"])
+def test_blocks_that_are_computed_again_and_no_cache(name):
+    """The library's own switch; models that write text then find out by themselves whether sequences are packed."""
+    whole = MODELS[name]
+    whole.need()
+    case = whole.case()
+    model, batch = case.model(), case.batch(5)
+    options = {"max_grad_norm": bound_between(release(per_sample_gradients(case, model, batch), clipping="flat").norms)}
+    expected = reference_gradients(case, model, batch, **options)
+    trained = copy.deepcopy(model).to(DEVICE)
+    trained.config.use_cache = False
+    trained.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    loss_of(case, flashdp(case, trained, **options), batch.on(DEVICE), "outside", "mean").backward()
+    assert max(relative_errors(gradients(trained), expected.gradients).values()) < LIMIT
+
+
 @pytest.mark.parametrize("name", hugging_face.LABELS)
 def test_the_loss_that_labels_give_is_refused(name):
     """It is the mean over the labels of the batch, of which some may be ignored: no sum over samples."""

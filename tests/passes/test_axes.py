@@ -482,6 +482,22 @@ def calls_a_custom_op(m, x):
     return torch.ops.flashdp_tests.shift(m.fc(x))
 
 
+@pytest.mark.parametrize("name", ["ones_like", "zeros_like", "new_zeros"])
+def test_an_op_of_somebody_else_is_not_taken_for_one_of_torch(name):
+    """It has the name of an op that fills memory with one number, and gives another number for every place."""
+    library = torch.library.Library("flashdp_tests", "FRAGMENT")
+    try:
+        library.define(f"{name}(Tensor x) -> Tensor")
+        library.impl(name, lambda x: x + 1.0, "CPU")
+        library.impl(name, lambda x: torch.empty_like(x, dtype=torch.float32), "Meta")
+        places = lambda x: getattr(torch.ops.flashdp_tests, name)(torch.arange(x.shape[0]))  # noqa: E731
+        with pytest.raises(Refusal, match="joins sample b with element b of a constant"):
+            fc = nn.Linear(6, 5)
+            propagate(joint_graph(Model(lambda m, x: m.fc(x) * places(x)[:, None], fc=fc), torch.randn(B, 6)))
+    finally:
+        library._destroy()
+
+
 def test_an_op_without_a_rule_is_named():
     library = torch.library.Library("flashdp_tests", "FRAGMENT")
     try:

@@ -284,3 +284,15 @@ def matrix_exponential(n: Sizes) -> Case:
 @register("lookalike")
 def eigenvalues(n: Sizes) -> Case:
     return factored(n, lambda a, y: torch.linalg.eigvalsh(a + torch.arange(n.time).to(a).diag()), n.time)
+
+
+@register("lookalike", equal=True)
+def rows_of_a_table_whose_rows_are_equal(n: Sizes) -> Case:
+    """As transformers finds sequences that are packed: the place in the batch names a row, and all rows are equal."""
+
+    def middle(y: Tensor) -> Tensor:
+        rows, times = (torch.arange(size, device=y.device) for size in y.shape[:2])
+        positions = times.expand(y.shape[0], -1)
+        return y * (positions[rows[:, None], times] < n.time - 1)[..., None]
+
+    return around(n, middle)

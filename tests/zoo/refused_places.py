@@ -191,3 +191,11 @@ def _(fc, x):
     y, places = fc(x), torch.arange(x.shape[0], device=x.device)
     put = torch.ops.aten._unsafe_masked_index_put_accumulate
     return put(y, places % 2 == 0, [places, (x[:, 0] > 0).long()], y.new_full((x.shape[0],), 10.0)).square()
+
+
+@refuse_layer("rows_of_a_table_whose_rows_differ", sequences, "index", "mul", "depends on its place", mixes=False)
+def _(fc, x):
+    y = fc(x)
+    rows, times = (torch.arange(size, device=x.device) for size in y.shape[:2])
+    table = rows[:, None] * times
+    return y * table[rows[:, None], times][..., None]
