@@ -110,18 +110,16 @@ def _read_sum(total: fx.Node) -> Any:
 def _read_store(store: fx.Node) -> Any:
     """Only the kernel in Gluon stores for several layers."""
     x, g = _values(store)
-    if (
-        not hopper.STORES
-        or not all(_is_described(t) for t in (x, g))
-        or not FAMILIES["outer_stores"].stays_op([x], [g], [0])
-    ):
+    if not hopper.STORES or not all(_is_described(t) for t in (x, g)):
+        return None
+    if not FAMILIES["outer_stores"].stays_op([x], [g], [0]):
         return None
     return x.shape[0], x.dtype
 
 
 def _read_product_sum(total: fx.Node) -> Any:
     product, weights, *_ = _values(total)
-    if not is_static(product) or 0 in product.shape or not product_sums.is_flat(product):
+    if not hopper.STORES or not is_static(product) or 0 in product.shape or not product_sums.is_flat(product):
         return None
     if product.shape[1] * product.shape[2] >= 2**31:  # sizes of several layers are passed in 32 bits
         return None

@@ -9,7 +9,8 @@ compiles them for sm_90 (tests/kernels/test_offline_compile.py), a GPU compares 
 A family takes them where `fits` says so, and its Triton template everywhere else. Inductor cannot write Gluon into its
 own code, so such an op stays a call, which costs the host more than a launch: see `Family.run`.
 
-`outer_stores` has not run on a GPU yet, and waits for FLASHDP_STORES=1 until it has.
+`outer_stores` has not run on a GPU yet. Until it has, it waits for FLASHDP_STORES=1, and with it windows of the sums of
+stored products, which were not timed.
 """
 
 import functools

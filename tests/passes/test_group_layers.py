@@ -98,7 +98,8 @@ def test_products_stay(B, monkeypatch):
         assert torch.equal(got, value)
 
 
-def test_products_are_stored_layer_by_layer_on_other_devices():
+def test_products_are_stored_layer_by_layer_on_other_devices(monkeypatch):
+    monkeypatch.setattr(hopper, "STORES", True)
     gm, _ = stored([(3, 40, 128, 256)] * 4)
     assert group_layers(gm.graph, "cpu") == 2, "three sums"
     assert count(gm.graph, flashdp.outer_store.default) == 4 and count(gm.graph, flashdp.outer_stores.default) == 0
