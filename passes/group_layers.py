@@ -51,14 +51,15 @@ class Grouping(NamedTuple):
 
 def group_layers(graph: fx.Graph, device: str = "cuda") -> int:
     """Rewrites the norms and sums on devices of this type, in place; returns how many launches there are fewer."""
+    wanted = [grouping for grouping in GROUPINGS if _alike(graph, grouping, device)]
+    if not wanted:
+        return 0
     limit = (1 + GROWTH) * Memory(graph).peak(list(graph.nodes))
-    return sum(_group_within(graph, grouping, device, limit) for grouping in GROUPINGS)
+    return sum(_group_within(graph, grouping, device, limit) for grouping in wanted)
 
 
 def _group_within(graph: fx.Graph, grouping: Grouping, device: str, limit: float) -> int:
     """In the largest windows whose peak of memory is not above the limit."""
-    if len(_on(graph, grouping.op, device)) < (1 if grouping.alone else 2):
-        return 0
     for least, most in ROUNDS:
         trial = fx.Graph()
         trial.output(trial.graph_copy(graph, {}))
@@ -68,19 +69,24 @@ def _group_within(graph: fx.Graph, grouping: Grouping, device: str, limit: float
     return 0
 
 
+def _alike(graph: fx.Graph, grouping: Grouping, device: str) -> list[list[fx.Node]]:
+    """Nodes that may share launches; with others, unless they are replaced alone as well."""
+    found: dict[Any, list[fx.Node]] = {}
+    for node in _on(graph, grouping.op, device):
+        if (kind := grouping.read(node)) is not None:
+            found.setdefault(kind, []).append(node)
+    return [nodes for nodes in found.values() if grouping.alone or len(nodes) > 1]
+
+
 def _on(graph: fx.Graph, op: Any, device: str) -> list[fx.Node]:
     nodes = graph.find_nodes(op="call_function", target=op)
     return [n for n in nodes if n.args[0].meta["val"].device.type == device]
 
 
 def _group(graph: fx.Graph, grouping: Grouping, device: str, least: int, most: int) -> int:
-    op, read, tiles, together, rounds, alone = grouping
+    _, _, tiles, together, rounds, alone = grouping
     fewer = 0
-    alike: dict[Any, list[fx.Node]] = {}
-    for node in _on(graph, op, device):
-        if (kind := read(node)) is not None:
-            alike.setdefault(kind, []).append(node)
-    for nodes in alike.values():
+    for nodes in _alike(graph, grouping, device):
         room = tuning.processors(nodes[0].args[0].meta["val"].device)
         windows = _windows(nodes, [tiles(n) for n in nodes], least * rounds * room, most * rounds * room, room)
         grouped = {n for window in windows for n in window}

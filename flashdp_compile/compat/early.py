@@ -25,16 +25,17 @@ def compile_early(kernel: Any, device: torch.device, arguments: tuple[Any, ...],
         return
     like = [_Like(a) if isinstance(a, torch.Tensor) else a for a in arguments]
     known = _UNDER_WAY.setdefault(id(kernel), {})
-    key = tuple(as_compiled(a) for a in arguments), tuple(settings.items())
+    places = tuple(a.data_ptr() % 16 for a in like if isinstance(a, _Like))
+    key = tuple(as_compiled(a) for a in arguments), places, tuple(settings.items())
     if key not in known:
         known[key] = _threads().submit(_compile, kernel, device, like, settings)
 
 
 def as_compiled(value: Any) -> tuple[Any, ...] | None:
-    """What Triton compiles a kernel for: a number's type, whether it is 1, and whether 16 divides it; a tensor's dtype
-    and whether 16 divides its address. None for what only Inductor understands."""
+    """What Triton compiles a kernel for, but for a tensor's place: a number's type, whether it is 1, and whether 16
+    divides it. None for what only Inductor understands."""
     if isinstance(value, torch.Tensor):
-        return "tensor", value.dtype, _Like(value).data_ptr() % 16
+        return "tensor", value.dtype
     if hasattr(value, "get_dtype"):  # a tensor as Inductor writes it
         return "tensor", value.get_dtype()
     if type(value) is int:

@@ -31,9 +31,9 @@ d, p = place(number, TILES_D, TILES_P)
 {%- endmacro -%}
 from triton.experimental import gluon
 from triton.experimental.gluon import language as tl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
-from flashdp_compile.kernels.hopper.parts import ACCUMULATOR, TILE, add_products, claim, landed, place, ring
+from flashdp_compile.kernels.hopper.parts import ACCUMULATOR, TILE, add_products, landed, load_step, place, ring
 
 STAGES = tl.constexpr({{ tiles.stages }})
 TAIL = tl.constexpr({{ tail }})
@@ -50,12 +50,7 @@ def load_tile(
     x_desc = tma.make_tensor_descriptor(x_ptr, [B, T, D], [x_s0, x_s1, 1], [1, 64, 64], TILE)
     g_desc = tma.make_tensor_descriptor(g_ptr, [B, T, P], [g_s0, g_s1, 1], [1, 64, 256], TILE)
     for t in range(0, T, 64):
-        stage, ready = claim(step, full, empty, STAGES)
-        mbarrier.expect(ready, 64 * (128 + 256) * 2)
-        tma.async_copy_global_to_shared(x_desc, [b, t, d], ready, xs.index(2 * stage))
-        tma.async_copy_global_to_shared(x_desc, [b, t, d + 64], ready, xs.index(2 * stage + 1))
-        tma.async_copy_global_to_shared(g_desc, [b, t, p], ready, gs.index(stage))
-        step += 1
+        step = load_step(x_desc, g_desc, b, t, d, p, step, xs, gs, full, empty, STAGES)
     return step
 
 

@@ -7,7 +7,7 @@ and the parity of n // stages is the phase that its barriers complete.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 TILE = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3))
 # of a group's half of a tile, [64, 256] in float32
@@ -56,6 +56,18 @@ def claim(step, full, empty, stages: gl.constexpr):
     stage = step % stages
     mbarrier.wait(empty.index(stage), ((step // stages) & 1) ^ 1)
     return stage, full.index(stage)
+
+
+@gluon.jit
+def load_step(x_desc, g_desc, b, t, d, p, step, xs, gs, full, empty, stages: gl.constexpr):
+    """Loads 64 tokens of a sample from t on, for the tile that begins at (d, p): in two halves of x, and of g at
+    once."""
+    stage, ready = claim(step, full, empty, stages)
+    mbarrier.expect(ready, 64 * (128 + 256) * 2)
+    tma.async_copy_global_to_shared(x_desc, [b, t, d], ready, xs.index(2 * stage))
+    tma.async_copy_global_to_shared(x_desc, [b, t, d + 64], ready, xs.index(2 * stage + 1))
+    tma.async_copy_global_to_shared(g_desc, [b, t, p], ready, gs.index(stage))
+    return step + 1
 
 
 @gluon.jit

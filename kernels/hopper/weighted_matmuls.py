@@ -28,9 +28,9 @@ first, end = run * RUN, tl.minimum(run * RUN + RUN, B)
 {%- endmacro -%}
 from triton.experimental import gluon
 from triton.experimental.gluon import language as tl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import tma
 
-from flashdp_compile.kernels.hopper.parts import ACCUMULATOR, TILE, add_products, claim, landed, place, ring
+from flashdp_compile.kernels.hopper.parts import ACCUMULATOR, TILE, add_products, landed, load_step, place, ring
 
 STAGES = tl.constexpr({{ tiles.stages }})
 TAIL = tl.constexpr({{ tail }})
@@ -49,12 +49,7 @@ def load_tile(
     for b in range(first, end):
         w = tl.load(weight_ptr + b * weight_s0)
         for t in range(0, tl.where(w != 0.0, T, 0), 64):
-            stage, ready = claim(step, full, empty, STAGES)
-            mbarrier.expect(ready, 64 * (128 + 256) * 2)
-            tma.async_copy_global_to_shared(x_desc, [b, t, d], ready, xs.index(2 * stage))
-            tma.async_copy_global_to_shared(x_desc, [b, t, d + 64], ready, xs.index(2 * stage + 1))
-            tma.async_copy_global_to_shared(g_desc, [b, t, p], ready, gs.index(stage))
-            step += 1
+            step = load_step(x_desc, g_desc, b, t, d, p, step, xs, gs, full, empty, STAGES)
     return step
 
 
