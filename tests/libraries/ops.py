@@ -7,18 +7,17 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from importlib import import_module
-from pathlib import Path
 
 import torch
 from torch import fx
 
 import flashdp_compile.passes.axes.engine  # noqa: F401  (enters all rules)
+import found
 import libraries
 from flashdp_compile.passes.axes.registry import NO_DATA, RULES, lookup
 from flashdp_compile.testing import on_joint_graph
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "ops.md"
-TABLE = re.compile(r"(?<=<!-- ops -->\n\n).*?(?=\n\n<!-- end -->)", re.DOTALL)
+PAGE = found.DOCS / "ops.md"
 ROW = re.compile(r"^\| `(\S+)` \| (\d+) \| (\d+) \| (.+) \|$", re.MULTILINE)
 
 
@@ -61,12 +60,10 @@ def table() -> str:
     """All ops, the most frequent first."""
     by_model = {name: ops_of(name) for name in importable()}
     total, models = sum(by_model.values(), Counter()), Counter(op for ops in by_model.values() for op in ops)
-    rows = [
-        f"| `{op}` | {n} | {models[op]} | {rule_of(op)} |" for op, n in sorted(total.items(), key=lambda i: (-i[1], i))
-    ]
+    often = sorted(total.items(), key=lambda i: (-i[1], i))
+    rows = ((f"`{op}`", str(n), str(models[op]), rule_of(op)) for op, n in often)
     titles = "; ".join(libraries.MODELS[name].title for name in by_model)
-    head = f"{len(by_model)} models: {titles}.\n\n| op | times | models | rule |\n| --- | --- | --- | --- |\n"
-    return head + "\n".join(rows)
+    return f"{len(by_model)} models: {titles}.\n\n{found.table(('op', 'times', 'models', 'rule'), rows)}"
 
 
 def listed() -> dict[str, str]:
@@ -75,5 +72,4 @@ def listed() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    found = table()
-    PAGE.write_text(TABLE.sub(lambda match: found, PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(found.filled(PAGE.read_text(encoding="utf-8"), "ops", table()), encoding="utf-8")
