@@ -79,27 +79,32 @@ def loaded(step, full, stages: gl.constexpr):
 
 @gluon.jit
 def add_product(total, step, half: gl.constexpr, depth: gl.constexpr, xs, gs, full, stages: gl.constexpr):
-    """Starts total += x^T g for the first `depth` of the 64 tokens of a step; the step before is then done."""
+    """Starts total += x^T g for the first `depth` of the 64 tokens of a step."""
     stage = loaded(step, full, stages)
     x = xs.index(2 * stage + half).reshape([64, 64]).slice(0, depth, dim=0).permute((1, 0))
     g = gs.index(stage).reshape([64, 256]).slice(0, depth, dim=0)
-    return warpgroup_mma_wait(1, deps=[warpgroup_mma(x, g, total, is_async=True)])
+    return warpgroup_mma(x, g, total, is_async=True)
 
 
 @gluon.jit
 def add_products(
     total, step, tokens, half: gl.constexpr, tail: gl.constexpr, xs, gs, full, empty, stages: gl.constexpr
 ):
-    """total += x^T g for so many tokens, of which the last 64 or less are in the first `tail` of a step."""
+    """total += x^T g for so many tokens, of which the last 64 or less are in the first `tail` of a step.
+
+    Nothing stands between the last product and the wait for it: with a branch there, and a wait for the product before,
+    ptxas 12.8 read sums that were still being added to (tests/kernels/test_machine_code.py).
+    """
     steps = (tokens + 63) // 64
     for n in range(steps - 1):
         total = add_product(total, step + n, half, 64, xs, gs, full, stages)
+        total = warpgroup_mma_wait(1, deps=[total])
         if n > 0:
             leave(step + n - 1, empty, stages)
     total = add_product(total, step + steps - 1, half, tail, xs, gs, full, stages)
+    total = warpgroup_mma_wait(0, deps=[total])
     if steps > 1:
         leave(step + steps - 2, empty, stages)
-    total = warpgroup_mma_wait(0, deps=[total])
     leave(step + steps - 1, empty, stages)
     return total, step + steps
 
