@@ -14,9 +14,9 @@ from flashdp_compile.kernels.common import Launch, cdiv
 from flashdp_compile.kernels.guard import gamma, guarded
 
 # Programs take pairs of blocks of 128 tokens, as many apart as there are programs: those of one sample at the same
-# time, so that blocks come from the L2 cache. The loading warp makes descriptors for each pair, in one of two places in
-# turn. A group has 64 of the 128 rows of both Gram matrices. It multiplies a block of features from zero and adds it in
-# float32, while the other multiplies: tensor cores would truncate.
+# time, so that blocks come from the L2 cache. The loading warp makes descriptors for each layer, in one of two places
+# in turn. A group has 64 of the 128 rows of both Gram matrices. It multiplies a block of features from zero and adds it
+# in float32, while the other multiplies: tensor cores would truncate.
 TEMPLATE = """
 {%- set operands, ends, pointers, strides = ["x"], ["D"], [], [] -%}
 {%- for how in gs -%}
@@ -29,11 +29,13 @@ TEMPLATE = """
 {%- endfor -%}
 {%- set arguments = parameters(pointers, ["row"], ["PROGRAMS"] + ends, strides, kinds)
     ~ "part_ptr, root_ptr, B, T, PAIRS, BLOCKS, PAIRS_OF_ALL," -%}
-{%- macro pair(number) -%}
-{{ selected(number, pointers, ["row"], ["PROGRAMS"] + ends, strides, kinds) }}
+{%- macro layer_of(pair) -%}
+{{ selected(pair, pointers, ["row"], ["PROGRAMS"] + ends, strides, kinds) }}
+{%- endmacro -%}
+{%- set pair_of_number -%}
 b = number // PAIRS
 i, j = pair_of(number % PAIRS)
-{%- endmacro -%}
+{%- endset -%}
 from triton.experimental import gluon
 from triton.experimental.gluon import language as tl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
@@ -58,24 +60,28 @@ def load_blocks(desc, width, b, i, j, step, blocks, full, empty):
 
 
 @gluon.jit
-def load_pair(
-    number, step,
+def load_layer(
+    pair, step,
     {{ arguments | indent(4) }}
     blocks, full, empty,
 ):
-    {{ pair("number") | indent(4) }}
+    {{ layer_of("pair") | indent(4) }}
 {% for name in operands %}
     {{ name }}_desc = tma.make_tensor_descriptor(
         {{ name }}_ptr, [B, T, {{ ends[loop.index0] }}], [{{ name }}_s0, {{ name }}_s1, 1], [1, 128, DEPTH], TILE
     )
 {% endfor %}
+    programs = tl.num_programs(0)
+    while number < PROGRAMS:
+        {{ pair_of_number | indent(8) }}
 {% for name in operands %}
-    step = load_blocks({{ name }}_desc, {{ ends[loop.index0] }}, b, i, j, step, blocks, full, empty)
+        step = load_blocks({{ name }}_desc, {{ ends[loop.index0] }}, b, i, j, step, blocks, full, empty)
 {% endfor %}
-    return step
+        number, pair = number + programs, pair + programs
+    return pair, step
 
 
-{{ load_in_turn("load_pair", "number", "PAIRS_OF_ALL", arguments, "blocks, full, empty") }}
+{{ load_in_turn("load_layer", "pair", "PAIRS_OF_ALL", arguments, "blocks, full, empty") }}
 
 
 @gluon.jit
@@ -103,7 +109,8 @@ def multiply(
     diagonal = rows[:, None] == tl.arange(0, 128, tl.SliceLayout(0, PAIR))[None, :]
     step = tl.to_tensor(0)
     for pair in range(tl.program_id(0), PAIRS_OF_ALL, tl.num_programs(0)):
-        {{ pair("pair") | indent(8) }}
+        {{ layer_of("pair") | indent(8) }}
+        {{ pair_of_number | indent(8) }}
         other = tl.where(i == j, 0, 1)
         a = tl.zeros([64, 128], tl.float32, PAIR)  # x_t . x_u
         a, step = add_products(a, D, other, half, step, blocks, full, empty)

@@ -1,7 +1,8 @@
 """The template macros that the kernels of this folder have in common: who runs, and how the loading warp goes on.
 
-load_in_turn(call, each, total, arguments, buffers): `load`, which calls `call` for the numbers of a program below
-`total`, in one of two places in turn: each has memory of its own for the descriptors that the call makes.
+load_in_turn(call, each, total, arguments, buffers): `load`, in which `call` loads what a program has of one layer, from
+`each` on, and gives back the next number, of another layer, below `total`; in one of two places in turn: each has
+memory of its own for the descriptors that the call makes.
 specialised(arguments, buffers): two groups that `multiply`, one for each half of a tile, and the warp that loads.
 """
 
@@ -13,19 +14,19 @@ def load(
     {{ buffers }},
 ):
     step, first_done, second_done = tl.to_tensor(0), tl.to_tensor(0), tl.to_tensor(0)
-    programs = tl.num_programs(0)
-    for {{ each }} in range(tl.program_id(0), {{ total }}, 2 * programs):
+    {{ each }} = tl.program_id(0)
+    while {{ each }} < {{ total }}:
         landed(first_done, step, full, STAGES)
-        step = {{ call }}(
+        {{ each }}, step = {{ call }}(
             {{ each }}, step,
             {{ arguments | indent(12) }}
             {{ buffers }},
         )
         first_done = step
-        if {{ each }} + programs < {{ total }}:
+        if {{ each }} < {{ total }}:
             landed(second_done, step, full, STAGES)
-            step = {{ call }}(
-                {{ each }} + programs, step,
+            {{ each }}, step = {{ call }}(
+                {{ each }}, step,
                 {{ arguments | indent(16) }}
                 {{ buffers }},
             )

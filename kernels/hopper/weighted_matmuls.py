@@ -12,8 +12,8 @@ from torch import Tensor
 from flashdp_compile.kernels import add_noises, hopper, product_sums, several, tuning
 from flashdp_compile.kernels.common import Launch, cdiv
 
-# Programs take tiles of all layers, as many apart as there are programs. The loading warp makes a descriptor for each
-# tile, in one of two places in turn: two calls of load_tile. A group's half of a tile are 64 of its 128 rows. Noise
+# Programs take tiles of all layers, as many apart as there are programs. The loading warp makes descriptors for each
+# layer, in one of two places in turn: two calls of load_layer. A group's half of a tile are 64 of its 128 rows. Noise
 # is added by a launch of its own: drawn here, it took twice as long as memory does, by the groups or by other warps.
 TEMPLATE = """
 {%- set pointers = ["x_ptr", "g_ptr", "weight_ptr", "out_ptr"] -%}
@@ -22,10 +22,12 @@ TEMPLATE = """
 {%- set arguments = parameters(pointers, [], sizes, strides, kinds) ~ "TILES," -%}
 {%- macro layer_of(tile) -%}
 {{ selected(tile, pointers, [], sizes, strides, kinds) }}
+{%- endmacro -%}
+{%- set tile_of_number -%}
 number, run = number % (TILES_D * TILES_P), number // (TILES_D * TILES_P)
 d, p = place(number, TILES_D, TILES_P)
 first, end = run * RUN, tl.minimum(run * RUN + RUN, B)
-{%- endmacro -%}
+{%- endset -%}
 from triton.experimental import gluon
 from triton.experimental.gluon import language as tl
 from triton.experimental.gluon.language.nvidia.hopper import tma
@@ -38,7 +40,7 @@ DTYPE = tl.constexpr({{ dot_type }})
 
 
 @gluon.jit
-def load_tile(
+def load_layer(
     tile, step,
     {{ arguments | indent(4) }}
     xs, gs, full, empty,
@@ -46,14 +48,19 @@ def load_tile(
     {{ layer_of("tile") | indent(4) }}
     x_desc = tma.make_tensor_descriptor(x_ptr, [B, T, D], [x_s0, x_s1, 1], [1, 64, 64], TILE)
     g_desc = tma.make_tensor_descriptor(g_ptr, [B, T, P], [g_s0, g_s1, 1], [1, 64, 256], TILE)
-    for b in range(first, end):
-        w = tl.load(weight_ptr + b * weight_s0)
-        for t in range(0, tl.where(w != 0.0, T, 0), 64):
-            step = load_step(x_desc, g_desc, b, t, d, p, step, xs, gs, full, empty, STAGES)
-    return step
+    mine, programs = number, tl.num_programs(0)
+    while mine < PROGRAMS:
+        number = mine
+        {{ tile_of_number | indent(8) }}
+        for b in range(first, end):
+            w = tl.load(weight_ptr + b * weight_s0)
+            for t in range(0, tl.where(w != 0.0, T, 0), 64):
+                step = load_step(x_desc, g_desc, b, t, d, p, step, xs, gs, full, empty, STAGES)
+        mine, tile = mine + programs, tile + programs
+    return tile, step
 
 
-{{ load_in_turn("load_tile", "tile", "TILES", arguments, "xs, gs, full, empty") }}
+{{ load_in_turn("load_layer", "tile", "TILES", arguments, "xs, gs, full, empty") }}
 
 
 @gluon.jit
@@ -65,6 +72,7 @@ def multiply(
     step = tl.to_tensor(0)
     for tile in range(tl.program_id(0), TILES, tl.num_programs(0)):
         {{ layer_of("tile") | indent(8) }}
+        {{ tile_of_number | indent(8) }}
         total = tl.zeros([64, 256], tl.float32, ACCUMULATOR)
         unit = tl.to_tensor(0.0).to(tl.float64)  # what total is to be multiplied by; 0 before the first sample
         for b in range(first, end):
