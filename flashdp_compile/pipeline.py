@@ -18,7 +18,7 @@ import flashdp_compile.passes
 from flashdp_compile import autotune
 from flashdp_compile.compat import CustomGraphPass, sort_topologically, versions
 from flashdp_compile.errors import FlashDPError, InternalError
-from flashdp_compile.kernels import hopper, tuning
+from flashdp_compile.kernels import tuning
 from flashdp_compile.options import Options
 from flashdp_compile.passes.align_rows import aligned_rows
 from flashdp_compile.passes.axes.engine import Axes, propagate
@@ -194,16 +194,16 @@ class LastPass(CustomGraphPass):
             own_memory(graph)
             fuse_noise(graph)
             sum_vectors(graph)
+            release_late(graph)
             group_layers(graph)
             clip_groups(graph)
             norm_vectors(graph)
-            release_late(graph)
             with aligned_rows(graph):
                 inline_kernels(graph)
 
     def uuid(self) -> Any:
         """The key of compile caches."""
-        return sources_digest(), tuning.learned(), hopper.STORES
+        return sources_digest(), tuning.learned()
 
 
 @cache

@@ -9,7 +9,7 @@ sums are written and read again; and every launch costs the host as much as a sm
     product_sum(product, weights, key, stream, std), ...       one of the results of product_sums
 
 A layer waits for others of its window, and its operands are held meanwhile: windows are as large as the peak of memory
-allows. Runs behind the proof; values differ by rounding, and the noise is that of (key, stream) as before.
+allows (windows.py). Runs behind the proof; values differ by rounding, and the noise is that of (key, stream) as before.
 """
 
 from __future__ import annotations
@@ -27,26 +27,25 @@ from flashdp_compile.kernels.common import cdiv
 from flashdp_compile.kernels.operands import TMA, layout
 from flashdp_compile.passes.memory import Memory
 from flashdp_compile.passes.nodes import call, is_static
+from flashdp_compile.passes.windows import Fitting
 
 aten, flashdp = torch.ops.aten, torch.ops.flashdp
 
-ROUNDS = ((3, 8), (1, 3))  # windows of so many rounds of programs, at least and at most: tried in this order
 SHORTER = 8  # times as many rounds of programs that make one sample's products, and not a sum over all
-LAYERS = 64  # of a window, at most: a kernel has several arguments for each
-GROWTH = 0.01  # by how much of the peak memory may grow
+GROWTH = 0.0  # by how much of the peak memory may grow
 
 
 class Grouping(NamedTuple):
     """How launches of an op become one: what those of one launch have in common (None for one that stays alone), how
-    many programs each has, and how many times as many rounds as ROUNDS says a window has. `alone`: whether a node
-    without a window is replaced as well."""
+    many programs each has, what replaces a window, how many times as many rounds as windows.ROUNDS says it has, and of
+    which op the calls that read it become one launch later."""
 
     op: Any
     read: Callable[[fx.Node], Any]
     tiles: Callable[[fx.Node], int]
     together: Callable[[fx.Graph, Sequence[fx.Node]], None]
     rounds: int = 1
-    alone: bool = False
+    then: Any = None
 
 
 def group_layers(graph: fx.Graph, device: str = "cuda") -> int:
@@ -55,47 +54,27 @@ def group_layers(graph: fx.Graph, device: str = "cuda") -> int:
     if not wanted:
         return 0
     limit = (1 + GROWTH) * Memory(graph).peak(list(graph.nodes))
-    return sum(_group_within(graph, grouping, device, limit) for grouping in wanted)
+    return sum(_group(graph, grouping, device, limit) for grouping in wanted)
 
 
-def _group_within(graph: fx.Graph, grouping: Grouping, device: str, limit: float) -> int:
-    """In the largest windows whose peak of memory is not above the limit."""
-    for least, most in ROUNDS:
-        trial = fx.Graph()
-        trial.output(trial.graph_copy(graph, {}))
-        _group(trial, grouping, device, least, most)
-        if Memory(trial).peak(list(trial.nodes)) <= limit:
-            return _group(graph, grouping, device, least, most)
-    return 0
+def _group(graph: fx.Graph, grouping: Grouping, device: str, limit: float) -> int:
+    fitting, windows = Fitting(graph, limit, grouping.then), list[list[fx.Node]]()
+    for nodes in _alike(graph, grouping, device):
+        room = tuning.processors(nodes[0].args[0].meta["val"].device)
+        windows += fitting.windows(nodes, grouping.tiles, grouping.rounds, room)
+    for window in windows:
+        grouping.together(graph, window)
+    sort_topologically(graph)
+    return sum(len(window) - 1 for window in windows)
 
 
 def _alike(graph: fx.Graph, grouping: Grouping, device: str) -> list[list[fx.Node]]:
-    """Nodes that may share launches; with others, unless they are replaced alone as well."""
+    """Nodes on such devices that may share launches, with others."""
     found: dict[Any, list[fx.Node]] = {}
-    for node in _on(graph, grouping.op, device):
-        if (kind := grouping.read(node)) is not None:
+    for node in graph.find_nodes(op="call_function", target=grouping.op):
+        if node.args[0].meta["val"].device.type == device and (kind := grouping.read(node)) is not None:
             found.setdefault(kind, []).append(node)
-    return [nodes for nodes in found.values() if grouping.alone or len(nodes) > 1]
-
-
-def _on(graph: fx.Graph, op: Any, device: str) -> list[fx.Node]:
-    nodes = graph.find_nodes(op="call_function", target=op)
-    return [n for n in nodes if n.args[0].meta["val"].device.type == device]
-
-
-def _group(graph: fx.Graph, grouping: Grouping, device: str, least: int, most: int) -> int:
-    _, _, tiles, together, rounds, alone = grouping
-    fewer = 0
-    for nodes in _alike(graph, grouping, device):
-        room = tuning.processors(nodes[0].args[0].meta["val"].device)
-        windows = _windows(nodes, [tiles(n) for n in nodes], least * rounds * room, most * rounds * room, room)
-        grouped = {n for window in windows for n in window}
-        windows += [[n] for n in nodes if alone and n not in grouped]
-        for window in windows:
-            together(graph, window)
-            fewer += len(window) - 1
-    sort_topologically(graph)
-    return fewer
+    return [nodes for nodes in found.values() if len(nodes) > 1]
 
 
 def _read_norm(norm: fx.Node) -> Any:
@@ -116,7 +95,7 @@ def _read_sum(total: fx.Node) -> Any:
 def _read_store(store: fx.Node) -> Any:
     """Only the kernel in Gluon stores for several layers."""
     x, g = _values(store)
-    if not hopper.STORES or not all(_is_described(t) for t in (x, g)):
+    if not all(_is_described(t) for t in (x, g)):
         return None
     if not FAMILIES["outer_stores"].stays_op([x], [g], [0]):
         return None
@@ -125,7 +104,7 @@ def _read_store(store: fx.Node) -> Any:
 
 def _read_product_sum(total: fx.Node) -> Any:
     product, weights, *_ = _values(total)
-    if not hopper.STORES or not is_static(product) or 0 in product.shape or not product_sums.is_flat(product):
+    if not is_static(product) or 0 in product.shape or not product_sums.is_flat(product):
         return None
     if product.shape[1] * product.shape[2] >= 2**31:  # sizes of several layers are passed in 32 bits
         return None
@@ -157,31 +136,6 @@ def _tiles_of_sum(node: fx.Node) -> int:
     """As many as its products had: where all are stored in windows, these are windows of the sums as well."""
     B, d, p = node.args[0].meta["val"].shape
     return B * cdiv(d, hopper.STORED.rows) * cdiv(p, hopper.STORED.columns)
-
-
-def _windows(nodes: list[fx.Node], tiles: list[int], least: int, most: int, room: int) -> list[list[fx.Node]]:
-    """Runs of nodes with `most` programs or fewer, that take the fewest rounds on a device with room for so many.
-
-    A node with `least` programs or more is in none: it fills the device alone.
-    """
-    waiting = [at for at, count in enumerate(tiles) if count < least]
-    best = [(0, 0, 0)]  # for the first so many: rounds, windows, and where the last of these starts
-    for end in range(1, len(waiting) + 1):
-        options, total = list[tuple[int, int, int]](), 0
-        for start in reversed(range(end)):
-            total += tiles[waiting[start]]
-            if (total > most or end - start > LAYERS) and options:
-                break
-            rounds, windows, _ = best[start]
-            options.append((rounds + cdiv(total, room), windows + 1, start))
-        best.append(min(options))
-    found, end = list[list[fx.Node]](), len(waiting)
-    while end:
-        start = best[end][2]
-        if end - start > 1:
-            found.insert(0, [nodes[at] for at in waiting[start:end]])
-        end = start
-    return found
 
 
 def _norms(graph: fx.Graph, window: Sequence[fx.Node]) -> None:
@@ -236,6 +190,6 @@ _product_sums = _sums(flashdp.product_sums.default, "product", "weights")
 GROUPINGS = (
     Grouping(flashdp.gram_sqnorm.default, _read_norm, _tiles, _norms),
     Grouping(flashdp.weighted_matmul.default, _read_sum, _tiles, _weighted_matmuls),
-    Grouping(flashdp.outer_store.default, _read_store, _tiles_of_store, _stores, SHORTER, alone=True),
+    Grouping(flashdp.outer_store.default, _read_store, _tiles_of_store, _stores, SHORTER, flashdp.product_sum.default),
     Grouping(flashdp.product_sum.default, _read_product_sum, _tiles_of_sum, _product_sums, SHORTER),
 )

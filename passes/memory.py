@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from itertools import accumulate
 
 import torch
@@ -26,39 +26,54 @@ _CALLS = (
 class Memory:
     """The memory of a graph's values in any order of its nodes: each is held from its maker to its last reader.
 
-    A view is held as what it views, and so is a matrix that is padded in place. What neither a library nor one of our
-    kernels makes or reads is left out: Inductor fuses most of it away, and a softmax over a vocabulary in float32 would
-    hide everything else.
+    A view is held as what it views, and so is a matrix that is padded in place; the values of an op with several are
+    held one by one. What neither a library nor one of our kernels makes or reads is left out: Inductor fuses most of it
+    away, and a softmax over a vocabulary in float32 would hide everything else.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
-        self.bytes: dict[fx.Node, int] = {}
+        self.bytes: dict[fx.Node, int] = dict.fromkeys(graph.nodes, 0)
         self._owner: dict[fx.Node, fx.Node] = {}
+        self._makes: dict[fx.Node, list[fx.Node]] = {}  # those of its values that are held by themselves
         for node in graph.nodes:
             viewed = node.args[0] if _is_view(node) else None
             self._owner[node] = self._owner[viewed] if isinstance(viewed, fx.Node) else node
-            self.bytes[node] = 0
+            self._makes[node] = [] if _is_element(node) else [n for n in node.users if _is_element(n)] or [node]
         for node in graph.nodes:
             kept = node.op in ("placeholder", "output") or _is_opaque(node.target)
             for value in (node, *node.all_input_nodes) if kept else ():
-                owner = self._owner[value]
-                self.bytes[owner] = _size(owner.meta.get("val"))
+                for owner in self._makes[self._owner[value]] or [self._owner[value]]:
+                    self.bytes[owner] = _size(owner.meta.get("val"))
 
-    def peak(self, order: list[fx.Node], without: Set[fx.Node] = frozenset()) -> int:
-        """The most bytes held at a time when nodes run in this order; `without` are not run and make nothing."""
+    def made(self, node: fx.Node) -> int:
+        """Bytes that a node makes."""
+        return sum(self.bytes[value] for value in self._makes[node])
+
+    def peak(self, order: Sequence[fx.Node | tuple[fx.Node, ...]], without: Set[fx.Node] = frozenset()) -> int:
+        """The most bytes held at a time when nodes run in this order, those of a tuple at once; `without` are not run
+        and make nothing."""
         made: dict[fx.Node, int] = {}
         read: dict[fx.Node, int] = {}
-        for at, node in enumerate(order):
-            if node in without:
-                continue
-            made.setdefault(self._owner[node], at)
-            for used in (node, *node.all_input_nodes):
-                read[self._owner[used]] = at
+        for at, step in enumerate(order):
+            for node in step if isinstance(step, tuple) else (step,):
+                if node in without:
+                    continue
+                for value in self._makes[node]:
+                    made[value] = 0 if node.op == "placeholder" else at
+                for used in (node, *node.all_input_nodes):
+                    read[self._owner[used]] = at
         change = [0] * (len(order) + 1)
-        for node, at in made.items():
-            change[0 if node.op == "placeholder" else at] += self.bytes[node]
-            change[read[node] + 1] -= self.bytes[node]
+        for value, at in made.items():
+            change[at] += self.bytes[value]
+            change[read.get(value, at) + 1] -= self.bytes[value]
         return max(accumulate(change))
+
+
+def _is_element(node: fx.Node) -> bool:
+    """One of the values of an op with several."""
+    if node.target is not operator.getitem or not isinstance(node.args[0], fx.Node):
+        return False
+    return isinstance(node.args[0].meta.get("val"), (tuple, list))
 
 
 def _is_view(node: fx.Node) -> bool:
@@ -66,7 +81,7 @@ def _is_view(node: fx.Node) -> bool:
         return False
     if node.target is torch.ops.aten.constant_pad_nd.default:
         return _fills_its_own_row(node)
-    return node.target is operator.getitem or (isinstance(node.target, OpOverload) and returns_views(node.target))
+    return isinstance(node.target, OpOverload) and returns_views(node.target)
 
 
 def _fills_its_own_row(node: fx.Node) -> bool:

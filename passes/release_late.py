@@ -15,8 +15,9 @@ from torch import fx
 
 from flashdp_compile.passes.memory import Memory
 from flashdp_compile.passes.nodes import is_static
+from flashdp_compile.passes.order import behind, dependents
 
-STORES = (torch.ops.flashdp.outer_store.default, torch.ops.flashdp.outer_stores.default)
+STORE = torch.ops.flashdp.outer_store.default
 LARGE = 0.03  # of the peak: what is smaller stays where its operands are in the cache
 CANDIDATES = 64  # places that are tried for each layer
 PATIENCE = 4  # layers in a row for which no later place is better: under one group for all, none is
@@ -25,13 +26,13 @@ GAIN = 0.01  # of the peak, at least, for a later place
 
 def release_late(graph: fx.Graph) -> int:
     """Moves the releases of large layers, in place; returns how many."""
-    stores = [n for op in STORES for n in graph.find_nodes(op="call_function", target=op)]
+    stores = graph.find_nodes(op="call_function", target=STORE)
     if not stores or not all(is_static(v) for n in stores for v in n.meta["val"]):
         return 0
     memory = Memory(graph)
     least, moved, stayed = LARGE * memory.peak(list(graph.nodes)), 0, 0
     for store in stores:
-        if memory.bytes[store] > least and stayed < PATIENCE:
+        if memory.made(store) > least and stayed < PATIENCE:
             gains = _put_off(graph, memory, store)
             moved, stayed = (moved + 1, 0) if gains else (moved, stayed + 1)
     return moved
@@ -39,15 +40,14 @@ def release_late(graph: fx.Graph) -> int:
 
 def _put_off(graph: fx.Graph, memory: Memory, store: fx.Node) -> bool:
     nodes = list(graph.nodes)
-    chain = _dependents(store)
+    readers = dependents([store])
     first = nodes.index(store)
     places = range(first, len(nodes) - 1)
     order, lowest = nodes, memory.peak(nodes) * (1 - GAIN)
-    if memory.peak(nodes, without=chain) >= lowest:  # the peak is elsewhere
+    if memory.peak(nodes, without={store, *readers}) >= lowest:  # the peak is elsewhere
         return False
     for last in places[:: max(1, len(places) // CANDIDATES)]:
-        moved = [n for n in nodes[first : last + 1] if n in chain]
-        tried = [*nodes[:first], *(n for n in nodes[first : last + 1] if n not in chain), *moved, *nodes[last + 1 :]]
+        tried = behind(nodes, last, {store}, readers)
         if (peak := memory.peak(tried)) < lowest:
             order, lowest = tried, peak * (1 - GAIN)
     if order is nodes:
@@ -55,14 +55,3 @@ def _put_off(graph: fx.Graph, memory: Memory, store: fx.Node) -> bool:
     for before, node in zip(order, order[1:], strict=False):
         before.append(node)
     return True
-
-
-def _dependents(node: fx.Node) -> set[fx.Node]:
-    """A node and all that read it, directly or not; the output is in its place anyway."""
-    found, front = {node}, [node]
-    while front:
-        for user in front.pop().users:
-            if user not in found and user.op != "output":
-                found.add(user)
-                front.append(user)
-    return found

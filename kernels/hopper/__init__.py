@@ -8,13 +8,9 @@ compiles them for sm_90 (tests/kernels/test_offline_compile.py), a GPU compares 
 
 A family takes them where `fits` says so, and its Triton template everywhere else. Inductor cannot write Gluon into its
 own code, so such an op stays a call, which costs the host more than a launch: see `Family.run`.
-
-`outer_stores` has not run on a GPU yet. Until it has, it waits for FLASHDP_STORES=1, and with it windows of the sums of
-stored products, which were not timed.
 """
 
 import functools
-import os
 from collections.abc import Iterable
 
 import torch
@@ -31,7 +27,6 @@ PAIRS = Tiles(128, 128, 64, 8, 6)  # of Gram matrices
 SETTINGS = {"num_warps": 4, "maxnreg": 168}  # of a launch: three groups of four warps fill a multiprocessor
 WASTE = 1.5  # at most so many times as many elements in the tiles as in the results
 LEAST_TOKENS = 32
-STORES = os.environ.get("FLASHDP_STORES") == "1"
 
 
 def fits(pairs: list[tuple[Tensor, Tensor]]) -> bool:

@@ -169,7 +169,6 @@ def main() -> None:
     parser.add_argument("strategy")
     parser.add_argument("--blocks", type=int, help="a model of so many blocks")
     parser.add_argument("--triton", action="store_true", help="without the kernels of kernels/hopper")
-    parser.add_argument("--stores", action="store_true", help="with hopper.outer_stores")
     parser.add_argument("--growth", type=float, help="by how much of the peak memory may grow for windows of layers")
     parser.add_argument("--early", action="store_true", help="print too what is compiled early: names and errors")
     arguments = parser.parse_args()
@@ -188,7 +187,6 @@ def main() -> None:
     compile_early, early.compile_early = early.compile_early, begin
     if arguments.triton:
         hopper.available = lambda device: False
-    hopper.STORES = arguments.stores
     if arguments.growth is not None:
         group_layers.GROWTH = arguments.growth
     tuning._table()["sm_90"]["outer_store"]["16"][0][-1] = 8  # wide tiles for a product that is cut into so few

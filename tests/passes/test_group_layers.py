@@ -83,7 +83,6 @@ def stored(shapes):
 def test_products_stay(B, monkeypatch):
     """Layers of two shapes; one that is too small for the tiles stays as it is, as does one of rows with odd ends."""
     monkeypatch.setattr(hopper, "available", lambda device: True)
-    monkeypatch.setattr(hopper, "STORES", True)
     fine, wide = (B, 40, 128, 256), (B, 70, 128, 512)
     gm, inputs = stored([fine, wide, fine, (B, 40, 32, 64), wide, (B, 40, 128, 258), fine])
     expected = gm(*inputs)
@@ -98,8 +97,7 @@ def test_products_stay(B, monkeypatch):
         assert torch.equal(got, value)
 
 
-def test_products_are_stored_layer_by_layer_on_other_devices(monkeypatch):
-    monkeypatch.setattr(hopper, "STORES", True)
+def test_products_are_stored_layer_by_layer_on_other_devices():
     gm, _ = stored([(3, 40, 128, 256)] * 4)
     assert group_layers(gm.graph, "cpu") == 2, "three sums"
     assert count(gm.graph, flashdp.outer_store.default) == 4 and count(gm.graph, flashdp.outer_stores.default) == 0
@@ -139,14 +137,3 @@ def test_nothing_waits_where_memory_would_grow(monkeypatch):
     monkeypatch.setattr(module, "GROWTH", -1.0)
     assert group_layers(gm.graph, "cpu") == 0
     assert count(gm.graph, flashdp.weighted_matmul.default) == 3
-
-
-def test_windows_fill_whole_rounds_and_leave_large_layers_alone():
-    tiles = [18, 72, 1182, 54, 72] * 8
-    windows = module._windows(list(range(40)), tiles, 3 * 132, 8 * 132, 132)
-    sizes = [sum(tiles[at] for at in window) for window in windows]
-    assert sorted(at for window in windows for at in window) == [at for at in range(40) if tiles[at] < 1000]
-    assert max(sizes) <= 8 * 132
-    assert sum(-(-size // 132) for size in sizes) == -(-sum(sizes) // 132), "no window wastes a round"
-    assert module._windows(["a", "b"], [1, 2], 396, 1056, 132) == [["a", "b"]]
-    assert module._windows(["a"], [1], 396, 1056, 132) == []

@@ -1,0 +1,27 @@
+"""Other orders of a graph's nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+
+from torch import fx
+
+Step = fx.Node | tuple[fx.Node, ...]  # or several that run at once
+
+
+def dependents(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """All that read these nodes, directly or not; not the output, which is in its place anyway."""
+    found, front = set[fx.Node](), list(nodes)
+    while front:
+        for user in front.pop().users:
+            if user not in found and user.op != "output":
+                found.add(user)
+                front.append(user)
+    return found
+
+
+def behind(order: Sequence[Step], at: int, nodes: Collection[fx.Node], readers: Collection[fx.Node]) -> list[Step]:
+    """The order in which `nodes`, and behind them `readers`, run behind place `at`, as far as they ran before."""
+    start = order[: at + 1]
+    moved = [n for n in start if n in nodes], [n for n in start if n in readers and n not in nodes]
+    return [*(n for n in start if n not in nodes and n not in readers), *moved[0], *moved[1], *order[at + 1 :]]
