@@ -50,11 +50,12 @@ class Grouping(NamedTuple):
 
 def group_layers(graph: fx.Graph, device: str = "cuda") -> int:
     """Rewrites the norms and sums on devices of this type, in place; returns how many launches there are fewer."""
-    wanted = [grouping for grouping in GROUPINGS if _alike(graph, grouping, device)]
-    if not wanted:
-        return 0
-    limit = (1 + GROWTH) * Memory(graph).peak(list(graph.nodes))
-    return sum(_group(graph, grouping, device, limit) for grouping in wanted)
+    limit, fewer = 0.0, 0
+    for grouping in GROUPINGS:
+        if _alike(graph, grouping, device):
+            limit = limit or (1 + GROWTH) * Memory(graph).peak(list(graph.nodes))
+            fewer += _group(graph, grouping, device, limit)
+    return fewer
 
 
 def _group(graph: fx.Graph, grouping: Grouping, device: str, limit: float) -> int:
@@ -103,12 +104,17 @@ def _read_store(store: fx.Node) -> Any:
 
 
 def _read_product_sum(total: fx.Node) -> Any:
+    """Sums wait for each other only where their products were stored together: what one launch frees much later than
+    it was made, Inductor keeps for a value of the same size, over the peak of memory if need be."""
     product, weights, *_ = _values(total)
-    if not is_static(product) or 0 in product.shape or not product_sums.is_flat(product):
+    made = total.args[0]
+    while isinstance(made, fx.Node) and made.target in (aten.select.int, operator.getitem):
+        made = made.args[0]
+    if made.target is not flashdp.outer_stores.default or not product_sums.is_flat(product):
         return None
     if product.shape[1] * product.shape[2] >= 2**31:  # sizes of several layers are passed in 32 bits
         return None
-    return argument(total, "key"), argument(total, "std"), product.shape[0], product.dtype
+    return made, argument(total, "key"), argument(total, "std"), product.shape[0], product.dtype
 
 
 def _values(node: fx.Node) -> Any:

@@ -62,11 +62,25 @@ class Memory:
                     made[value] = 0 if node.op == "placeholder" else at
                 for used in (node, *node.all_input_nodes):
                     read[self._owner[used]] = at
+        ends = self._reused(made, {value: read.get(value, at) + 1 for value, at in made.items()})
         change = [0] * (len(order) + 1)
         for value, at in made.items():
             change[at] += self.bytes[value]
-            change[read.get(value, at) + 1] -= self.bytes[value]
+            change[ends[value]] -= self.bytes[value]
         return max(accumulate(change))
+
+    def _reused(self, made: dict[fx.Node, int], ends: dict[fx.Node, int]) -> dict[fx.Node, int]:
+        """Until when values are held if a later one of the same size takes the place of one that nobody reads any more,
+        which Inductor does not free then."""
+        free: dict[int, list[fx.Node]] = {}
+        waiting = sorted(ends, key=lambda value: ends[value], reverse=True)
+        for value, at in sorted(made.items(), key=lambda item: item[1]):
+            while waiting and ends[waiting[-1]] <= at:
+                gone = waiting.pop()
+                free.setdefault(self.bytes[gone], []).append(gone)
+            if self.bytes[value] and free.get(self.bytes[value]):
+                ends[free[self.bytes[value]].pop()] = at
+        return ends
 
 
 def _is_element(node: fx.Node) -> bool:

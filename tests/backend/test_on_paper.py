@@ -153,7 +153,7 @@ def test_layers_that_are_clipped_by_themselves_take_no_launches_for_it():
     """Weights come from one launch for the linear layers, whose sums are one launch as well, and from another for norm
     scales and biases. Left are the norms: a launch for each product, one for the table and one for biases."""
     blocks, samples = 3, 16
-    settings = f"--blocks={blocks}", "--triton"
+    settings = f"--blocks={blocks}", "--growth=9"
     flat, code = (backward_of(clipping, "auto", *settings) for clipping in ("flat", "per_layer"))
     assert len(calls(code, "group_weights")) == 2
     assert len(calls(code, "vector_sums")) == len(calls(code, "product_sums")) == 1
@@ -164,7 +164,7 @@ def test_layers_that_are_clipped_by_themselves_take_no_launches_for_it():
 
 
 def test_the_count_of_bad_samples_copies_the_norms_of_a_launch_at_once():
-    code = backward_of("per_layer", "auto", "--blocks=3", "--triton")
+    code = backward_of("per_layer", "auto", "--blocks=3", "--growth=9")
     sqnorms = [arguments[1] for arguments in calls(code, "group_weights")]
     readers = [line for line in launches(code) if line.startswith("triton_") and any(f"{s}, " in line for s in sqnorms)]
     assert len(readers) == 1 and all(f"{s}, " in readers[0] for s in sqnorms)

@@ -86,10 +86,10 @@ def test_products_stay(B, monkeypatch):
     fine, wide = (B, 40, 128, 256), (B, 70, 128, 512)
     gm, inputs = stored([fine, wide, fine, (B, 40, 32, 64), wide, (B, 40, 128, 258), fine])
     expected = gm(*inputs)
-    assert group_layers(gm.graph, "cpu") == 4 + 5
+    assert group_layers(gm.graph, "cpu") == 4 + 3, "stores of five, and sums of those four of them that are summed"
     gm.graph.lint()
     gm.recompile()
-    assert count(gm.graph, flashdp.product_sums.default) == 1 and count(gm.graph, flashdp.product_sum.default) == 0
+    assert count(gm.graph, flashdp.product_sums.default) == 1 and count(gm.graph, flashdp.product_sum.default) == 2
     (together,) = gm.graph.find_nodes(op="call_function", target=flashdp.outer_stores.default)
     assert together.args[2] == [0, 1, 0, 1, 0] and count(gm.graph, flashdp.outer_store.default) == 2
     assert [tuple(t.shape) for t in together.meta["val"]] == [(3, B, 128, 256), (2, B, 128, 512), (5, B)]
@@ -99,7 +99,7 @@ def test_products_stay(B, monkeypatch):
 
 def test_products_are_stored_layer_by_layer_on_other_devices():
     gm, _ = stored([(3, 40, 128, 256)] * 4)
-    assert group_layers(gm.graph, "cpu") == 2, "three sums"
+    assert group_layers(gm.graph, "cpu") == 0
     assert count(gm.graph, flashdp.outer_store.default) == 4 and count(gm.graph, flashdp.outer_stores.default) == 0
 
 

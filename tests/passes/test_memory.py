@@ -1,9 +1,12 @@
 """How much memory a graph's values are said to take, and for how long."""
 
+import operator
+
 import pytest
 import torch
 from torch import fx
 
+from flashdp_compile.kernels import FAMILIES
 from flashdp_compile.passes.memory import Memory
 
 aten = torch.ops.aten
@@ -43,3 +46,40 @@ def test_columns_are_padded_in_place_where_rows_have_room(width, padding, copies
     small, made = 2 * 8 * 8, 2 * 8 * width
     copy = 2 * (8 + sum(padding[2:])) * (width + sum(padding[:2]))
     assert Memory(graph).peak(list(graph.nodes)) == (small + made + copy if copies else 2 * small + made)
+
+
+def test_a_value_is_held_until_another_of_its_size_takes_its_place():
+    """x [8, 8] and two products of it, each read at once; the second is made much later, in the memory of the first."""
+    graph = fx.Graph()
+
+    def add(rows: int, *operands: fx.Node) -> fx.Node:
+        node = graph.call_function(aten.mm.default, operands) if operands else graph.placeholder("x")
+        node.meta["val"] = torch.empty(rows, 8)
+        return node
+
+    x = add(8)
+    first = add(100, x, x)
+    results = [add(1, first, x), add(90, x, x)]
+    second = add(100, x, x)
+    graph.output((*results, add(2, second, x)))
+    assert Memory(graph).peak(list(graph.nodes)) == 4 * 8 * (8 + 100 + 1 + 90 + 2)
+    second.meta["val"] = torch.empty(101, 8)
+    assert Memory(graph).peak(list(graph.nodes)) == 4 * 8 * (8 + 1 + 90 + 101 + 2)
+
+
+def test_values_of_one_op_are_held_one_by_one():
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    both = graph.call_function(FAMILIES["outer_store"].op.default, (x, x))
+    product, norm = (graph.call_function(operator.getitem, (both, at)) for at in (0, 1))
+    read = graph.call_function(aten.mm.default, (product, x))
+    large = graph.call_function(aten.mm.default, (x, x))
+    output = graph.output((norm, read, large))
+    sizes = {x: 10, product: 1000, norm: 3, read: 20, large: 500}
+    for node, size in sizes.items():
+        node.meta["val"] = torch.empty(size)
+    both.meta["val"] = (product.meta["val"], norm.meta["val"])
+    memory = Memory(graph)
+    assert memory.made(both) == 4 * 1003 and memory.bytes[both] == 0
+    assert memory.peak(list(graph.nodes)) == 4 * (10 + 1000 + 3 + 20)
+    assert memory.peak([x, (both, large), product, norm, read, output]) == 4 * (10 + 1000 + 3 + 500 + 20)

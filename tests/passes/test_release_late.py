@@ -14,12 +14,12 @@ STORE = torch.ops.flashdp.outer_store.default
 
 
 class LanguageModel(nn.Module):
-    """Layers of one width, and a head whose products [B, 16, 400] are larger than all else."""
+    """Layers of one width, and a head whose products [B, 16, 800] are larger than all else."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(8))
-        self.head = nn.Linear(16, 400, bias=False)
+        self.head = nn.Linear(16, 800, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
@@ -61,7 +61,7 @@ def test_the_numbers_stay_what_they_were(clipping):
 
 def test_the_head_comes_later_and_the_peak_is_lower():
     of = graph("per_layer")
-    head = 4 * 16 * 400
+    head = 4 * 16 * 800
     assert stores(of)[0] == head
     high = peak(of)
     assert release_late(of) == 1
