@@ -23,6 +23,7 @@ import flashdp_compile.passes.axes.rules_flashdp
 import flashdp_compile.passes.axes.rules_index
 import flashdp_compile.passes.axes.rules_linalg
 import flashdp_compile.passes.axes.rules_matmul
+import flashdp_compile.passes.axes.rules_pointwise
 import flashdp_compile.passes.axes.rules_reduce
 import flashdp_compile.passes.axes.rules_scatter
 import flashdp_compile.passes.axes.rules_views  # noqa: F401

@@ -7,7 +7,8 @@ for an op with several results) or raises `Reject`. An op without a rule is refu
 `NO_DATA` holds the ops that use nothing but the shape and place of their arguments.
 
 `linear` says separately which ops keep a sum over samples a sum: whether the op is linear in the arguments that are
-`Reduced`, the others being constants.
+`Reduced`, the others being constants. `UNIFORM` says which operands must be the same for all samples for a result to be
+(see uniform.py).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from flashdp_compile.passes.axes.domain import ZERO, Reduced, State
 Rule = Callable[..., Any]
 RULES: dict[Any, Rule] = {}
 LINEAR: dict[Any, Callable[..., bool]] = {}
+UNIFORM: dict[Any, Callable[..., Any]] = {}
 NO_DATA: set[Any] = set()
 ABSENT: set[str] = set()  # names in the tables that this torch does not have: another supported version does
 
@@ -38,7 +40,9 @@ def overloads(name: str) -> list[Any]:
 
 
 def _known(name: str) -> list[Any]:
-    found = overloads(name)
+    """The overloads of an op; one without a namespace is torch's own, of any of its namespaces."""
+    names = [name] if "." in name else [f"{namespace}.{name}" for namespace in ("aten", "prims")]
+    found = [op for qualified in names for op in overloads(qualified)]
     if not found:
         ABSENT.add(name)
     return found
@@ -50,6 +54,16 @@ def _enter(table: dict[Any, Any], names: tuple[str, ...], entry: Any) -> None:
             if op in table:
                 raise RuntimeError(f"{op} already has an entry in the table of axis rules")
             table[op] = entry
+
+
+def uniform_step(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register what must be uniform for the results of the named ops to be: see uniform.py."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        _enter(UNIFORM, names, function)
+        return function
+
+    return register
 
 
 def rule(*names: str, linear: bool | Callable[..., bool] = False) -> Callable[[Rule], Rule]:
@@ -95,9 +109,11 @@ def fingerprint() -> list[str] | None:
     None if a rule or an op is not of this package or of torch: what is cached was proved by it, and it may have changed
     or be gone in the process that finds the cache.
     """
-    judged = [*RULES.items(), *LINEAR.items()]
+    judged = [*RULES.items(), *LINEAR.items(), *UNIFORM.items()]
     own = all(f.__module__.startswith("flashdp_compile.") for _, f in judged)
-    if not own or any(getattr(op, "namespace", None) not in _NAMESPACES for op in (*RULES, *LINEAR, *NO_DATA)):
+    if not own or any(
+        getattr(op, "namespace", None) not in _NAMESPACES for op in (*RULES, *LINEAR, *UNIFORM, *NO_DATA)
+    ):
         return None
     return sorted([*(f"{op} {f.__module__}.{f.__qualname__}" for op, f in judged), *map(str, NO_DATA)])
 

@@ -14,7 +14,7 @@ alone in seeing them. The proof enters them into `Site.draws`, and the engine th
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from torch import fx
 
 from flashdp_compile.compat import OpOverload, size_expression
 from flashdp_compile.passes.axes.domain import ZERO, Batched, Constant, Reject, Site, Size, same
+from flashdp_compile.passes.axes.registry import UNIFORM, uniform_step
 from flashdp_compile.passes.axes.reshape import reshaped, strides_in_order
 
 
@@ -32,9 +33,9 @@ class Either(NamedTuple):
     second: tuple[Any, Batched]
 
 
+# of a function that is given the node of a result, the axis along which it is to be uniform, and the batch size;
+# None if nothing makes it so
 Needs = Sequence[tuple[Any, Batched] | Either]
-Step = Callable[[Any, Batched, Size], Needs | None]
-STEPS: dict[str, Step] = {}
 
 
 def same_for_all(site: Site, node: Any, state: Any, axis: Batched) -> None:
@@ -70,9 +71,8 @@ def uniform(node: Any, axis: Batched, batch: Size, draws: dict[fx.Node, Batched]
         return False
     if source is not node and source.target._opname not in _SEVERAL:
         return False
-    # the names are torch's own: an op of somebody else's by the same name may do anything
-    step = STEPS.get(source.target._opname) if source.target.namespace in ("aten", "prims") else None
-    if step is None and torch.Tag.pointwise in source.target.tags:
+    step = UNIFORM.get(source.target)
+    if step is None and source.target.namespace in ("aten", "prims") and torch.Tag.pointwise in source.target.tags:
         step = _pointwise
     needs = None if step is None else step(source, axis, batch)
     if needs is None or not all(_met(need, batch, draws) for need in needs):
@@ -113,52 +113,44 @@ def _tensors(node: fx.Node) -> list[fx.Node]:
     return [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
 
 
-def _step(*names: str) -> Callable[[Step], Step]:
-    def register(function: Step) -> Step:
-        STEPS.update(dict.fromkeys(names, function))
-        return function
-
-    return register
-
-
-@_step(*"full zeros ones empty full_like zeros_like ones_like empty_like".split())
-@_step(*"new_full new_zeros new_ones new_empty new_empty_strided".split())
+@uniform_step(*"full zeros ones empty full_like zeros_like ones_like empty_like".split())
+@uniform_step(*"new_full new_zeros new_ones new_empty new_empty_strided".split())
 def _filled(node: Any, axis: Batched, batch: Size) -> Needs:
     """One number everywhere; or nothing yet, and what is read before it is written means nothing anyway."""
     return []
 
 
-@_step(*"rand randn randint rand_like randn_like randint_like uniform normal_functional".split())
+@uniform_step(*"rand randn randint rand_like randn_like randint_like uniform normal_functional".split())
 def _drawn(node: Any, axis: Batched, batch: Size) -> Needs:
     """Independent draws from one distribution. (A permutation of the places is not of this kind.)"""
     return []
 
 
-@_step("native_dropout")
+@uniform_step("native_dropout")
 def _dropped(node: Any, axis: Batched, batch: Size) -> Needs:
     return [(node.args[0], axis)]
 
 
-@_step(
+@uniform_step(
     "bernoulli", "normal", "device_put", "clone", "alias", "detach", "_to_copy", "convert_element_type", "where", "pow"
 )
 def _pointwise(node: Any, axis: Batched, batch: Size) -> Needs:
     return [(n, axis.at(axis.dim + _rank(n) - _rank(node))) for n in _tensors(node)]
 
 
-@_step("copy")
+@uniform_step("copy")
 def _overwritten(node: Any, axis: Batched, batch: Size) -> Needs:
     source = node.args[1]
     return [(source, axis.at(axis.dim + _rank(source) - _rank(node)))]
 
 
-@_step("expand")
+@uniform_step("expand")
 def _expand(node: Any, axis: Batched, batch: Size) -> Needs:
     """What expand repeats has size one, or no dimension at all."""
     return _pointwise(node, axis, batch)
 
 
-@_step("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "as_strided")
+@uniform_step("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "as_strided")
 def _reshape(node: Any, axis: Batched, batch: Size) -> Needs | None:
     if node.target._opname == "as_strided" and not strides_in_order(node):
         return None
@@ -168,18 +160,18 @@ def _reshape(node: Any, axis: Batched, batch: Size) -> Needs | None:
         return None
 
 
-@_step("permute")
+@uniform_step("permute")
 def _permute(node: Any, axis: Batched, batch: Size) -> Needs:
     return [(node.args[0], axis.at(node.args[1][axis.dim] % _rank(node)))]
 
 
-@_step("t", "transpose")
+@uniform_step("t", "transpose")
 def _transpose(node: Any, axis: Batched, batch: Size) -> Needs:
     a, b = (d % _rank(node) for d in (node.args[1:] or (-2, -1)))
     return [(node.args[0], axis.at({a: b, b: a}.get(axis.dim, axis.dim)))]
 
 
-@_step("repeat")
+@uniform_step("repeat")
 def _repeat(node: Any, axis: Batched, batch: Size) -> Needs | None:
     """A dimension of size i that is repeated o*B times has the samples outside of it."""
     dim = axis.dim + _rank(node.args[0]) - _rank(node)
@@ -188,7 +180,7 @@ def _repeat(node: Any, axis: Batched, batch: Size) -> Needs | None:
     return [(node.args[0], axis.at(dim))] if node.args[1][axis.dim] == 1 else None
 
 
-@_step(*"slice flip rev roll constant_pad_nd cumsum _softmax _log_softmax tril triu glu".split())
+@uniform_step(*"slice flip rev roll constant_pad_nd cumsum _softmax _log_softmax tril triu glu".split())
 def _beside(node: Any, axis: Batched, batch: Size) -> Needs | None:
     """Something happens along dimensions that the axis is none of, and the axis keeps its size."""
     rank, name = _rank(node), node.target._opname
@@ -204,19 +196,19 @@ def _beside(node: Any, axis: Batched, batch: Size) -> Needs | None:
     return None if axis.dim in [d % rank for d in dims] else [(node.args[0], axis)]
 
 
-@_step("split", "split_with_sizes")
+@uniform_step("split", "split_with_sizes")
 def _split(node: Any, axis: Batched, batch: Size) -> Needs | None:
     dim = node.args[2] if len(node.args) > 2 else 0
     return None if axis.dim == dim % _rank(node.args[0]) else [(node.args[0], axis)]
 
 
-@_step("unbind")
+@uniform_step("unbind")
 def _unbind(node: Any, axis: Batched, batch: Size) -> Needs:
     dim = node.args[1] % _rank(node.args[0]) if len(node.args) > 1 else 0
     return [(node.args[0], axis.at(axis.dim + (dim <= axis.dim)))]
 
 
-@_step("slice_scatter", "select_scatter")
+@uniform_step("slice_scatter", "select_scatter")
 def _scattered(node: Any, axis: Batched, batch: Size) -> Needs | None:
     x, source = node.args[:2]
     dim = node.args[2] % _rank(x) if len(node.args) > 2 else 0
@@ -226,13 +218,15 @@ def _scattered(node: Any, axis: Batched, batch: Size) -> Needs | None:
     return [(x, axis), (source, axis.at(axis.dim - dropped))]
 
 
-@_step("select")
+@uniform_step("select")
 def _select(node: Any, axis: Batched, batch: Size) -> Needs:
     dim = node.args[1] % _rank(node.args[0])
     return [(node.args[0], axis.at(axis.dim + (dim <= axis.dim)))]
 
 
-@_step("sum", "mean", "amax", "amin", "any", "all", "argmax", "argmin", "prod", "var", "var_mean", "linalg_vector_norm")
+@uniform_step(
+    "sum", "mean", "amax", "amin", "any", "all", "argmax", "argmin", "prod", "var", "var_mean", "linalg_vector_norm"
+)
 def _reduce(node: Any, axis: Batched, batch: Size) -> Needs | None:
     rank, own = _rank(node.args[0]), _rank(node)
     if own == rank:
@@ -244,19 +238,19 @@ def _reduce(node: Any, axis: Batched, batch: Size) -> Needs | None:
     return [(node.args[0], axis.at(kept[axis.dim]))] if len(kept) == own else None
 
 
-@_step("cat")
+@uniform_step("cat")
 def _cat(node: Any, axis: Batched, batch: Size) -> Needs | None:
     dim = node.args[1] % _rank(node) if len(node.args) > 1 else 0
     return None if dim == axis.dim else [(n, axis) for n in node.args[0]]
 
 
-@_step("stack")
+@uniform_step("stack")
 def _stack(node: Any, axis: Batched, batch: Size) -> Needs | None:
     dim = node.args[1] % _rank(node) if len(node.args) > 1 else 0
     return None if dim == axis.dim else [(n, axis.at(axis.dim - (dim < axis.dim))) for n in node.args[0]]
 
 
-@_step("mm", "bmm")
+@uniform_step("mm", "bmm")
 def _product(node: Any, axis: Batched, batch: Size) -> Needs:
     """Rows come from the left factor, columns from the right, and the leading dimension of bmm from both."""
     a, b = node.args[:2]
@@ -264,19 +258,19 @@ def _product(node: Any, axis: Batched, batch: Size) -> Needs:
     return [(n, axis) for n, other in ((a, column), (b, row)) if axis.dim != other]
 
 
-@_step("addmm")
+@uniform_step("addmm")
 def _addmm(node: Any, axis: Batched, batch: Size) -> Needs:
     bias, a, b = node.args[:3]
     return [(bias, axis.at(axis.dim + _rank(bias) - 2)), (b, axis) if axis.dim else (a, axis)]
 
 
-@_step("embedding")
+@uniform_step("embedding")
 def _embedding(node: Any, axis: Batched, batch: Size) -> Needs:
     table, ids = node.args[:2]
     return [(ids, axis)] if axis.dim < _rank(ids) else [(table, axis.at(1))]
 
 
-@_step("index", "_unsafe_index")
+@uniform_step("index", "_unsafe_index")
 def _index(node: Any, axis: Batched, batch: Size) -> Needs | None:
     """One index, with its dimensions where the indexed dimension was; or several that start at the first dimension.
 
@@ -294,28 +288,28 @@ def _index(node: Any, axis: Batched, batch: Size) -> Needs | None:
     return [(x, axis.at(axis.dim if axis.dim < start else axis.dim - rank + len(places)))]
 
 
-@_step("gather", "take_along_dim")
+@uniform_step("gather", "take_along_dim")
 def _gather(node: Any, axis: Batched, batch: Size) -> Needs | None:
     """Rows of x are read at the indices of the same row, along one dimension; another one keeps its size or is cut."""
     x, dim, indices = node.args[:3]
     return None if axis.dim == dim % _rank(node) else [(x, axis), (indices, axis)]
 
 
-@_step("convolution")
+@uniform_step("convolution")
 def _convolution(node: Any, axis: Batched, batch: Size) -> Needs | None:
     """Filters see one row of the first dimension at a time."""
     return [(node.args[0], axis)] if axis.dim == 0 else None
 
 
-@_step(*"avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d upsample_nearest2d".split())
-@_step(*"upsample_bilinear2d upsample_bicubic2d reflection_pad1d reflection_pad2d replication_pad2d".split())
+@uniform_step(*"avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d upsample_nearest2d".split())
+@uniform_step(*"upsample_bilinear2d upsample_bicubic2d reflection_pad1d reflection_pad2d replication_pad2d".split())
 def _windows(node: Any, axis: Batched, batch: Size) -> Needs | None:
     """Pooling, resizing and padding go along the dimensions behind the channels."""
     spatial = int(node.target._opname[-2])  # "avg_pool2d"
     return [(node.args[0], axis)] if axis.dim < _rank(node) - spatial else None
 
 
-@_step("unfold")
+@uniform_step("unfold")
 def _unfold(node: Any, axis: Batched, batch: Size) -> Needs | None:
     """Windows along one dimension, whose elements come last."""
     x, dim = node.args[:2]

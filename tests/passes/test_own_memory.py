@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, fx
 
 from flashdp_compile.compat import detect_fake_mode, trace
+from flashdp_compile.passes import own_memory as module
 from flashdp_compile.passes.own_memory import own_memory
 
 aten = torch.ops.aten
@@ -85,3 +86,23 @@ def test_what_is_no_op_of_torch_is_taken_for_a_view():
     unknown.meta["val"] = x.meta["val"]
     graph.output(graph.call_function(aten.index_put.default, (unknown, [None, x], x)))
     assert own_memory(graph) == 1
+
+
+READS = frozenset("_amp_update_scale as_strided bernoulli copy detach resize squeeze unsqueeze".split())
+
+
+def is_pointwise(name: str) -> bool:
+    packet = getattr(aten, name)
+    return any(torch.Tag.pointwise in getattr(packet, overload).tags for overload in packet.overloads())
+
+
+def test_what_inductor_writes_in_place_is_known():
+    """Those of its lowerings that have a twin in place, but for pointwise ones, and those that it makes in place."""
+    from torch._inductor import lowering
+    from torch._inductor.fx_passes import reinplace
+
+    names = {op._opname for op in lowering.lowerings if getattr(op, "namespace", None) == "aten"}
+    twins = {name for name in names if f"{name}_" in names and not name.startswith("_foreach")}
+    made = {op._opname for op in reinplace.inplaceable_ops if getattr(op, "namespace", None) == "aten"}
+    found = {name for name in twins if not is_pointwise(name)} | made
+    assert {"index_put", "scatter_add"} <= found <= module._WRITES | READS
