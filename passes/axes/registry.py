@@ -56,6 +56,11 @@ def _enter(table: dict[Any, Any], names: tuple[str, ...], entry: Any) -> None:
             table[op] = entry
 
 
+def linear(condition: Callable[..., bool], *names: str) -> None:
+    """Enter ops that keep a sum over samples a sum where `condition` holds of the states of their arguments."""
+    _enter(LINEAR, names, condition)
+
+
 def uniform_step(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register what must be uniform for the results of the named ops to be: see uniform.py."""
 

@@ -8,7 +8,7 @@ import torch
 
 from flashdp_compile.kernels import catalogue  # noqa: F401  registers the kernels' ops
 from flashdp_compile.passes.axes.domain import Batched, Reject, Site, State
-from flashdp_compile.passes.axes.registry import LINEAR, NO_DATA, RULES, first_reduced, rule
+from flashdp_compile.passes.axes.registry import NO_DATA, RULES, first_reduced, linear, rule
 
 _SAMPLES = Batched(0)
 
@@ -60,4 +60,4 @@ def product_sum(site: Site, product: State, weights: State) -> State:
     return weighted_sum(site, product, product, weights)
 
 
-LINEAR[torch.ops.flashdp.add_noise.default] = first_reduced
+linear(first_reduced, "flashdp.add_noise.default")

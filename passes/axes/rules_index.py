@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from flashdp_compile.passes.axes.domain import ZERO, Batched, Constant, Reduced, Reject, Site, State, same
-from flashdp_compile.passes.axes.registry import LINEAR, rule
+from flashdp_compile.passes.axes.registry import linear, rule
 from flashdp_compile.passes.axes.rules_pointwise import broadcast, operands_with_states
 from flashdp_compile.passes.axes.uniform import same_for_all
 
@@ -292,5 +292,4 @@ def _values_only(x: Any, *rest: Any) -> bool:
     )
 
 
-for _op in (torch.ops.aten.index_put.default, torch.ops.aten._unsafe_index_put.default, *_MASKED):
-    LINEAR[_op] = _values_only
+linear(_values_only, "aten.index_put.default", "aten._unsafe_index_put.default", *map(str, _MASKED))

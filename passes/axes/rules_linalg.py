@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from flashdp_compile.passes.axes.domain import Batched, Reject, Site
-from flashdp_compile.passes.axes.registry import LINEAR, first_reduced, rule
+from flashdp_compile.passes.axes.registry import first_reduced, linear, rule
 from flashdp_compile.passes.axes.rules_pointwise import operands_with_states
 from flashdp_compile.passes.axes.uniform import same_for_all
 
@@ -73,6 +71,6 @@ def _linear_in_b_after_pivots(factors: Any, pivots: Any, b: Any, *rest: Any, **o
 
 
 # The backward of a weight that solves a system, such as the Cayley map of torch.nn.utils.parametrizations.orthogonal.
-LINEAR[torch.ops.aten.linalg_solve_triangular.default] = _linear_in_b
-LINEAR[torch.ops.aten.linalg_lu_solve.default] = _linear_in_b_after_pivots
-LINEAR[torch.ops.aten.cholesky_solve.default] = first_reduced
+linear(_linear_in_b, "aten.linalg_solve_triangular.default")
+linear(_linear_in_b_after_pivots, "aten.linalg_lu_solve.default")
+linear(first_reduced, "aten.cholesky_solve.default")

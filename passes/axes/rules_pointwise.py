@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
 from flashdp_compile.passes.axes.domain import CONSTANT, ZERO, Batched, Constant, Reduced, Reject, Site, State
-from flashdp_compile.passes.axes.registry import LINEAR, first_reduced, no_data, one_reduced, rule
+from flashdp_compile.passes.axes.registry import first_reduced, linear, no_data, one_reduced, rule
 from flashdp_compile.passes.axes.uniform import same_for_all
 
 _COPIES = (
@@ -166,16 +165,9 @@ def _where_is_linear(condition: Any, x: Any, y: Any) -> bool:
     return not isinstance(condition, Reduced) and _sum_is_linear(x, y)
 
 
-_ARITHMETIC: dict[Any, Callable[..., bool]] = {
-    torch.ops.aten.add.Tensor: _sum_is_linear,
-    torch.ops.aten.sub.Tensor: _sum_is_linear,
-    torch.ops.aten.mul.Tensor: one_reduced,
-    torch.ops.aten.mul.Scalar: one_reduced,
-    torch.ops.aten.div.Tensor: first_reduced,
-    torch.ops.aten.div.Scalar: first_reduced,
-    torch.ops.aten.neg.default: first_reduced,
-    torch.ops.aten.where.self: _where_is_linear,
-}
-LINEAR.update(_ARITHMETIC)
+linear(_sum_is_linear, "aten.add.Tensor", "aten.sub.Tensor")
+linear(one_reduced, "aten.mul.Tensor", "aten.mul.Scalar")
+linear(first_reduced, "aten.div.Tensor", "aten.div.Scalar", "aten.neg.default")
+linear(_where_is_linear, "aten.where.self")
 if hasattr(torch.ops.aten, "_weight_norm_interface_backward"):
-    LINEAR[torch.ops.aten._weight_norm_interface_backward.default] = first_reduced
+    linear(first_reduced, "aten._weight_norm_interface_backward.default")

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from flashdp_compile.passes.axes.domain import Batched, Mixed, Reject, Site, State
-from flashdp_compile.passes.axes.registry import LINEAR, first_reduced, rule
+from flashdp_compile.passes.axes.registry import first_reduced, linear, rule
 from flashdp_compile.passes.axes.uniform import same_for_all
 
 
@@ -116,7 +114,7 @@ def along_dimension(site: Site, x: Batched, dim: Any = None, *rest: Any, **optio
     return _along(site, x, dim)
 
 
-LINEAR[torch.ops.aten.cumsum.default] = first_reduced
+linear(first_reduced, "aten.cumsum.default")
 
 
 @rule("aten.glu")
