@@ -20,13 +20,12 @@ from typing import Any
 import torch
 
 from flashdp_compile.compat import cache_folder, padded_row, real_tensors, versions
-from flashdp_compile.kernels import tuning
+from flashdp_compile.kernels import FAMILIES, tuning
 from flashdp_compile.passes.cost import Factors
 from flashdp_compile.passes.strategies.base import Strategy
 
 SECONDS = 0.05  # how long a strategy is measured on a CPU; on a GPU, milliseconds of replays
 REPLAYS_MS = 20
-TILED = ("gram_sqnorm", "outer_sqnorm", "outer_store", "weighted_matmul")  # families whose tiles change times
 
 
 def timer(digest: str) -> Callable[[Strategy, Factors], float | None]:
@@ -51,7 +50,7 @@ def timer(digest: str) -> Callable[[Strategy, Factors], float | None]:
 def _question(strategy: Strategy, factors: Factors, digest: str) -> list[Any]:
     device = torch.cuda.get_device_name(factors.device) if factors.device.type == "cuda" else factors.device.type
     sizes = {name: str(value) for name, value in asdict(factors).items() if name != "device"}
-    tiles = [str(tuning.tiles(family, factors.dtype, factors.device, (2**30, 1))) for family in TILED]
+    tiles = [str(tuning.tiles(f.name, factors.dtype, factors.device, (2**30, 1))) for f in FAMILIES.values() if f.tiled]
     return [strategy.name, device, sizes, versions(), digest, tiles]
 
 

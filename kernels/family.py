@@ -55,6 +55,7 @@ class Family:
     fake        shapes and dtypes of the result, with symbolic sizes and no look at data
     supports    whether launch can take these arguments (their device aside)
     stays_op    whether launch takes a kernel in Gluon for them, which Inductor cannot write into its own code
+    tiled       whether its operands are matrices, read in the tiles of tuning.json, by descriptors where rows allow
     prepare     what launch does for arguments of this geometry, as a function of the arguments; for those that stay op
     specialise  the frozen dataclass of settings that the template is rendered with
     template    jinja2 text of the Triton source
@@ -73,6 +74,7 @@ class Family:
     example: Callable[..., tuple]
     supports: Callable[..., bool] = supported
     stays_op: Callable[..., bool] = lambda *args: False
+    tiled: bool = False
     prepare: Callable[..., Callable[..., Any]] | None = None
     _chosen: dict[Any, Callable[..., Any]] = field(default_factory=dict, init=False, repr=False)
 
@@ -98,6 +100,11 @@ class Family:
         """Compiles, in other threads, what an op that stays one will launch for arguments like these fake ones."""
         if self.prepare is not None:
             self.prepare(*args)(*args)
+
+    @property
+    def draws(self) -> bool:
+        """Whether the op adds noise to its result, if a key is given."""
+        return "Tensor? key=None, int stream" in self.schema
 
     @property
     def op(self) -> Any:

@@ -52,6 +52,7 @@ FAMILY = Family(
     # B, T, d, p_0, p_1, ...
     cases=((3, 5, 7, 9), (2, 65, 63, 65, 3), (1, 1, 1, 1), (4, 130, 16, 8, 33, 1), (0, 4, 3, 2), (2, 0, 3, 2)),
     example=example,
+    tiled=True,
     stays_op=lambda x, gs, bias: gram_sqnorms.stays_op([x], gs, bias),
     prepare=prepare,
 )

@@ -134,4 +134,5 @@ FAMILY = Family(
     template=TEMPLATE,
     cases=CASES,
     example=example,
+    tiled=True,
 )

@@ -51,4 +51,5 @@ FAMILY = Family(
     template=outer_sqnorm.TEMPLATE,
     cases=outer_sqnorm.CASES,
     example=outer_sqnorm.example,
+    tiled=True,
 )

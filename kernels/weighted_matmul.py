@@ -65,6 +65,7 @@ FAMILY = Family(
     template=weighted_matmuls.TEMPLATE,
     cases=((3, 5, 7, 9), (4, 65, 63, 65), (1, 1, 1, 1), (2, 3, 130, 1), (0, 4, 3, 2), (2, 0, 3, 2)),  # B, T, d, p
     example=example,
+    tiled=True,
     stays_op=lambda x, g, *rest: weighted_matmuls.stays_op([x], [g]),
     prepare=prepare,
 )

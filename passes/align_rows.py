@@ -11,20 +11,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-import torch
 from torch import fx
 
 from flashdp_compile.compat import padded_row
-from flashdp_compile.kernels import tuning
+from flashdp_compile.kernels import FAMILIES, tuning
 from flashdp_compile.passes.nodes import is_static
-
-flashdp = torch.ops.flashdp
-READERS = (
-    flashdp.outer_store.default,
-    flashdp.outer_sqnorm.default,
-    flashdp.gram_sqnorm.default,
-    flashdp.weighted_matmul.default,
-)
 
 
 @contextlib.contextmanager
@@ -34,7 +25,8 @@ def aligned_rows(graph: fx.Graph, device: str = "cuda") -> Iterator[list[fx.Node
     Afterwards they have their own values again: by the storage of these Inductor tells what shares memory with what,
     and what it may overwrite.
     """
-    readers = [n for op in READERS for n in graph.find_nodes(op="call_function", target=op)]
+    ops = [family.op.default for family in FAMILIES.values() if family.tiled]
+    readers = [n for op in ops for n in graph.find_nodes(op="call_function", target=op)]
     operands = dict.fromkeys(n for reader in readers for n in reader.all_input_nodes)
     own = {n: n.meta["val"] for n in operands if _is_misaligned(n, device)}
     for node, value in own.items():

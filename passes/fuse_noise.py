@@ -10,12 +10,13 @@ import torch
 from torch import fx
 
 from flashdp_compile.compat import argument
+from flashdp_compile.kernels import FAMILIES
 from flashdp_compile.passes.points import RESHAPES
 
 flashdp = torch.ops.flashdp
 
 # ops whose kernels can draw, if they are given a key
-_DRAWING = {flashdp.product_sum.default, flashdp.weighted_matmul.default, flashdp.embedding_sum.default}
+_DRAWING = {family.op.default for family in FAMILIES.values() if family.draws}
 
 
 def fuse_noise(graph: fx.Graph, device: str = "cuda") -> int:

@@ -12,7 +12,7 @@ from machine_code import disassembled, early_reads
 
 from flashdp_compile.kernels import FAMILIES, clip, hopper, tuning
 
-MATRIX = ("gram_sqnorm", "outer_sqnorm", "outer_store", "weighted_matmul")
+MATRIX = [name for name, family in FAMILIES.items() if family.tiled]
 OTHERS = [family for name, family in FAMILIES.items() if name != "outer_stores"]  # whose Triton is outer_store's
 # also with noise, and with layers of two kinds; 197 tokens end in a block of 16
 WARP_SPECIALISED = (
