@@ -23,5 +23,11 @@ def dependents(nodes: Iterable[fx.Node]) -> set[fx.Node]:
 def behind(order: Sequence[Step], at: int, nodes: Collection[fx.Node], readers: Collection[fx.Node]) -> list[Step]:
     """The order in which `nodes`, and behind them `readers`, run behind place `at`, as far as they ran before."""
     start = order[: at + 1]
-    moved = [n for n in start if n in nodes], [n for n in start if n in readers and n not in nodes]
-    return [*(n for n in start if n not in nodes and n not in readers), *moved[0], *moved[1], *order[at + 1 :]]
+    first = [step for step in start if _among(step, nodes)]
+    then = [step for step in start if _among(step, readers) and not _among(step, nodes)]
+    rest = [step for step in start if not _among(step, nodes) and not _among(step, readers)]
+    return [*rest, *first, *then, *order[at + 1 :]]
+
+
+def _among(step: Step, nodes: Collection[fx.Node]) -> bool:
+    return any(n in nodes for n in step) if isinstance(step, tuple) else step in nodes

@@ -5,6 +5,7 @@ from torch import fx
 
 from flashdp_compile.passes import windows
 from flashdp_compile.passes.memory import Memory
+from flashdp_compile.passes.order import behind
 from flashdp_compile.passes.windows import Fitting, fullest
 
 mm = torch.ops.aten.mm.default
@@ -50,6 +51,14 @@ def test_what_one_launch_makes_is_held_at_once(monkeypatch):
     limit = Memory(graph).peak(list(graph.nodes))
     assert Fitting(graph, limit).windows(products, lambda n: 3, 1, 1) == [products[2:]]
     assert Fitting(graph, limit, then=mm).windows(products, lambda n: 3, 1, 1) == []
+
+
+def test_what_runs_at_once_moves_with_one_of_its_nodes():
+    """A launch of several sums waits for a window that only one of them reads."""
+    graph, products = halves()
+    x, held, first, read, second, *rest = graph.nodes
+    order = [x, held, first, (read, second), *rest]
+    assert behind(order, order.index(rest[0]), [first], {read}) == [x, held, rest[0], first, (read, second), *rest[1:]]
 
 
 def test_a_layer_does_not_wait_for_what_reads_it():
