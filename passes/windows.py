@@ -49,7 +49,9 @@ class Fitting:
     def _with(self, window: list[fx.Node], readers: Set[fx.Node]) -> list[Step]:
         """The order in which a window is one launch, and what reads it runs behind it."""
         order = _at_once(self._order, window, readers)
-        calls = [u for n in window for value in (n, *n.users) for u in value.users if u.target is self._then]
+        # read from one of several results, each of which is a node
+        read = dict.fromkeys(u for n in window for value in (n, *n.users) for u in value.users)
+        calls = [u for u in read if u.target is self._then and u in order]
         return _at_once(order, calls, dependents(calls)) if calls else order
 
 
