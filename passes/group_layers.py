@@ -52,15 +52,15 @@ def group_layers(graph: fx.Graph, device: str = "cuda") -> int:
     """Rewrites the norms and sums on devices of this type, in place; returns how many launches there are fewer."""
     limit, fewer = 0.0, 0
     for grouping in GROUPINGS:
-        if _alike(graph, grouping, device):
+        if alike := _alike(graph, grouping, device):
             limit = limit or (1 + GROWTH) * Memory(graph).peak(list(graph.nodes))
-            fewer += _group(graph, grouping, device, limit)
+            fewer += _group(graph, grouping, alike, limit)
     return fewer
 
 
-def _group(graph: fx.Graph, grouping: Grouping, device: str, limit: float) -> int:
+def _group(graph: fx.Graph, grouping: Grouping, alike: list[list[fx.Node]], limit: float) -> int:
     fitting, windows = Fitting(graph, limit, grouping.then), list[list[fx.Node]]()
-    for nodes in _alike(graph, grouping, device):
+    for nodes in alike:
         room = tuning.processors(nodes[0].args[0].meta["val"].device)
         windows += fitting.windows(nodes, grouping.tiles, grouping.rounds, room)
     for window in windows:
@@ -104,8 +104,8 @@ def _read_store(store: fx.Node) -> Any:
 
 
 def _read_product_sum(total: fx.Node) -> Any:
-    """Sums wait for each other only where their products were stored together: what one launch frees much later than
-    it was made, Inductor keeps for a value of the same size, over the peak of memory if need be."""
+    """Sums wait for each other only where their products were stored together: Inductor may keep what it would free for
+    a later value of the same size, and kept products of other launches so while the head was stored (2.13)."""
     product, weights, *_ = _values(total)
     made = total.args[0]
     while isinstance(made, fx.Node) and made.target in (aten.select.int, operator.getitem):

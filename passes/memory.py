@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from flashdp_compile.compat import OpOverload, argument, padded_row, returns_views
+from flashdp_compile.passes.order import Step
 
 _CALLS = (
     "mm",
@@ -49,7 +50,7 @@ class Memory:
         """Bytes that a node makes."""
         return sum(self.bytes[value] for value in self._makes[node])
 
-    def peak(self, order: Sequence[fx.Node | tuple[fx.Node, ...]], without: Set[fx.Node] = frozenset()) -> int:
+    def peak(self, order: Sequence[Step], without: Set[fx.Node] = frozenset()) -> int:
         """The most bytes held at a time when nodes run in this order, those of a tuple at once; `without` are not run
         and make nothing."""
         made: dict[fx.Node, int] = {}
@@ -71,7 +72,7 @@ class Memory:
 
     def _reused(self, made: dict[fx.Node, int], ends: dict[fx.Node, int]) -> dict[fx.Node, int]:
         """Until when values are held if a later one of the same size takes the place of one that nobody reads any more,
-        which Inductor does not free then."""
+        which Inductor may not free then: it does so for fewer values, and compares dtypes as well (2.13)."""
         free: dict[int, list[fx.Node]] = {}
         waiting = sorted(ends, key=lambda value: ends[value], reverse=True)
         for value, at in sorted(made.items(), key=lambda item: item[1]):

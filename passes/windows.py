@@ -32,10 +32,10 @@ class Fitting:
             waiting = [n for n in nodes if not any(n in window for window in found)]
             counts = [tiles(n) for n in waiting]
             proposed = fullest(waiting, counts, least * rounds * room, most * rounds * room, room)
-            found += [window for window in proposed if self._fits(window)]
+            found += [window for window in proposed if self._accepts(window)]
         return found
 
-    def _fits(self, window: list[fx.Node]) -> bool:
+    def _accepts(self, window: list[fx.Node]) -> bool:
         """Whether memory suffices, besides the windows that were accepted before; it then is one of them."""
         readers = dependents(window)
         if not readers.isdisjoint(window):

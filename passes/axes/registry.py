@@ -126,7 +126,11 @@ def fingerprint() -> list[str] | None:
 def lookup(op: Any) -> Rule | None:
     """The rule of an op. Torch's own ops that it tags as pointwise share one rule unless they have their own."""
     found = RULES.get(op)
-    builtin = isinstance(op, OpOverload) and op.namespace in ("aten", "prims")
-    if found is None and builtin and torch.Tag.pointwise in op.tags:
+    if found is None and is_pointwise(op):
         found = RULES[torch.ops.aten.add.Tensor]
     return found
+
+
+def is_pointwise(op: Any) -> bool:
+    """Whether torch tags an op of its own as pointwise; what others say of theirs is not believed."""
+    return isinstance(op, OpOverload) and op.namespace in ("aten", "prims") and torch.Tag.pointwise in op.tags

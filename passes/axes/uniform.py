@@ -22,7 +22,7 @@ from torch import fx
 
 from flashdp_compile.compat import OpOverload, size_expression
 from flashdp_compile.passes.axes.domain import ZERO, Batched, Constant, Reject, Site, Size, same
-from flashdp_compile.passes.axes.registry import UNIFORM, uniform_step
+from flashdp_compile.passes.axes.registry import UNIFORM, is_pointwise, uniform_step
 from flashdp_compile.passes.axes.reshape import reshaped, strides_in_order
 
 
@@ -72,7 +72,7 @@ def uniform(node: Any, axis: Batched, batch: Size, draws: dict[fx.Node, Batched]
     if source is not node and source.target._opname not in _SEVERAL:
         return False
     step = UNIFORM.get(source.target)
-    if step is None and source.target.namespace in ("aten", "prims") and torch.Tag.pointwise in source.target.tags:
+    if step is None and is_pointwise(source.target):
         step = _pointwise
     needs = None if step is None else step(source, axis, batch)
     if needs is None or not all(_met(need, batch, draws) for need in needs):
