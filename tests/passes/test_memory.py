@@ -49,7 +49,8 @@ def test_columns_are_padded_in_place_where_rows_have_room(width, padding, copies
 
 
 def test_a_value_is_held_until_another_of_its_size_takes_its_place():
-    """x [8, 8] and two products of it, each read at once; the second is made much later, in the memory of the first."""
+    """x [8, 8] and two products of it, each read at once; a larger value comes and goes between them, while the first
+    waits for the second."""
     graph = fx.Graph()
 
     def add(rows: int, *operands: fx.Node) -> fx.Node:
@@ -59,12 +60,12 @@ def test_a_value_is_held_until_another_of_its_size_takes_its_place():
 
     x = add(8)
     first = add(100, x, x)
-    results = [add(1, first, x), add(90, x, x)]
+    results = [add(1, first, x), add(3, add(300, x, x), x)]
     second = add(100, x, x)
     graph.output((*results, add(2, second, x)))
-    assert Memory(graph).peak(list(graph.nodes)) == 4 * 8 * (8 + 100 + 1 + 90 + 2)
+    assert Memory(graph).peak(list(graph.nodes)) == 4 * 8 * (8 + 1 + 100 + 300 + 3)
     second.meta["val"] = torch.empty(101, 8)
-    assert Memory(graph).peak(list(graph.nodes)) == 4 * 8 * (8 + 1 + 90 + 101 + 2)
+    assert Memory(graph).peak(list(graph.nodes)) == 4 * 8 * (8 + 1 + 300 + 3)
 
 
 def test_values_of_one_op_are_held_one_by_one():
