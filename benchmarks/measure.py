@@ -20,6 +20,7 @@ from benchmarks.steps import Step, run_steps
 from benchmarks.workloads import WORKLOADS, Batch
 from flashdp_compile.compat import compile_clocks
 
+HOST_STEPS = 7
 NOTED_S = 0.02  # shorter phases of a compilation are not named
 
 
@@ -67,6 +68,7 @@ def measure(workload: str, implementation: str, settings: dict[str, Any]) -> dic
     if not bool(loss.isfinite()):
         raise CheckFailed("the loss is not finite after the timed steps")
     peak = torch.cuda.max_memory_allocated() if own.device == "cuda" else None
+    host_ms = launched_ms(step, batches, own) if own.device == "cuda" else None
     profiled = profile(step, batches, own, median(step_ms))
     if complaint := step.complaint():
         raise CheckFailed(complaint)
@@ -74,6 +76,7 @@ def measure(workload: str, implementation: str, settings: dict[str, Any]) -> dic
         "environment": environment(own.device),
         "step_ms": [round(ms, 4) for ms in step_ms],
         "median_ms": round(median(step_ms), 4),
+        "host_ms": host_ms,
         "peak_bytes": peak,
         "compile_s": round(first_step_s, 2),
         "error": error,
@@ -110,6 +113,17 @@ def timed_steps(step: Step, batches: list[Batch], settings: Settings) -> tuple[l
     if settings.device == "cuda":
         return [start.elapsed_time(end) for start, end in pairwise(marks)], loss
     return [1000 * (end - start) for start, end in pairwise(marks)], loss
+
+
+def launched_ms(step: Step, batches: list[Batch], settings: Settings) -> float:
+    """Milliseconds that the host takes to launch a step, with nothing before it that it could wait for."""
+    seconds = []
+    for i in range(HOST_STEPS):
+        settings.synchronise()
+        start = time.perf_counter()
+        step(batches[i % len(batches)])
+        seconds.append(time.perf_counter() - start)
+    return round(1000 * median(seconds), 4)
 
 
 def _mark(settings: Settings) -> Any:

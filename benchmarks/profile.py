@@ -20,6 +20,7 @@ from benchmarks.workloads import Batch
 PROFILED = 3  # steps
 KERNELS = 20  # that are named one by one
 IDLE = "idle"
+STEP, HOST = "step, without profiler", "host, to launch a step"
 
 
 def profile(step: Step, batches: list[Batch], settings: Settings, median_ms: float) -> dict[str, Any]:
@@ -43,7 +44,7 @@ def profile(step: Step, batches: list[Batch], settings: Settings, median_ms: flo
 
 
 def table_rows(results: Results, workload: str) -> tuple[list[str], list[list[str]]]:
-    """Header and rows by category, the whole step last: milliseconds, and for all but the plain step the difference.
+    """Header and rows by category, STEP and HOST last: milliseconds, and for all but the plain step the difference.
 
     Raises:
         ValueError: the workload has no profile of the plain compiled step.
@@ -58,7 +59,10 @@ def table_rows(results: Results, workload: str) -> tuple[list[str], list[list[st
     order = sorted(names, key=lambda name: -max(_more(base, run, name) for run in runs[1:] or runs))
     lines = [[name, *(_cell(base, run, name) for run in runs)] for name in order]
     total = [f"{r.median_ms:.2f}" + (f" ({r.median_ms - base.median_ms:+.2f})" if r != base else "") for r in runs]
-    return header, [*lines, ["step, without profiler", *total]]
+    last = [[STEP, *total]]
+    if any(r.host_ms is not None for r in runs):  # older results have none
+        last.append([HOST, *("-" if r.host_ms is None else f"{r.host_ms:.2f}" for r in runs)])
+    return header, [*lines, *last]
 
 
 def _more(base: Run, run: Run, name: str) -> float:

@@ -15,6 +15,7 @@ class Run:
     """One implementation on one workload. `status` is "ok", "failed" or "skipped"; only "ok" has figures.
 
     step_ms     of every timed step; empty where only the median was kept
+    host_ms     until the host has launched a step, from an idle device; None on a CPU
     peak_bytes  of allocated device memory during the timed steps; None on a CPU
     compile_s   the first forward and backward, caches empty; warm_s the same in another process with the caches left
     warm        what torch counted and timed in the warm start: hits of its caches, seconds by phase
@@ -29,6 +30,7 @@ class Run:
     shapes: dict[str, Any] = field(default_factory=dict)
     step_ms: list[float] = field(default_factory=list)
     median_ms: float | None = None
+    host_ms: float | None = None
     peak_bytes: int | None = None
     compile_s: float | None = None
     warm_s: float | None = None

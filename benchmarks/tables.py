@@ -151,8 +151,9 @@ def _profile(results: Results, workload: str) -> Table:
     table = Table(title=workload)
     for n, name in enumerate(header):
         table.add_column(name, justify="right" if n else "left")
+    categories = [line for line in lines if line[0] not in (profile.STEP, profile.HOST)]
     for line in lines:
-        table.add_row(*line, end_section=line is lines[-2])
+        table.add_row(*line, end_section=line is categories[-1])
     return table
 
 

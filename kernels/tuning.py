@@ -9,7 +9,7 @@ ones fill the device. (gram_sqnorm counts along the features that it sums over.)
 sample's numbers do not depend on the samples beside it. An architecture that is missing takes "default", until somebody
 has tried `candidates` on such a device and says what to `learn`. outer_sqnorm and weighted_matmul must agree in
 `depth`: what is summed is then what was measured. (`hopper` has no say in it: all add 16 tokens after the other.) The
-sizes for sm_90 were the fastest of six on an H100 (docs/performance.md).
+sizes for sm_90 were the fastest of six on an H100 (docs/measuring.md).
 """
 
 import contextlib

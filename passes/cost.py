@@ -68,15 +68,15 @@ class Device:
         return kernel.flops / self.rates.get(kernel.family, self.other) + kernel.moved / self.bandwidth + start
 
 
-# One H100 SXM, fitted to the sweep in docs/performance.md: matrix kernels hide what they read, not what they write.
+# One H200, fitted to docs/performance/h200-planner.json: matrix kernels hide what they read, not what they write.
 # Products that are materialised are of float32. A CPU core's figures only rank choices.
-H100 = Device(
-    "H100",
-    {"outer_sqnorm": 720e12, "outer_store": 720e12, "gram_sqnorm": 500e12, "weighted_matmul": 490e12},
+H200 = Device(
+    "H200",
+    {"outer_sqnorm": 900e12, "outer_store": 760e12, "gram_sqnorm": 740e12, "weighted_matmul": 540e12},
     other=50e12,
-    bandwidth=2.6e12,
-    launch=4e-6,
-    fill=6e-6,
+    bandwidth=3.8e12,
+    launch=3e-6,
+    fill=9e-6,
     tile=128,
 )
 CPU = Device("CPU", {}, other=1e11, bandwidth=2e10, launch=1e-5)
@@ -84,7 +84,7 @@ CPU = Device("CPU", {}, other=1e11, bandwidth=2e10, launch=1e-5)
 
 def device_of(gradient: ParameterGradient) -> Device:
     """The rates for the device that a gradient lives on."""
-    return H100 if gradient.gradient.node.meta["val"].device.type == "cuda" else CPU
+    return H200 if gradient.gradient.node.meta["val"].device.type == "cuda" else CPU
 
 
 @dataclass(frozen=True)

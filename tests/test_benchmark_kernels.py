@@ -119,7 +119,7 @@ def test_without_a_gpu_an_op_counts_without_those_inside_it():
 
 def test_profile_of_a_tiny_step():
     """The eager step stands for the plain compiled one."""
-    runs = []
+    runs: list[Run] = []
     for implementation, shown in (("eager", BASELINE), ("flashdp-flat", "flashdp-flat")):
         found = measure.prepare("tiny-gpt", implementation, QUICK)
         content = profile.profile(found.step, found.batches, QUICK, median_ms=1e4)
@@ -136,6 +136,9 @@ def test_profile_of_a_tiny_step():
     cells = dict(zip((row[0] for row in rows), rows, strict=True))["flashdp add_noise"]
     assert cells[1:] == ["0.00", f"{own['flashdp add_noise']:.2f} (+{own['flashdp add_noise']:.2f})"]
     assert rows[-1][1:] == ["10000.00", "10000.00 (+0.00)"]
+    results.runs[1] = replace(results.runs[1], host_ms=measure.launched_ms(found.step, found.batches, QUICK))
+    _, (*_, host) = profile.table_rows(results, "tiny-gpt")
+    assert host == [profile.HOST, "-", f"{results.runs[1].host_ms:.2f}"] and 0 < results.runs[1].host_ms < 1e4
     with pytest.raises(ValueError, match="no profile of the plain compiled step of gpt2"):
         profile.table_rows(results, "gpt2")
 
