@@ -108,7 +108,8 @@ def prepare(
     """Sums of layers with this geometry, by the kernel `chosen`, in runs of so many samples."""
     by_kind = several.kinds(xs, gs, weights)
     number = cdiv(len(weights[0]), run)
-    shapes, common, programs = [(x.shape[2], g.shape[2]) for x, g in zip(xs, gs, strict=True)], [], 0
+    shapes = [(number,) * (number > 1) + (x.shape[2], g.shape[2]) for x, g in zip(xs, gs, strict=True)]
+    common, programs = [], 0
     for numbers in by_kind:
         x, g, w = xs[numbers[0]], gs[numbers[0]], weights[numbers[0]]
         d, p = cdiv(x.shape[2], hopper.PRODUCTS.rows), cdiv(g.shape[2], hopper.PRODUCTS.columns)
@@ -126,17 +127,16 @@ def prepare(
         streams: Sequence[int],
         std: float,
     ) -> list[Tensor]:
-        parts = [xs[0].new_empty((number, *shape), dtype=torch.float32) for shape in shapes]
+        parts = [xs[0].new_empty(shape, dtype=torch.float32) for shape in shapes]
         own = list(zip(xs, gs, weights, parts, strict=True))
         launch(xs[0], *several.arguments(own, common, by_kind), programs)
         streams = streams or [0] * len(xs)  # without noise there need not be any
         if number > 1:
             return product_sums.launch(parts, None, key, streams, std)
-        results = [t.squeeze(0) for t in parts]
         if key is not None:
             if not noise:
-                noise.append(add_noises.prepare(results))
-            noise[0](results, key, streams, std)
-        return results
+                noise.append(add_noises.prepare(parts))
+            noise[0](parts, key, streams, std)
+        return parts
 
     return sums
