@@ -15,9 +15,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
+import torch
+
 from flashdp_compile.checks import choice, flag, integer, nearest, not_allowed, number, patterns
 from flashdp_compile.compat import GRAPH_HOOKS, inductor_option_names, launch_settings
 from flashdp_compile.errors import OptionError
+from flashdp_compile.runtime import scaling
 
 ClipFn = Literal["hard", "automatic", "normalize"]
 LossReduction = Literal["mean", "sum"]
@@ -35,8 +38,11 @@ PRIVACY = (
     "batch_dim",
     "public_inputs",
     "seed",
+    "grad_scaler",
 )
 PERFORMANCE = ("norm_strategy", "autotune", "compiler", "mode", "inductor", "debug")
+
+NEVER = 2**31 - 1  # steps until a scale grows: the largest number that a scaler takes
 
 DEBUG_VARIABLE = "FLASHDP_DEBUG"
 DEBUG_FOLDER = "flashdp_debug"  # where debug=True writes, below the current folder
@@ -86,6 +92,10 @@ class Options:
 
     seed: int | None = None
     """None takes it from the operating system. Whoever knows a given seed can subtract the noise: for tests only."""
+
+    grad_scaler: torch.amp.GradScaler | None = None
+    """The scaler whose `scale(loss)` backward is called on: bounds and noise are then those of the loss itself, and
+    gradients leave the backward scaled, as the scaler expects them. Its scale must not grow by itself."""
 
     norm_strategy: NormStrategy = "auto"
     """How per-sample norms are computed. "auto" asks the cost model at each point."""
@@ -149,6 +159,7 @@ class Options:
             "batch_dim": integer("batch_dim", self.batch_dim, 0),
             "public_inputs": self._public_inputs(),
             "seed": integer("seed", self.seed, 0, optional=True),
+            "grad_scaler": self._grad_scaler(),
             "norm_strategy": choice("norm_strategy", self.norm_strategy, get_args(NormStrategy)),
             "autotune": flag("autotune", self.autotune),
             "compiler": choice("compiler", self.compiler, get_args(Compiler)),
@@ -165,6 +176,12 @@ class Options:
         return first_match(bounds, parameter) if isinstance(bounds, Mapping) else bounds
 
     @property
+    def scaler_place(self) -> int | None:
+        """The number by which compiled code knows `grad_scaler`; None without one, or if it is disabled."""
+        scaler = self.grad_scaler
+        return scaling.place(scaler) if scaler is not None and scaler.is_enabled() else None
+
+    @property
     def debug_folder(self) -> Path | None:
         """Where the debug flag writes; None if it is off."""
         return None if self.debug is False else Path(DEBUG_FOLDER if self.debug is True else self.debug)
@@ -176,6 +193,8 @@ class Options:
             texts["expected_batch_size"] = "the batch's own size"
         if self.seed is None:
             texts["seed"] = "from the operating system"
+        if self.grad_scaler is not None:
+            texts["grad_scaler"] = "the one given"
         return ", ".join(f"{name}={text}" for name, text in texts.items())
 
     def caveats(self) -> list[str]:
@@ -190,7 +209,8 @@ class Options:
     def policy(self) -> dict[str, Any]:
         """Everything that can change the generated graph, as JSON takes it, equal for equal settings: the part of the
         compile cache's key that comes from the options. Mappings become lists of pairs, as their order counts."""
-        return {name: _canonical(getattr(self, name)) for name in (*PRIVACY, *PERFORMANCE) if name != "debug"}
+        known = {name: getattr(self, name) for name in (*PRIVACY, *PERFORMANCE) if name != "debug"}
+        return {name: _canonical(value) for name, value in (known | {"grad_scaler": self.scaler_place}).items()}
 
     def _bounds(self) -> float | dict[str, float]:
         if not isinstance(self.max_grad_norm, Mapping):
@@ -221,6 +241,20 @@ class Options:
         if not all(isinstance(name, str) and name for name in self.public_inputs):
             raise not_allowed("public_inputs", self.public_inputs, allowed)
         return tuple(self.public_inputs)
+
+    def _grad_scaler(self) -> torch.amp.GradScaler | None:
+        scaler = self.grad_scaler
+        if scaler is None:
+            return None
+        if not isinstance(scaler, torch.amp.GradScaler):
+            raise not_allowed("grad_scaler", scaler, "a torch.amp.GradScaler or None")
+        if scaler.is_enabled() and scaler.get_growth_interval() < NEVER:
+            raise OptionError(
+                f"grad_scaler doubles its scale every {scaler.get_growth_interval()} steps, and nothing would stop it: "
+                "a sample whose gradient overflows contributes zero, so the scaler sees no infinity and never goes "
+                f"back. Make it with growth_interval={NEVER} and change the scale by scaler.update(new_scale)"
+            )
+        return scaler
 
     def _inductor(self) -> dict[str, Any]:
         if not isinstance(self.inductor, Mapping):

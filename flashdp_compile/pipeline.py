@@ -43,7 +43,7 @@ from flashdp_compile.passes.rewrite import Mechanism, private_gradients, rewrite
 from flashdp_compile.passes.strategies.materialize import MATERIALIZE
 from flashdp_compile.passes.vectors import norm_vectors, sum_vectors
 from flashdp_compile.passes.verify import verify
-from flashdp_compile.runtime import clipping, noise  # noqa: F401  registers the ops that the rewrite inserts
+from flashdp_compile.runtime import clipping, noise, scaling  # noqa: F401  registers the ops that the rewrite inserts
 from flashdp_compile.tune_tiles import tune_tiles
 
 register_runtime_ops()
@@ -73,6 +73,7 @@ def mechanism_of(options: Options) -> Mechanism:
         options.loss_reduction == "mean",
         options.expected_batch_size,
         options.seed,
+        options.scaler_place,
     )
 
 
@@ -87,6 +88,7 @@ def guarantee_of(options: Options, before: Before, slack: float) -> Guarantee:
         expected_batch_size=options.expected_batch_size,
         slack=slack,
         seed=options.seed,
+        grad_scaler=options.scaler_place,
     )
 
 

@@ -60,10 +60,17 @@ def _weights(
     return torch.where(finite, factor * loss_scale / divisor, 0.0).to(torch.float32), finite
 
 
-def release_weights(sqnorm: Tensor, bound: float, fn: str, mean: bool, expected_batch_size: int | None) -> Tensor:
+def release_weights(
+    sqnorm: Tensor,
+    bound: float,
+    fn: str,
+    mean: bool,
+    expected_batch_size: int | None,
+    grad_scale: Tensor | None = None,
+) -> Tensor:
     """Weights [B] from the squared norms [B] of the samples' terms in a loss: `flashdp::clip_factors` that counts
     nothing, in plain torch."""
-    return _weights(floored(sqnorm), bound, fn, *scales(sqnorm.shape[0], mean, expected_batch_size))[0]
+    return _weights(floored(sqnorm), bound, fn, *scales(sqnorm.shape[0], mean, expected_batch_size, grad_scale))[0]
 
 
 def floored(sqnorm: Tensor) -> Tensor:
@@ -74,11 +81,14 @@ def floored(sqnorm: Tensor) -> Tensor:
     return torch.where(sqnorm < 0, math.nan, sqnorm.clamp_min(LEAST))
 
 
-def scales(batch: int, mean: bool, expected_batch_size: int | None) -> tuple[float, float]:
-    """loss_scale and divisor for a loss that is the mean over `batch` samples, or their sum."""
+def scales(
+    batch: int, mean: bool, expected_batch_size: int | None, grad_scale: Tensor | None = None
+) -> tuple[float | Tensor, float]:
+    """loss_scale and divisor for a loss that is the mean over `batch` samples, or their sum, times `grad_scale` []."""
     batch = max(batch, 1)
     divisor = batch if expected_batch_size is None else expected_batch_size
-    return float(batch if mean else 1), float(divisor if mean else 1)
+    loss_scale = float(batch if mean else 1)
+    return loss_scale if grad_scale is None else loss_scale / grad_scale, float(divisor if mean else 1)
 
 
 def clip_weights_into(
@@ -110,9 +120,10 @@ def release_weights_into(
     fn: str,
     mean: bool,
     expected_batch_size: int | None,
+    grad_scale: Tensor | None = None,
 ) -> Tensor:
     """release_weights that adds to `counter` how many samples have no finite norm, here or in `others` [B, K]."""
-    scaling = scales(sqnorm.shape[0], mean, expected_batch_size)
+    scaling = scales(sqnorm.shape[0], mean, expected_batch_size, grad_scale)
     norms = [sqnorm] if others is None else [sqnorm, others]
     if all(n.is_cuda and n.dtype == torch.float32 for n in norms):
         return launch(counter, sqnorm, bound, fn, *scaling, others=others, least=LEAST)

@@ -58,7 +58,7 @@ def clip_groups(graph: fx.Graph, device: str = "cuda") -> int:
 
 def _read(clip: fx.Node, device: str) -> Group | None:
     total = clip.args[0]
-    if argument(clip, "counts") or total.meta["val"].device.type != device:
+    if argument(clip, "counts") or argument(clip, "grad_scale") is not None or total.meta["val"].device.type != device:
         return None
     parts = terms(total)
     vectors = [squared(n, read_once=n is not total) for n in parts]

@@ -20,6 +20,7 @@ class Guarantee:
         released_k = ( sum_b clip_fn(g_bk, C_k) + N(0, deviation^2) ) / divisor
 
     `mean`: what backward was called on is a mean over the samples, so g_bk is B times what arrives from sample b.
+    `grad_scaler`: its scale s multiplies that, too; what leaves the graph is s released_k.
     `slack`: how far rounding may carry a clipped norm beyond its bound, relative to it; the noise is raised by as much.
     """
 
@@ -30,6 +31,7 @@ class Guarantee:
     expected_batch_size: int | None
     slack: float
     seed: int | None
+    grad_scaler: int | None = None
 
     @property
     def deviation(self) -> float:

@@ -100,7 +100,9 @@ def _launch(node: fx.Node, device: str) -> Callable[..., Any] | None:
     # the one call of a release that also counts stays an op: it writes to a counter
     if name != "clip_factors" or argument(node, "counts"):
         return None
-    return lambda sqnorm, bound, fn, mean, size, *counting: release_weights(sqnorm, bound, fn, mean, size)
+    return lambda sqnorm, bound, fn, mean, size, counts, others=None, grad_scale=None: release_weights(
+        sqnorm, bound, fn, mean, size, grad_scale
+    )
 
 
 def _stays(node: fx.Node, device: str) -> Family | None:

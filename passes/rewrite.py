@@ -3,6 +3,9 @@
 For every clipping group: squared norms of its members are added up, `flashdp::clip_factors` turns them into one weight
 per sample, and each member's gradient becomes the weighted sum. `flashdp::add_noise` then makes it a release. The plain
 gradient is no longer an output, so dead-code elimination removes whatever computed only it.
+
+Where a GradScaler scales the loss, weights undo that, so that the sum and its noise are those of plain losses; what is
+released is scaled again, as the scaler expects it.
 """
 
 from __future__ import annotations
@@ -37,6 +40,8 @@ class Mechanism:
     mean: bool
     expected_batch_size: int | None
     seed: int | None
+    grad_scaler: int | None = None
+    """The place of the loss's GradScaler in runtime/scaling.py."""
 
     @property
     def divides_by_batch(self) -> bool:
@@ -55,9 +60,10 @@ def rewrite(axes: Axes, plan: Plan, mechanism: Mechanism) -> None:
     released: Released = []
     prepared = [_prepare(emit, axes, plan, group.name) for group in plan.groups]
     norms = [[p.sqnorm for _, p in members if p.sqnorm is not None] for members in prepared]
-    for members, weights in zip(prepared, _clip(emit, plan.groups, norms, mechanism), strict=True):
+    scale = _scale(emit, axes.joint, mechanism)
+    for members, weights in zip(prepared, _clip(emit, plan.groups, norms, mechanism, scale), strict=True):
         released += [(g.gradient.position, p.finish(weights)) for g, p in members]
-    _release(emit, axes.joint, released, mechanism, mechanism.std(plan.groups, plan.slack))
+    _release(emit, axes.joint, released, mechanism, mechanism.std(plan.groups, plan.slack), scale)
 
 
 def _prepare(emit: Emitter, axes: Axes, plan: Plan, group: str) -> list[tuple[ParameterGradient, Prepared]]:
@@ -74,7 +80,7 @@ def rewrite_empty(joint: JointGraph, groups: tuple[Group, ...], mechanism: Mecha
     """The release of a batch without samples: zero, and the noise that every release carries."""
     emit = Emitter(joint)
     zeros = [(g.position, emit(_zeros, g.node)) for g in private_gradients(joint)]
-    _release(emit, joint, zeros, mechanism, mechanism.std(groups, 0.0))
+    _release(emit, joint, zeros, mechanism, mechanism.std(groups, 0.0), _scale(emit, joint, mechanism))
 
 
 def rewrite_single(joint: JointGraph, groups: tuple[Group, ...], mechanism: Mechanism) -> None:
@@ -86,9 +92,10 @@ def rewrite_single(joint: JointGraph, groups: tuple[Group, ...], mechanism: Mech
     private = {g.name: g for g in private_gradients(joint)}
     released: Released = []
     norms = [[emit(_sqnorm_of_one, private[name].node) for name in group.members] for group in groups]
-    for group, weights in zip(groups, _clip(emit, groups, norms, mechanism), strict=True):
+    scale = _scale(emit, joint, mechanism)
+    for group, weights in zip(groups, _clip(emit, groups, norms, mechanism, scale), strict=True):
         released += [(private[n].position, emit(_weigh_one, private[n].node, weights)) for n in group.members]
-    _release(emit, joint, released, mechanism, mechanism.std(groups, MATERIALIZE.slack))
+    _release(emit, joint, released, mechanism, mechanism.std(groups, MATERIALIZE.slack), scale)
 
 
 def _zeros(gradient: Tensor) -> Tensor:
@@ -108,8 +115,21 @@ def private_gradients(joint: JointGraph) -> list[Gradient]:
     return [g for g in joint.gradients if joint.inputs[g.index].role != "sample"]
 
 
+def _scale(emit: Emitter, joint: JointGraph, mechanism: Mechanism) -> fx.Node | None:
+    """What the loss was multiplied by, looked up in every backward; None for a loss that nobody scales."""
+    number = mechanism.grad_scaler
+    private = private_gradients(joint)
+    if number is None or not private:
+        return None
+    return emit(lambda anchor: ops.grad_scale(anchor, number), _anchor(joint, private[0].node))
+
+
 def _clip(
-    emit: Emitter, groups: tuple[Group, ...], norms: list[list[fx.Node]], mechanism: Mechanism
+    emit: Emitter,
+    groups: tuple[Group, ...],
+    norms: list[list[fx.Node]],
+    mechanism: Mechanism,
+    scale: fx.Node | None,
 ) -> Iterator[fx.Node]:
     """The weights of every group, from the squared norms of its members.
 
@@ -118,7 +138,9 @@ def _clip(
     """
     totals = [emit(_added, *members) for members in norms]
     for number, (group, total) in enumerate(zip(groups, totals, strict=True)):
-        yield emit(_weights(group.bound, mechanism, counts=number == 0), total, *([] if number else totals[1:]))
+        others = [] if number else totals[1:]
+        weights = _weights(group.bound, mechanism, counts=number == 0, scaled=scale is not None)
+        yield emit(weights, total, *others, *([] if scale is None else [scale]))
 
 
 def _added(first: Tensor, *rest: Tensor) -> Tensor:
@@ -127,17 +149,22 @@ def _added(first: Tensor, *rest: Tensor) -> Tensor:
     return first
 
 
-def _weights(bound: float, mechanism: Mechanism, counts: bool) -> Callable[..., Tensor]:
+def _weights(bound: float, mechanism: Mechanism, counts: bool, scaled: bool) -> Callable[..., Tensor]:
     def weights(total: Tensor, *others: Tensor) -> Tensor:
         policy = bound, mechanism.clip_fn, mechanism.mean, mechanism.expected_batch_size
-        return ops.clip_factors(total, *policy, counts, torch.stack(others, 1) if others else None)
+        others, scale = (others[:-1], others[-1:]) if scaled else (others, ())
+        return ops.clip_factors(total, *policy, counts, torch.stack(others, 1) if others else None, *scale)
 
     return weights
 
 
-def _release(emit: Emitter, joint: JointGraph, released: Released, mechanism: Mechanism, std: float) -> None:
+def _release(
+    emit: Emitter, joint: JointGraph, released: Released, mechanism: Mechanism, std: float, scale: fx.Node | None
+) -> None:
     if mechanism.noise_multiplier > 0 and released:
         released = _noised(emit, joint, released, mechanism, std)
+    if scale is not None:
+        released = [(at, emit(torch.mul, node, scale)) for at, node in released]
     results = list(joint.output.args[0])
     for position, node in released:
         results[position] = _as(emit, node, results[position].meta["val"].dtype)
@@ -160,7 +187,7 @@ def _noised(emit: Emitter, joint: JointGraph, released: Released, mechanism: Mec
     The key hangs on a tangent where it can, so that it is drawn in the backward pass, a new one for every backward, and
     first of all, so that every sum may draw its noise as it is made.
     """
-    anchor = _anchor(joint, released)
+    anchor = _anchor(joint, released[0][1])
     key = emit(lambda anchor: ops.draw_key(anchor, mechanism.seed), anchor)
     if not mechanism.divides_by_batch:
         return [(at, emit(_noise(stream, std), node, key)) for stream, (at, node) in enumerate(released)]
@@ -172,16 +199,16 @@ def _noised(emit: Emitter, joint: JointGraph, released: Released, mechanism: Mec
     ]
 
 
-def _anchor(joint: JointGraph, released: Released) -> fx.Node:
-    """A value of the backward pass on the device of the gradients. The sum over no samples is a constant, not one."""
-    device = released[0][1].meta["val"].device
+def _anchor(joint: JointGraph, gradient: fx.Node) -> fx.Node:
+    """A value of the backward pass on the device of a gradient. The sum over no samples is a constant, not one."""
+    device = gradient.meta["val"].device
     tangents = [t for t in joint.tangents if t.meta["val"].device == device]
     if not tangents and joint.batch == 0:
         raise Refusal(
             f"an empty batch has nothing to draw noise from: the parameters are on {device}, and no output of the "
             "model is. Let the model return what it computed there, and move it outside"
         )
-    return tangents[0] if tangents else released[0][1]
+    return tangents[0] if tangents else gradient
 
 
 def _noise(stream: int, std: float) -> Callable[..., Tensor]:

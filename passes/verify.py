@@ -2,10 +2,10 @@
 
 Nothing is taken over from the rewrite. For every gradient of a parameter the graph itself must show
 
-    release    rounding to the parameter's dtype, noise, a clipped sum, and nothing in between
+    release    rounding to the parameter's dtype, the scale of the loss, noise, a clipped sum, nothing in between
     noise      the stated deviation, on a stream of its own, from one key that every backward pass draws anew
     sum        over samples, all weighted by one clip_factors node, samples of weight 0 left out (`clipped.py`)
-    weights    bound, clip function and divisor as stated; one node for each group, used by its members only
+    weights    bound, clip function, divisor and scale as stated; one node for each group, used by its members only
     norms      the squared norms of exactly what the group's members sum, each once (`norms.py`)
     operands   values that the plain gradient was computed from, some at each of its points; no weights, no noise
 
@@ -69,13 +69,13 @@ class _Proof:
         self.joint, self.guarantee, self.before, self.axes = joint, guarantee, before, axes
         self.results = joint.output.args[0]
         added = [n for n in joint.graph.nodes if n not in before.nodes and n.op != "output"]
-        self.clips, self.keys, self.noises = (
+        self.clips, self.keys, self.noises, self.scales = (
             [n for n in added if n.target is op.default]
-            for op in (flashdp.clip_factors, flashdp.draw_key, flashdp.add_noise)
+            for op in (flashdp.clip_factors, flashdp.draw_key, flashdp.add_noise, flashdp.grad_scale)
         )
         # a key that does not depend on a tangent could be drawn in the forward pass, once for several backward passes
         self.backward = _downstream(joint.graph, joint.tangents)
-        tainted = _downstream(joint.graph, [*self.clips, *self.keys, *self.noises])
+        tainted = _downstream(joint.graph, [*self.clips, *self.keys, *self.noises, *self.scales])
         self.streams: dict[int, int] = {}
         self.reader = Reader(Values(joint.graph), tainted, single=joint.batch == 1)
 
@@ -87,6 +87,8 @@ class _Proof:
         members = [name for group in self.guarantee.groups for name in dict.fromkeys(group.members)]
         if sorted(members) != sorted(named):
             raise NotProved(f"the groups hold {sorted(members)}, the gradients are those of {sorted(named)}")
+        if len(self.scales) != (self.guarantee.grad_scaler is not None and bool(named)):
+            raise NotProved(f"the loss is scaled by {self.scales}, which is not what the options say")
         sums = {p: self._unnoised(p) for p in self.before.released}
         if len(self.noises) != len(self.streams):
             raise NotProved("there is noise that belongs to no gradient")
@@ -142,6 +144,8 @@ class _Proof:
             node = node.args[0]
         if node.meta["val"].dtype not in (torch.float32, torch.float64):
             raise NotProved(f"the gradient of {name} was rounded to {node.meta['val'].dtype} before its noise")
+        if self.guarantee.grad_scaler is not None:
+            node = self._unscaled(node, name)
         if self.guarantee.noise_multiplier == 0:
             return node
         divisor = self.guarantee.divisor(self.joint.batch)
@@ -165,6 +169,15 @@ class _Proof:
         if divisor is None:
             summed = self._scaled(summed, aten.mul.Tensor, name)
         return summed
+
+    def _unscaled(self, node: fx.Node, name: str) -> fx.Node:
+        """The release in release * s, for the scale s of the loss, looked up in this very backward."""
+        (scale,) = self.scales
+        if node.target is not aten.mul.Tensor or node.kwargs or node.args[1] is not scale:
+            raise NotProved(f"the gradient of {name} is not scaled as its loss was")
+        if scale.args[1] != self.guarantee.grad_scaler or scale.args[0] not in self.backward:
+            raise NotProved(f"the gradient of {name} is scaled by another scaler, or by an old scale")
+        return node.args[0]
 
     def _scaled(self, node: fx.Node, target: Any, name: str) -> fx.Node:
         """The value in value / B or value * B, for a B that is max(size of the batch, 1)."""
@@ -212,8 +225,10 @@ class _Proof:
         """Weights from the norms of just these shares, by the stated bound, function and divisor."""
         norms, *policy = weights.args
         stated = [group.bound, self.guarantee.clip_fn, self.guarantee.mean, self.guarantee.expected_batch_size]
-        if policy[:4] != stated:  # the rest says which samples are counted, and has no part in the weights
+        if policy[:4] != stated:  # the next two say which samples are counted, and have no part in the weights
             raise NotProved(f"the weights of group {group.name} have the bound and policy {policy}, not {stated}")
+        if policy[6:] != self.scales:
+            raise NotProved(f"the weights of group {group.name} undo the scale {policy[6:]}, not {self.scales}")
         try:
             found = squared_norms(self.reader, norms)
         except NotProved as reason:

@@ -105,3 +105,28 @@ def test_the_noise_is_that_of_the_interpreted_graph(name, clipping):
         noise = expected - plain
         assert noise.norm() > 0
         assert ((noised - expected).norm() < 1e-4 * noise.norm()).item(), parameter
+
+
+@pytest.mark.parametrize("clipping", ["flat", "per_layer"])
+def test_a_scale_is_undone_and_put_back(clipping):
+    """Powers of two, so that nothing but the place of the factor could change a gradient; on a GPU in other kernels."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3)).to(device)
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**9, growth_interval=2**31 - 1)
+    x = torch.randn(5, 8, device=device)
+    found = []
+    for scaled in (False, True):
+        options = {"clipping": clipping, "max_grad_norm": 0.2, "seed": 11, "grad_scaler": scaler if scaled else None}
+        module = torch.compile(model, backend="flashdp", fullgraph=True, options=options)
+        for scale in (2.0**9, 2.0**5):
+            replay_noise()
+            model.zero_grad()
+            loss = module(x).square().sum(1).mean()
+            (scaler.scale(loss) if scaled else loss).backward()
+            found.append([p.grad / scale if scaled else p.grad.clone() for p in model.parameters()])
+            if scaled:
+                scaler.update(2.0**5)
+    plain, same, first, second = found
+    for p, a, b, c in zip(plain, same, first, second, strict=True):
+        for other in (a, b, c):
+            torch.testing.assert_close(other, p, rtol=1e-5, atol=1e-6)

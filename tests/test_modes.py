@@ -103,24 +103,41 @@ def test_weights_in_bfloat16(clipping):
     check("bf16 weights", clipping, model, expected, 2e-2)
 
 
-def test_float16_with_a_scale_that_stays(clipping):
-    """The bound is of what is clipped, the gradients of the scaled loss: it is scaled as well (docs/privacy.md)."""
-    scale = 2.0**10
+def test_float16_with_a_grad_scaler(clipping):
+    """The bound is of the loss itself, whatever its scale, which may change without another compilation."""
     model, (x, y) = mlp(), batch()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=2**31 - 1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2**31 - 1)
 
     def losses(model, x, y):
         with torch.autocast("cpu", torch.float16):
             return classes(model, x, y)
 
-    expected = exact(clipping, model, losses, x, y)
-    scaler.scale(losses(compiled(model, clipping, max_grad_norm=BOUND * scale), x, y).mean()).backward()
+    private = compiled(model, clipping, grad_scaler=scaler)
+    counters.clear()
+    for scale in (2.0**10, 2.0**4, 2.0**12):
+        optimizer.zero_grad()
+        expected = exact(clipping, model, losses, x, y)
+        assert any(g.norm() > BOUND / 10 for g in expected.values()), "the bound counts"
+        scaler.scale(losses(private, x, y).mean()).backward()
+        assert scaler.get_scale() == scale
+        scaler.unscale_(optimizer)
+        check("fp16 autocast, GradScaler", clipping, model, expected, 5e-3)
+        scaler.step(optimizer)
+        scaler.update({2.0**10: 2.0**4, 2.0**4: 2.0**12}.get(scale))
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_the_noise_does_not_grow_with_the_scale(clipping):
+    """Losses of zero, so that what is left after `unscale_` is the noise."""
+    model, optimizer = nn.Linear(8, 4000, bias=False), None
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2**31 - 1)
+    options = {"noise_multiplier": 1.5, "expected_batch_size": 4, "grad_scaler": scaler}
+    private = compiled(model, clipping, **options)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    scaler.scale((0 * private(torch.randn(4, 8)).sum(1)).mean()).backward()
     scaler.unscale_(optimizer)
-    check("fp16 autocast, GradScaler with a fixed scale", clipping, model, expected, 5e-3)
-    scaler.step(optimizer)
-    scaler.update()
-    assert scaler.get_scale() == scale
+    assert float(model.weight.grad.std()) == pytest.approx(1.5 * BOUND / 4, rel=0.03)
 
 
 def test_selective_recomputation(clipping):

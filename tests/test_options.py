@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from flashdp_compile import options as options_module
 from flashdp_compile.errors import FlashDPError, OptionError
@@ -22,6 +23,7 @@ FIELDS = [
     "batch_dim",
     "public_inputs",
     "seed",
+    "grad_scaler",
     "norm_strategy",
     "autotune",
     "compiler",
@@ -29,6 +31,10 @@ FIELDS = [
     "inductor",
     "debug",
 ]
+
+
+def scaler() -> torch.amp.GradScaler:
+    return torch.amp.GradScaler("cpu", growth_interval=2**31 - 1)
 
 
 @pytest.fixture(autouse=True)
@@ -118,6 +124,11 @@ NOISE = "allowed: a finite number, 0 or greater"
         ({"public_inputs": [""]}, ["public_inputs=['']", "a sequence of input names"]),
         ({"seed": -1}, ["seed=-1", "0 or greater, or None"]),
         ({"seed": 2**63}, ["seed=9223372036854775808"]),
+        ({"grad_scaler": 2.0**10}, ["grad_scaler=1024.0", "a torch.amp.GradScaler or None"]),
+        (
+            {"grad_scaler": torch.amp.GradScaler("cpu")},
+            ["doubles its scale every 2000 steps", "growth_interval=2147483647", "scaler.update(new_scale)"],
+        ),
         ({"norm_strategy": "ghost"}, ["norm_strategy='ghost'", "'materialize'"]),
         ({"autotune": 1}, ["autotune=1", "True or False"]),
         ({"compiler": "indctor"}, ["compiler='indctor'", "did you mean 'inductor'"]),
@@ -197,6 +208,7 @@ class TestPolicy:
             {"batch_dim": 1},
             {"public_inputs": ("mask",)},
             {"seed": 1},
+            {"grad_scaler": scaler()},
             {"norm_strategy": "outer"},
             {"autotune": True},
             {"compiler": "eager"},
@@ -211,6 +223,13 @@ class TestPolicy:
         given = {"max_grad_norm": {"a": 1, "*": 2}, "clipping": "per_layer", "public_inputs": ["m"]}
         assert json.loads(json.dumps(Options(**given).policy())) == Options(**given).policy()
         assert Options(max_grad_norm=1).policy() == Options(max_grad_norm=1.0).policy()
+
+    def test_a_scaler_counts_by_its_place(self):
+        one, other = scaler(), scaler()
+        assert Options(grad_scaler=one).policy() == Options(grad_scaler=one).policy()
+        assert Options(grad_scaler=one).policy() != Options(grad_scaler=other).policy()
+        disabled = torch.amp.GradScaler("cpu", enabled=False)
+        assert Options(grad_scaler=disabled).policy() == Options().policy()
 
     def test_the_order_of_patterns_counts(self):
         one, other = {"a*": "x", "*": "y"}, {"*": "y", "a*": "x"}

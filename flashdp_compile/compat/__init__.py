@@ -29,6 +29,7 @@ from flashdp_compile.compat.execution import (
     next_node_number,
     node_number,
     real_tensors,
+    scale_of,
 )
 from flashdp_compile.compat.graphs import (
     GradAOTOutput,
@@ -102,6 +103,7 @@ __all__ = [
     "real_tensors",
     "recorded_launches",
     "returns_views",
+    "scale_of",
     "settle_equal",
     "settle_size",
     "size_expression",

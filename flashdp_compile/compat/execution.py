@@ -23,6 +23,7 @@ __all__ = [
     "next_node_number",
     "node_number",
     "real_tensors",
+    "scale_of",
 ]
 
 
@@ -173,3 +174,9 @@ def _modules_of(function: Any, depth: int = 2) -> list[torch.nn.Module]:
     else:
         return []
     return [module for value in reached for module in _modules_of(value, depth - 1)]
+
+
+def scale_of(scaler: torch.amp.GradScaler) -> torch.Tensor | None:
+    """The scale of an enabled scaler, float32 [], without waiting for its device; None before it has scaled anything.
+    2.11, 2.13."""
+    return scaler._get_scale_async()

@@ -47,12 +47,14 @@ def clip_factors(
     expected_batch_size: int | None,
     counts: bool = True,
     others: Tensor | None = None,
+    grad_scale: Tensor | None = None,
 ) -> Tensor:
     """Weights [B] float32 from squared gradient norms [B] of the samples' terms in the loss; see kernels/clip.py.
 
     `mean`: the loss is a mean over the B samples, so a sample's own gradient is B times its term, and the weighted sum
     is divided by expected_batch_size, or by B where that is None (allowed only if B is public). Otherwise the loss is a
-    sum, and the result is not divided. A sample whose norm is not finite gets weight 0.
+    sum, and the result is not divided. `grad_scale` []: the loss was scaled by it; the weighted sum is not, any more.
+    A sample whose norm is not finite gets weight 0.
 
     `counts`: the samples with such a norm, here or in `others` [B, K-1], the squared norms of the other clipping
     groups, are counted on the device. One call of a release counts for all groups, so that a sample counts once.
@@ -63,7 +65,8 @@ def clip_factors(
             raise InternalError(f"clipping.prepare({str(sqnorm.device)!r}) was not called before graph capture")
         prepare(sqnorm.device)
         counter = _counters[sqnorm.device]
-    return release_weights_into(counter if counts else None, sqnorm, others, bound, fn, mean, expected_batch_size)
+    policy = bound, fn, mean, expected_batch_size, grad_scale
+    return release_weights_into(counter if counts else None, sqnorm, others, *policy)
 
 
 @clip_factors.register_fake
@@ -75,5 +78,6 @@ def _(
     expected_batch_size: int | None,
     counts: bool = True,
     others: Tensor | None = None,
+    grad_scale: Tensor | None = None,
 ) -> Tensor:
     return sqnorm.new_empty(sqnorm.shape, dtype=torch.float32)

@@ -44,7 +44,7 @@ def clip_factors(site: Site, norms: Batched, *policy: Any) -> State:
 def register_runtime_ops() -> None:
     """Enters the ops that the runtime defines; called once they are registered with torch."""
     RULES[torch.ops.flashdp.clip_factors.default] = clip_factors
-    NO_DATA.add(torch.ops.flashdp.draw_key.default)
+    NO_DATA.update([torch.ops.flashdp.draw_key.default, torch.ops.flashdp.grad_scale.default])
 
 
 @rule("flashdp.weighted_matmul", "flashdp.embedding_sum")

@@ -92,6 +92,7 @@ def guarantee(before: Before, clipping: object, bound: object, mechanism: Mechan
         expected_batch_size=mechanism.expected_batch_size,
         slack=slack,
         seed=mechanism.seed,
+        grad_scaler=mechanism.grad_scaler,
     )
 
 
