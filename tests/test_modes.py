@@ -122,7 +122,7 @@ def test_float16_with_a_grad_scaler(clipping):
         scaler.scale(losses(private, x, y).mean()).backward()
         assert scaler.get_scale() == scale
         scaler.unscale_(optimizer)
-        check("fp16 autocast, GradScaler", clipping, model, expected, 5e-3)
+        check(f"fp16 autocast, GradScaler at {scale:.0f}", clipping, model, expected, 5e-3)
         scaler.step(optimizer)
         scaler.update({2.0**10: 2.0**4, 2.0**4: 2.0**12}.get(scale))
     assert counters["stats"]["unique_graphs"] == 1
