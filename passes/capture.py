@@ -20,6 +20,7 @@ from flashdp_compile.compat import (
     InputMutationAOTOutput,
     PlainAOTInput,
     TangentAOTInput,
+    belongs_to_backward,
     is_argument,
     is_python_float,
     known_size,
@@ -151,12 +152,14 @@ def capture(graph: fx.Graph, inputs: tuple[Input, ...], batch_dim: int) -> Joint
     """
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     output = graph.output_node()
-    if not any(isinstance(n.meta.get("desc"), TangentAOTInput) for n in placeholders):
-        return None
     descriptions = output.meta.get("desc")
     results = list(output.args[0])
     if descriptions is None or len(descriptions) != len(results):
         raise Refusal("flashdp cannot tell the gradients of this graph apart: torch gave its outputs no descriptions.")
+    if not any(map(_is_tangent, placeholders)):
+        if any(map(belongs_to_backward, [*(n.meta.get("desc") for n in placeholders), *descriptions])):
+            raise Refusal(_SUBCLASS)
+        return None
 
     samples: dict[fx.Node, int] = {}
     parameters: dict[fx.Node, Input] = {}
@@ -201,6 +204,8 @@ def capture(graph: fx.Graph, inputs: tuple[Input, ...], batch_dim: int) -> Joint
                     "Make its real and imaginary part one real parameter, with torch.view_as_complex where it is used."
                 )
             gradients.append(Gradient(position, node, of.idx, inputs[of.idx].name))
+        elif belongs_to_backward(description):
+            raise Refusal(_SUBCLASS)
         elif isinstance(description, InputMutationAOTOutput):
             changed = description.mutated_input
             mutated[node] = inputs[changed.idx].name if isinstance(changed, PlainAOTInput) else str(changed)
@@ -216,6 +221,13 @@ def capture(graph: fx.Graph, inputs: tuple[Input, ...], batch_dim: int) -> Joint
         if node.target is torch.ops.aten.copy_.default and node.args[0] in described:
             mutated.setdefault(node.args[1], described[node.args[0]].name)
     return JointGraph(graph, inputs, batch, samples, parameters, tangents, tuple(gradients), tuple(outputs), mutated)
+
+
+_SUBCLASS = (
+    "an output of the compiled region, or a parameter, is a tensor subclass (a nested tensor, for instance), whose "
+    "gradients flashdp cannot tell apart. Return plain tensors: compute the loss of each sample inside the compiled "
+    "module, or pad the samples to one length."
+)
 
 
 def _is_tangent(node: fx.Node) -> bool:

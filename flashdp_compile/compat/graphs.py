@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from typing import Any
@@ -38,6 +39,7 @@ __all__ = [
     "PlainAOTInput",
     "TangentAOTInput",
     "argument",
+    "belongs_to_backward",
     "detect_fake_mode",
     "graph_label",
     "is_argument",
@@ -53,6 +55,17 @@ __all__ = [
     "source_name",
     "trace",
 ]
+
+
+def belongs_to_backward(description: Any) -> bool:
+    """Whether an input or output of a joint graph is a tangent, a gradient, or a part of one: a tensor subclass is
+    taken apart into its tensors, whose descriptions hold that of the whole. So is whatever has no description."""
+    if description is None or isinstance(description, (TangentAOTInput, GradAOTOutput)):
+        return True
+    if not dataclasses.is_dataclass(description):
+        return False
+    parts = (getattr(description, field.name) for field in dataclasses.fields(description))
+    return any(belongs_to_backward(part) for part in parts if dataclasses.is_dataclass(part))
 
 
 def size_expression(size: int | torch.SymInt) -> int | sympy.Expr:
