@@ -33,6 +33,7 @@ def backend(
         Refusal, InputError: the graph cannot be proved to keep samples apart.
     """
     try:
+        _refuse_graph_breaks(gm)
         return _compile(gm, example_inputs, Options.parse(options, mode))
     except FlashDPError:
         raise
@@ -82,6 +83,17 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
         compiled = compat.compile_with_inductor(gm, example_inputs, rewriting, LastPass(), *settings)
     frozen = {place: name for place, (name, p) in placed.items() if not p.requires_grad}
     return guard.wrap(compiled, guard.ReleaseInfo(label=label), frozen)
+
+
+def _refuse_graph_breaks(gm: fx.GraphModule) -> None:
+    """What runs between two graphs is not seen, so it could mix samples, or choose by all of them what runs next."""
+    broken = compat.graph_break(gm)
+    if broken is not None:
+        raise Refusal(
+            f"dynamo broke the graph: {broken}. What runs outside of it is not seen, and may let one sample change "
+            "what happens to the others. Keep the whole forward in one graph: fullgraph=True says at compile time what "
+            "breaks it, and where. Evaluation under torch.no_grad() may break as it likes."
+        )
 
 
 def _refuse_foreign_hooks() -> None:

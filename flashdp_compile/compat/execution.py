@@ -18,6 +18,7 @@ __all__ = [
     "compile_clocks",
     "eager_switches",
     "fallbacks",
+    "graph_break",
     "hidden_from_dynamo",
     "modules_compiled_by",
     "next_node_number",
@@ -88,8 +89,11 @@ def modules_compiled_by(is_ours: Callable[[Any], bool]) -> list[torch.nn.Module]
     """The modules that torch.compile(module or function) or module.compile() gave to a backend `is_ours` accepts.
 
     Looks at every object of the process (tens of milliseconds). For a compiled function these are the modules that it
-    closes over or names as globals; modules that are passed to it as arguments cannot be found this way.
+    closes over or names as globals; as long as nothing of it was compiled, also those in dicts and lists there, and
+    those that the objects there own, such as a trainer. Modules that are passed to it as arguments cannot be found.
     """
+    from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
+
     found: list[torch.nn.Module] = []
     for candidate in gc.get_objects():
         if type(candidate) is not types.FunctionType or "_torchdynamo_orig_callable" not in candidate.__dict__:
@@ -97,7 +101,9 @@ def modules_compiled_by(is_ours: Callable[[Any], bool]) -> list[torch.nn.Module]
         cells = [_cell(cell) for cell in candidate.__closure__ or ()]
         contexts = [value for value in cells if hasattr(value, "compiler_config") and hasattr(value, "callback")]
         if any(is_ours(_user_backend(context.callback)) for context in contexts):
-            found += _modules_of(candidate.__dict__["_torchdynamo_orig_callable"])
+            given = candidate.__dict__["_torchdynamo_orig_callable"]
+            code = getattr(given, "__code__", None)
+            found += _modules_of(given, everywhere=code is not None and not _debug_get_cache_entry_list(code))
     return list({id(module): module for module in found}.values())
 
 
@@ -113,6 +119,27 @@ def eager_switches() -> list[str]:
     if config.disable:
         switches.append("torch.compile is switched off (TORCH_COMPILE_DISABLE or torch._dynamo.config.disable)")
     return switches
+
+
+def graph_break(gm: torch.fx.GraphModule) -> str | None:
+    """Where and why dynamo traced only a part of the present call into this graph, or None. Under no_grad that does not
+    count: no gradient is made of what it leaves out. For a backend, while dynamo calls it. 2.11, 2.13."""
+    from torch._dynamo.symbolic_convert import tls
+
+    translator = getattr(tls, "current_tx", None)
+    output = None if translator is None else translator.output
+    if output is not None:
+        enabled = output.tracing_context.global_context.global_state.get("grad_enabled", (None, True))[1]
+        if not enabled and not torch.is_grad_enabled():
+            return None
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is not None and reason.graph_break:
+        place = next((f" ({f.filename}:{f.lineno})" for f in reversed(reason.user_stack)), "")
+        return f"{str(reason.reason).strip().splitlines()[0]}{place}"
+    code = None if output is None else output.root_tx.f_code
+    if code is not None and code.co_name.startswith("torch_dynamo_resume_in"):
+        return f"the graph begins behind a break ({code.co_filename}:{code.co_firstlineno})"
+    return None
 
 
 def fallbacks() -> list[str]:
@@ -158,22 +185,26 @@ def _user_backend(callback: Any) -> Any:
     return callback
 
 
-def _modules_of(function: Any, depth: int = 2) -> list[torch.nn.Module]:
+def _modules_of(function: Any, everywhere: bool = False, depth: int = 3) -> list[torch.nn.Module]:
     if isinstance(function, torch.nn.Module):
         return [function]
-    if depth < 0:
+    if depth < 0 or isinstance(function, (type, types.ModuleType)):
         return []
     if isinstance(function, functools.partial):
         reached = [function.func, *function.args, *function.keywords.values()]
     elif isinstance(function, types.MethodType):
         reached = [function.__self__, function.__func__]
     elif isinstance(function, types.FunctionType):
-        names = [name for name in function.__code__.co_names if name in function.__globals__]
+        named = [function.__globals__[name] for name in function.__code__.co_names if name in function.__globals__]
         reached = [_cell(cell) for cell in function.__closure__ or ()]
-        reached += [value for value in map(function.__globals__.get, names) if isinstance(value, torch.nn.Module)]
+        reached += [v for v in named if isinstance(v, torch.nn.Module) or (everywhere and not callable(v))]
+    elif everywhere and isinstance(function, (dict, list, tuple)):
+        reached = list(function.values() if isinstance(function, dict) else function)
+    elif everywhere:
+        reached = list(getattr(function, "__dict__", {}).values())
     else:
         return []
-    return [module for value in reached for module in _modules_of(value, depth - 1)]
+    return [module for value in reached for module in _modules_of(value, everywhere, depth - 1)]
 
 
 def scale_of(scaler: torch.amp.GradScaler) -> torch.Tensor | None:

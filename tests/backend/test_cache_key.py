@@ -20,6 +20,7 @@ OTHERS = {
     "batch_dim": 1,
     "public_inputs": ("mask",),
     "seed": 3,
+    "grad_scaler": torch.amp.GradScaler("cpu", growth_interval=2**31 - 1),
     "norm_strategy": "gram",
     "autotune": True,
     "compiler": "eager",

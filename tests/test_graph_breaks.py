@@ -1,0 +1,168 @@
+"""What dynamo leaves out of a graph could mix samples, or choose by all of them what runs next: never a step."""
+
+import pytest
+import torch
+from torch import nn
+
+import flashdp_compile  # noqa: F401  registers the backend
+from flashdp_compile.errors import FlashDPError, Refusal
+
+OPTIONS = {"compiler": "eager", "noise_multiplier": 1.0}
+
+
+class Branch(nn.Module):
+    """One sample decides for all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.linear(x) if x.sum() > 0 else -self.linear(x)
+
+
+class Item(Branch):
+    def forward(self, x):
+        return self.linear(x) * (1.0 if x.sum().item() > 0 else -1.0)
+
+
+class MeanBefore(Branch):
+    def forward(self, x):
+        x = x - x.mean(0)
+        torch._dynamo.graph_break()
+        return self.linear(x)
+
+
+class MeanBehind(Branch):
+    def forward(self, x):
+        y = self.linear(x)
+        torch._dynamo.graph_break()
+        return y - y.mean(0)
+
+
+class MeanWithoutGradient(Branch):
+    """The break is where gradients are off."""
+
+    def forward(self, x):
+        with torch.no_grad():
+            mean = x.mean(0)
+            torch._dynamo.graph_break()
+            x = x - mean
+        return self.linear(x)
+
+
+@torch.compiler.disable
+def unseen(x):
+    return x - x.mean(0)
+
+
+class Disabled(Branch):
+    def forward(self, x):
+        return self.linear(unseen(x))
+
+
+class DisabledAtTheEnd(Branch):
+    def forward(self, x):
+        return unseen(self.linear(x))
+
+
+BREAKS = [Branch, Item, MeanBefore, MeanBehind, MeanWithoutGradient, Disabled, DisabledAtTheEnd]
+
+
+@pytest.mark.parametrize("kind", BREAKS)
+def test_refused_with_the_place(kind):
+    model = kind()
+    compiled = torch.compile(model, backend="flashdp", options=OPTIONS)
+    with pytest.raises(Refusal, match=r"dynamo broke the graph: .*test_graph_breaks\.py:\d+.*fullgraph=True"):
+        compiled(torch.randn(4, 6)).sum(1).mean().backward()
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", BREAKS)
+def test_evaluation_may_break(kind):
+    model, x = kind(), torch.randn(4, 6)
+    compiled = torch.compile(model, backend="flashdp", options=OPTIONS)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_a_step_that_calls_backward_itself():
+    model, optimizer = Branch(), None
+    model.forward = lambda x: model.linear(x)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    @torch.compile(backend="flashdp", options=OPTIONS)
+    def step(x):
+        model(x).sum(1).mean().backward()
+        optimizer.step()
+
+    with pytest.raises(Refusal, match="dynamo broke the graph: .*backward"):
+        step(torch.randn(4, 6))
+
+
+class Recurrent(nn.Module):
+    """Dynamo runs it eagerly as a whole, unless torch._dynamo.config.allow_rnn says otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells, self.head = nn.LSTM(6, 5, batch_first=True), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(self.cells(x)[0][:, -1])
+
+
+class Trainer:
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def losses(self, x):
+        return self.model(x).sum(1)
+
+
+class Owner:
+    def __init__(self, model: nn.Module) -> None:
+        self.trainer = Trainer(model)
+
+
+def compiled_module(model):
+    return torch.compile(model, backend="flashdp", options=OPTIONS)
+
+
+def compiled_method(model):
+    return torch.compile(Trainer(model).losses, backend="flashdp", options=OPTIONS)
+
+
+def compiled_closure_over_a_dict(model):
+    parts = {"model": model}
+    return torch.compile(lambda x: parts["model"](x).sum(1), backend="flashdp", options=OPTIONS)
+
+
+def compiled_closure_over_an_object(model):
+    owner = Owner(model)
+    return torch.compile(lambda x: owner.trainer.losses(x), backend="flashdp", options=OPTIONS)
+
+
+@pytest.mark.parametrize(
+    "compiled_by",
+    [compiled_module, compiled_method, compiled_closure_over_a_dict, compiled_closure_over_an_object],
+)
+def test_what_runs_eagerly_as_a_whole_is_not_stepped_on(compiled_by):
+    model = Recurrent()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    before = [p.detach().clone() for p in model.parameters()]
+    losses = compiled_by(model)
+    with pytest.raises(FlashDPError):
+        losses(torch.randn(4, 5, 6)).sum().backward()
+        optimizer.step()
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_another_model_of_a_trainer_is_its_own_affair():
+    """The compiled method has a graph, so what it does not use was not meant."""
+    trainer = Trainer(nn.Linear(6, 3))
+    trainer.public = nn.Linear(6, 3)
+    losses = torch.compile(trainer.losses, backend="flashdp", fullgraph=True, options=OPTIONS)
+    losses(torch.randn(4, 6)).mean().backward()
+    optimizer = torch.optim.SGD(trainer.public.parameters(), 0.1)
+    trainer.public(torch.randn(4, 6)).sum().backward()
+    optimizer.step()
