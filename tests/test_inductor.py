@@ -66,6 +66,8 @@ def check(name: str, clipping: str) -> None:
 
 @pytest.mark.parametrize("name", SELECTED)
 def test_one_model_of_each_family(name):
+    if name == "spectrum_over_time" and torch.__version__ < (2, 12) and not torch.cuda.is_available():
+        pytest.xfail("torch 2.11 expects other strides of rfft than its CPU kernel gives, in plain torch.compile, too")
     check(name, ("flat", "per_layer")[SELECTED.index(name) % 2])
 
 
