@@ -84,8 +84,9 @@ class Options:
     """The public divisor under "mean". None takes the size of the batch at hand, which is right for fixed-size
     batches only: under Poisson sampling that size is private."""
 
-    batch_dim: int = 0
-    """The dimension of every input along which the samples lie."""
+    batch_dim: int | Mapping[str, int] = 0
+    """The dimension of every input along which the samples lie; or {glob over input names: dimension}, where 0 is that
+    of inputs which no pattern names."""
 
     public_inputs: Sequence[str] = ()
     """Globs over input names: tensors that hold no sample's data (a mask shared by all samples, a table)."""
@@ -156,7 +157,7 @@ class Options:
             "clip_fn": choice("clip_fn", self.clip_fn, get_args(ClipFn)),
             "loss_reduction": choice("loss_reduction", self.loss_reduction, get_args(LossReduction)),
             "expected_batch_size": integer("expected_batch_size", self.expected_batch_size, 1, optional=True),
-            "batch_dim": integer("batch_dim", self.batch_dim, 0),
+            "batch_dim": self._batch_dim(),
             "public_inputs": self._public_inputs(),
             "seed": integer("seed", self.seed, 0, optional=True),
             "grad_scaler": self._grad_scaler(),
@@ -233,6 +234,14 @@ class Options:
             if not isinstance(group, str) or not group:
                 raise not_allowed(f"clipping[{pattern!r}]", group, "the name of a group, a string that is not empty")
         return groups
+
+    def _batch_dim(self) -> int | dict[str, int | None]:
+        if not isinstance(self.batch_dim, Mapping):
+            found = integer("batch_dim", self.batch_dim, 0)
+            assert found is not None
+            return found
+        pairs = patterns("batch_dim", self.batch_dim, "dimension")
+        return {pattern: integer(f"batch_dim[{pattern!r}]", dim, 0) for pattern, dim in pairs.items()}
 
     def _public_inputs(self) -> tuple[str, ...]:
         allowed = "a sequence of input names or globs, such as ('attention_mask',)"

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from flashdp_compile.compat import UnwrappedCompilerError, partitioned_backend
-from flashdp_compile.passes.capture import Input, JointGraph, capture, describe_inputs
+from flashdp_compile.passes.capture import BatchDim, Input, JointGraph, capture, describe_inputs
 from flashdp_compile.runtime import noise
 
 
@@ -55,7 +55,7 @@ def replay_noise() -> None:
 
 
 def joint_graph(
-    model: Callable[..., Any], *args: Any, batch_dim: int = 0, public_inputs: Sequence[str] = (), **kwargs: Any
+    model: Callable[..., Any], *args: Any, batch_dim: BatchDim = 0, public_inputs: Sequence[str] = (), **kwargs: Any
 ) -> JointGraph:
     """The captured joint graph of a model's training step on example inputs."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,6 +33,18 @@ from flashdp_compile.errors import InputError, Refusal
 from flashdp_compile.passes.axes.domain import Size, same
 
 Role = Literal["parameter", "buffer", "public", "sample", "size", "unknown"]
+
+
+BatchDim = int | Mapping[str, int]
+"""The dimension along which the samples lie: of all inputs, or {glob over input names: dimension}, the first match
+counts, and 0 is that of all others."""
+
+
+def batch_dim_of(batch_dim: BatchDim, name: str) -> int:
+    """The dimension of one input along which the samples lie."""
+    if isinstance(batch_dim, int):
+        return batch_dim
+    return next((dim for pattern, dim in batch_dim.items() if fnmatch.fnmatchcase(name, pattern)), 0)
 
 
 @dataclass(frozen=True)
@@ -144,7 +156,7 @@ def _describe(node: fx.Node, name: str, public_inputs: Sequence[str]) -> Input:
     return Input(name, role, shape, str(value.dtype).removeprefix("torch."))
 
 
-def capture(graph: fx.Graph, inputs: tuple[Input, ...], batch_dim: int) -> JointGraph | None:
+def capture(graph: fx.Graph, inputs: tuple[Input, ...], batch_dim: BatchDim) -> JointGraph | None:
     """The meaning of a joint graph; None for a graph without backward, which releases no gradient.
 
     Raises `Refusal` for a graph whose inputs or outputs cannot be told apart, and `InputError` when the batch size
@@ -183,10 +195,10 @@ def capture(graph: fx.Graph, inputs: tuple[Input, ...], batch_dim: int) -> Joint
         if described[node].role == "unknown":
             raise InputError(_undeclared(described[node]))
         if described[node].role == "sample":
-            samples[node] = batch_dim
+            samples[node] = batch_dim_of(batch_dim, described[node].name)
         elif described[node].role == "parameter":
             parameters[node] = described[node]
-    batch = _batch_size({n: described[n] for n in samples}, batch_dim)
+    batch = _batch_size({n: described[n] for n in samples}, samples)
 
     by_description = {d: n for n, d in zip(results, descriptions, strict=True) if n is not None}
     tangents = {n: by_description[n.meta["desc"].output] for n in placeholders if _is_tangent(n)}
@@ -234,18 +246,18 @@ def _is_tangent(node: fx.Node) -> bool:
     return isinstance(node.meta.get("desc"), TangentAOTInput)
 
 
-def _batch_size(samples: dict[fx.Node, Input], batch_dim: int) -> Size:
+def _batch_size(samples: dict[fx.Node, Input], dims: Mapping[fx.Node, int]) -> Size:
     sizes: dict[fx.Node, Any] = {}
     for node, described in samples.items():
         value = node.meta["val"]
-        if not -value.dim() <= batch_dim < value.dim():
-            raise InputError(_undecided(described, f"has no dimension {batch_dim}", batch_dim))
-        sizes[node] = _settled(value.shape[batch_dim])
+        if not -value.dim() <= dims[node] < value.dim():
+            raise InputError(_undecided(described, f"has no dimension {dims[node]}", dims[node]))
+        sizes[node] = _settled(value.shape[dims[node]])
     settled = {n for n in sizes.values() if isinstance(n, int) and n < 2}
     if len(settled) == 1:  # torch has fixed the size of some inputs only: the others' follow, if they have it now
         (number,) = settled
         for node in sizes:
-            if settle_size(node.meta["val"].shape[batch_dim], number):
+            if settle_size(node.meta["val"].shape[dims[node]], number):
                 sizes[node] = number
     if not sizes:
         raise InputError(
@@ -255,17 +267,17 @@ def _batch_size(samples: dict[fx.Node, Input], batch_dim: int) -> Size:
     (first, batch), *rest = sizes.items()
     for node, size in rest:
         # dynamo names the sizes of two inputs apart until an op has joined them
-        if not same(size, batch) and not settle_equal(*(n.meta["val"].shape[batch_dim] for n in (node, first))):
-            fewest = samples[node] if node.meta["val"].dim() <= first.meta["val"].dim() else samples[first]
+        if not same(size, batch) and not settle_equal(*(n.meta["val"].shape[dims[n]] for n in (node, first))):
+            fewest = node if node.meta["val"].dim() <= first.meta["val"].dim() else first
             raise InputError(
                 _undecided(
-                    fewest,
+                    samples[fewest],
                     f"and another input disagree on the batch size: {samples[first].name} has {batch} samples, "
                     f"{samples[node].name} has {size},",
-                    batch_dim,
+                    dims[fewest],
                 )
             )
-    return _settled(first.meta["val"].shape[batch_dim])
+    return _settled(first.meta["val"].shape[dims[first]])
 
 
 def _settled(size: Any) -> Size:
@@ -287,5 +299,6 @@ def _undecided(described: Input, problem: str, batch_dim: int) -> str:
         f"flashdp cannot tell the batch axis of input '{described.name}' [{', '.join(described.shape)}]: it {problem} "
         f"where batch_dim={batch_dim}. If it is the same for all samples and holds no private data (a table, a mask "
         f"over positions), declare it: options={{'public_inputs': ['{described.name}']}}. If the batch is another "
-        "dimension, set options={'batch_dim': ...}."
+        f"dimension, set options={{'batch_dim': ...}}, or for this input alone {{'batch_dim': {{'{described.name}': "
+        "...}}."
     )

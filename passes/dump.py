@@ -13,7 +13,7 @@ from flashdp_compile.compat import size_expression
 from flashdp_compile.kernels.catalogue import FAMILIES
 from flashdp_compile.kernels.codegen import source
 from flashdp_compile.passes.axes.engine import Axes
-from flashdp_compile.passes.capture import Input, JointGraph
+from flashdp_compile.passes.capture import BatchDim, Input, JointGraph, batch_dim_of
 from flashdp_compile.passes.groups import sensitivity
 from flashdp_compile.passes.plan import Choice, Plan
 from flashdp_compile.passes.points import ParameterGradient
@@ -32,7 +32,7 @@ def graph_text(graph: fx.Graph) -> str:
     return fx.GraphModule(graph.owning_module or torch.nn.Module(), graph).print_readable(print_output=False)
 
 
-def inputs_table(inputs: Sequence[Input], batch_dim: int) -> str:
+def inputs_table(inputs: Sequence[Input], batch_dim: BatchDim) -> str:
     """The inputs of the region: what each one is taken for."""
     rows = [
         (i.name, i.role, f"[{', '.join(i.shape)}]" if i.role != "size" else "", i.dtype, _batch_axis(i, batch_dim))
@@ -41,8 +41,8 @@ def inputs_table(inputs: Sequence[Input], batch_dim: int) -> str:
     return table(("input", "role", "shape", "dtype", "batch axis"), rows)
 
 
-def _batch_axis(described: Input, batch_dim: int) -> str:
-    return f"dim {batch_dim}" if described.role == "sample" else ""
+def _batch_axis(described: Input, batch_dim: BatchDim) -> str:
+    return f"dim {batch_dim_of(batch_dim, described.name)}" if described.role == "sample" else ""
 
 
 def axes_table(axes: Axes) -> str:
@@ -118,13 +118,13 @@ def kernel_sources(graph: fx.Graph) -> dict[str, str]:
 
 
 def as_json(
-    joint: JointGraph, axes: Axes, gradients: Sequence[ParameterGradient], plan: Plan, batch_dim: int
+    joint: JointGraph, axes: Axes, gradients: Sequence[ParameterGradient], plan: Plan, batch_dim: BatchDim
 ) -> dict[str, Any]:
     """All of it for programs. Sizes and costs are strings, since they may hold symbols."""
     return {
         "batch": str(joint.batch),
         "inputs": [{"name": i.name, "role": i.role, "shape": list(i.shape), "dtype": i.dtype} for i in joint.inputs],
-        "batch_dim": batch_dim,
+        "batch_dim": batch_dim if isinstance(batch_dim, int) else dict(batch_dim),
         "axes": {n.name: [str(s) for s in (v if isinstance(v, tuple) else (v,))] for n, v in axes.states.items()},
         "parameters": [_parameter_json(g) for g in gradients],
         "groups": [{"name": g.name, "bound": g.bound, "members": list(g.members)} for g in plan.groups],

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from small_models import Block, Tied
 from torch import nn
+from torch._functorch._aot_autograd.descriptors import GradAOTOutput, PlainAOTInput, PlainAOTOutput
 
 from flashdp_compile.errors import InputError, Refusal
 from flashdp_compile.passes.capture import capture, friendly_name
@@ -140,7 +141,28 @@ def test_updated_buffers_are_listed():
 
 def test_a_graph_without_backward_has_no_meaning():
     graph = torch.fx.symbolic_trace(nn.Linear(3, 4)).graph
+    described(graph, PlainAOTOutput(0))
     assert capture(graph, (), 0) is None
+
+
+@pytest.mark.parametrize("output", [None, GradAOTOutput(PlainAOTInput(0))])
+def test_a_graph_that_may_have_a_backward_has_one(output):
+    """Its gradients would leave as they are."""
+    graph = torch.fx.symbolic_trace(nn.Linear(3, 4)).graph
+    described(graph, output)
+    with pytest.raises(Refusal, match="tensor subclass"):
+        capture(graph, (), 0)
+    graph.output_node().meta.clear()
+    with pytest.raises(Refusal, match="gave its outputs no descriptions"):
+        capture(graph, (), 0)
+
+
+def described(graph, output):
+    """With the descriptions that AOTAutograd gives."""
+    for number, node in enumerate(graph.find_nodes(op="placeholder")):
+        node.meta["desc"] = PlainAOTInput(number)
+    result = graph.output_node()
+    result.args, result.meta["desc"] = ((result.args[0],),), [output]
 
 
 @pytest.mark.parametrize(
