@@ -127,8 +127,9 @@ def _tangent(joint: JointGraph, tangent: fx.Node, states: States) -> State:
 
 
 _LOSS_FIX = (
-    "return one loss per sample (reduction='none', then a mean over each sample's own elements) and let their mean or "
-    "sum be taken outside of the model or as the last step"
+    "return one loss per sample (flashdp_compile.sequence_losses(logits, labels) for a language model, else "
+    "reduction='none', then a mean over each sample's own elements) and let their mean or sum be taken outside of the "
+    "model or as the last step"
 )
 
 

@@ -130,6 +130,7 @@ def test_the_loss_that_labels_give_is_refused(name):
     batch = case.batch(5).on(DEVICE)
     with pytest.raises(Refusal, match="the loss depends on several samples at once") as caught:
         flashdp(case, case.model().to(DEVICE))(**batch.kwargs, labels=batch.targets).loss.backward()
+    assert "flashdp_compile.sequence_losses(logits, labels)" in str(caught.value)
     coverage.record(name, "labels=", refused=coverage.reason(caught.value))
 
 
