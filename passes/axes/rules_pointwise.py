@@ -23,6 +23,7 @@ _COPIES = (
     "prims.device_put",
     "aten.contiguous",
 )
+_CONJUGATES = ("aten._conj", "aten.conj_physical", "aten.resolve_conj", "aten._neg_view", "aten.resolve_neg")
 
 
 def broadcast(site: Site, *operands: Any) -> State:
@@ -80,7 +81,11 @@ def pointwise(site: Site, *operands: Any, **options: Any) -> Any:
     return (state,) * len(results) if isinstance(results, (tuple, list)) else state
 
 
-@rule("aten.copy")
+def _source_reduced(overwritten: Any, source: Any, *rest: Any, **options: Any) -> bool:
+    return isinstance(source, Reduced)
+
+
+@rule("aten.copy", linear=_source_reduced)
 def overwrite(site: Site, x: State, source: State, *rest: Any) -> State:
     """What is overwritten lends its shape only."""
     if not isinstance(source, Batched):
@@ -97,7 +102,7 @@ def bucketize(site: Site, x: State, boundaries: State, **options: Any) -> State:
     return Batched(x.dim, x.outer, x.inner)
 
 
-@rule(*_COPIES, linear=True)
+@rule(*_COPIES, *_CONJUGATES, linear=True)
 def copy(site: Site, x: Batched, *rest: Any, **options: Any) -> State:
     """A copy holds what its source holds."""
     return x

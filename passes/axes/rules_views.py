@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import fx
 
 from flashdp_compile.compat import OpOverload, size_expression
@@ -224,6 +225,16 @@ def unfold(site: Site, x: Batched, dim: int, size: Any, step: Any) -> State:
 def view_as_real(site: Site, x: Batched) -> State:
     """A last dimension of real and imaginary part is added."""
     return x
+
+
+@rule("aten.view.dtype")
+def view_as_dtype(site: Site, x: Batched, dtype: torch.dtype) -> State:
+    """The same bits: the last dimension may grow or shrink. Weights stay factors only where complex becomes real."""
+    if x.dim == site.arg_rank() - 1:
+        raise Reject("it may read the batch in pieces of other sizes", "keep the batch in front")
+    value = site.node.args[0].meta["val"].dtype
+    pairs = {value, dtype} in ({torch.complex64, torch.float32}, {torch.complex128, torch.float64})
+    return x if pairs else replace(x, weight=None)
 
 
 @rule("aten.view_as_complex", linear=True)

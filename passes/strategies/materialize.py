@@ -97,7 +97,12 @@ def _call(node: fx.Node, *args: Any, **kwargs: Any) -> Any:
 
 
 def _keep(node: fx.Node, x: Tensor, *rest: Any, **options: Any) -> Tensor:
-    return x
+    return x.real if x.is_complex() and not node.meta["val"].is_complex() else x
+
+
+def _overwrite(node: fx.Node, overwritten: Tensor, source: Tensor, *rest: Any) -> Tensor:
+    """Without a rounding; vmap knows no rule for it and would take the samples one by one."""
+    return _keep(node, source).expand(overwritten.shape)
 
 
 def _convolution_backward(node: fx.Node, grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Any, ...]:
@@ -224,6 +229,7 @@ _SPECIAL: dict[Any, Any] = {
     prims.rev.default: lambda node, x, dims: x.flip(dims),  # vmap has no rule for it, and would loop over the samples
     prims.convert_element_type.default: _keep,
     aten._to_copy.default: _keep,
+    aten.copy.default: _overwrite,
     aten.convolution_backward.default: _convolution_backward,
     aten.index_put.default: _index_put,
     aten._unsafe_index_put.default: _index_put,

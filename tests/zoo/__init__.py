@@ -23,6 +23,7 @@ from zoo import (  # noqa: F401  (imported for their cases)
     refused_statistics,
     repeated_constants,
     sharing,
+    spectra,
     transformers,
     writes,
 )
