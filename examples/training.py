@@ -5,13 +5,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from statistics import median
 
-import dp_accounting
 import torch
 import torch.nn.functional as F
-from dp_accounting import pld
 from torch import Tensor, nn
 
 from data import Split
+from flashdp_compile import accounting
 
 DELTA = 1e-5
 
@@ -102,11 +101,8 @@ def poisson_batches(samples: int, rate: float, steps: int) -> Iterator[Tensor]:
 
 def epsilon(task: Task, steps: int) -> float:
     """What `steps` steps reveal about any one sample, with probability 1 - DELTA: exp(epsilon) bounds the odds."""
-    if steps == 0:
-        return 0.0
-    step = dp_accounting.PoissonSampledDpEvent(task.rate, dp_accounting.GaussianDpEvent(task.noise_multiplier))
-    accountant = pld.PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
-    return accountant.compose(step, steps).get_epsilon(DELTA)
+    run = {"sample_rate": task.rate, "steps": steps, "delta": DELTA}
+    return accounting.epsilon(noise_multiplier=task.noise_multiplier, **run)
 
 
 @torch.no_grad()

@@ -23,10 +23,13 @@ _PUBLIC = {
     "Refusal": "flashdp_compile.errors",
     "UnprotectedGradientError": "flashdp_compile.errors",
 }
-__all__ = ["__version__", *_PUBLIC]
+_MODULES = ("accounting",)
+__all__ = ["__version__", *_MODULES, *_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"flashdp_compile.{name}")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'flashdp_compile' has no attribute {name!r}")
     value = getattr(importlib.import_module(_PUBLIC[name]), name)

@@ -1,0 +1,22 @@
+"""What a run of private steps reveals: epsilon and delta, for the sampling that was really used.
+
+    accounting.epsilon(noise_multiplier=1.0, sample_rate=0.01, steps=1000, delta=1e-5)
+    accounting.noise_multiplier(target_epsilon=8.0, sample_rate=0.01, steps=1000, delta=1e-5)
+
+Sampling other than Poisson's goes by name: `sampling=accounting.Fixed(steps_per_epoch=100)`.
+"""
+
+from flashdp_compile.accounting.budget import ACCOUNTANTS, Schedule, epsilon, noise_multiplier
+from flashdp_compile.accounting.sampling import Fixed, Poisson, Sampling, TruncatedPoisson, WithoutReplacement
+
+__all__ = [
+    "ACCOUNTANTS",
+    "Fixed",
+    "Poisson",
+    "Sampling",
+    "Schedule",
+    "TruncatedPoisson",
+    "WithoutReplacement",
+    "epsilon",
+    "noise_multiplier",
+]

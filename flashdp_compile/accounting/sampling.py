@@ -1,0 +1,127 @@
+"""How the samples of a step are drawn, and which event of dp-accounting that is.
+
+sigma is the noise multiplier of `Options`: the noise's standard deviation over C, the longest gradient of one sample.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from flashdp_compile.checks import integer, not_allowed
+
+ADD_OR_REMOVE = "one sample more or less"
+REPLACE = "one sample replaced by another"
+ZERO_OUT = "one sample whose gradient counts as zero"
+
+
+def rate(name: str, value: Any) -> float:
+    """A probability of taking part, in (0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+        raise not_allowed(name, value, "a number in (0, 1]: the share of the samples that a step expects to use")
+    return float(value)
+
+
+@dataclass(frozen=True)
+class Poisson:
+    """Every sample takes part in a step with probability `rate`, independently. Adjacency: one sample more or less.
+
+    `sample_size`, the number of samples, has no part in epsilon; delta is compared with it.
+    """
+
+    rate: float
+    sample_size: int | None = None
+    adjacency = ADD_OR_REMOVE
+    accountants = ("pld", "rdp")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rate", rate("rate", self.rate))
+        integer("sample_size", self.sample_size, 1, optional=True)
+
+    def event(self, sigma: float, steps: int) -> Any:
+        import dp_accounting as dp
+
+        return dp.SelfComposedDpEvent(dp.PoissonSampledDpEvent(self.rate, dp.GaussianDpEvent(sigma)), steps)
+
+
+@dataclass(frozen=True)
+class TruncatedPoisson:
+    """Poisson sampling of `sample_size` samples, of which a step keeps at most `cap`, chosen at random.
+
+    Adjacency: one sample more or less. Whether another sample takes part then depends on this one, which the event
+    accounts for (arXiv 2508.15089).
+    """
+
+    rate: float
+    cap: int
+    sample_size: int
+    adjacency = ADD_OR_REMOVE
+    accountants = ("pld",)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rate", rate("rate", self.rate))
+        integer("cap", self.cap, 1)
+        integer("sample_size", self.sample_size, 1)
+
+    def event(self, sigma: float, steps: int) -> Any:
+        import dp_accounting as dp
+
+        step = dp.TruncatedSubsampledGaussianDpEvent(
+            dataset_size=self.sample_size,
+            sampling_probability=self.rate,
+            truncated_batch_size=self.cap,
+            noise_multiplier=sigma,
+        )
+        return dp.SelfComposedDpEvent(step, steps)
+
+
+@dataclass(frozen=True)
+class WithoutReplacement:
+    """Every step takes `batch_size` of `sample_size` samples, each such set as likely as another, anew in every step.
+
+    Adjacency: one sample replaced by another, which moves a sum by 2 C (Wang, Balle, Kasiviswanathan 2019). A pass
+    over shuffled data is not this: see Fixed.
+    """
+
+    batch_size: int
+    sample_size: int
+    adjacency = REPLACE
+    accountants = ("rdp",)
+
+    def __post_init__(self) -> None:
+        integer("batch_size", self.batch_size, 1)
+        integer("sample_size", self.sample_size, 1)
+        if self.batch_size > self.sample_size:
+            raise not_allowed("batch_size", self.batch_size, f"at most sample_size, {self.sample_size}")
+
+    def event(self, sigma: float, steps: int) -> Any:
+        import dp_accounting as dp
+
+        step = dp.SampledWithoutReplacementDpEvent(self.sample_size, self.batch_size, dp.GaussianDpEvent(sigma / 2))
+        return dp.SelfComposedDpEvent(step, steps)
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Passes over the data in batches of a fixed size, shuffled or not: a sample takes part once in each pass.
+
+    Nothing is gained from chance, so a pass of `steps_per_epoch` steps is one Gaussian mechanism for each sample, and
+    one that has begun counts whole. Adjacency: one sample whose gradient counts as zero; without it, all others would
+    move to other batches.
+    """
+
+    steps_per_epoch: int
+    adjacency = ZERO_OUT
+    accountants = ("pld", "rdp")
+
+    def __post_init__(self) -> None:
+        integer("steps_per_epoch", self.steps_per_epoch, 1)
+
+    def event(self, sigma: float, steps: int) -> Any:
+        import dp_accounting as dp
+
+        return dp.SelfComposedDpEvent(dp.GaussianDpEvent(sigma), math.ceil(steps / self.steps_per_epoch))
+
+
+Sampling = Poisson | TruncatedPoisson | WithoutReplacement | Fixed

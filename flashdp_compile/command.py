@@ -1,0 +1,126 @@
+"""The `flashdp` command.
+
+flashdp epsilon --noise-multiplier 1.0 --sample-rate 0.01 --steps 1000 --delta 1e-5
+flashdp noise --target-epsilon 8 --sample-rate 0.01 --steps 1000 --delta 1e-5 --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from flashdp_compile import accounting
+from flashdp_compile.errors import OptionError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; 2 for arguments that cannot be, as argparse has it."""
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    try:
+        found = given.run(given)
+    except OptionError as error:
+        parser.exit(2, f"flashdp {given.command}: {error}\n")
+    if given.json:
+        print(json.dumps(found))
+        return 0
+    table = Table(show_header=False)
+    for name, value in found.items():
+        table.add_row(name.replace("_", " "), f"{value:.6g}" if isinstance(value, float) else str(value))
+    Console(file=sys.stdout).print(table)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="flashdp", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    epsilon = commands.add_parser("epsilon", help="what a run reveals")
+    epsilon.add_argument("--noise-multiplier", type=float, required=True)
+    epsilon.set_defaults(run=_epsilon)
+    noise = commands.add_parser("noise", help="the noise multiplier that keeps a run within an epsilon")
+    noise.add_argument("--target-epsilon", type=float, required=True)
+    noise.set_defaults(run=_noise)
+    for command in (epsilon, noise):
+        command.add_argument("--steps", type=int, required=True, help="optimizer steps, each of which is one release")
+        command.add_argument("--delta", type=float, required=True)
+        command.add_argument("--accountant", choices=accounting.ACCOUNTANTS, default="pld")
+        command.add_argument("--json", action="store_true", help="for programs")
+        how = command.add_argument_group(
+            "how samples are drawn: one of --sample-rate and --steps-per-epoch, or the rest"
+        )
+        how.add_argument("--sample-rate", type=float, help="Poisson sampling: the probability of taking part in a step")
+        how.add_argument("--steps-per-epoch", type=int, help="passes over the data in batches of a fixed size")
+        how.add_argument("--sample-size", type=int, help="number of samples")
+        how.add_argument("--cap", type=int, help="Poisson sampling of which a step keeps at most so many")
+        how.add_argument("--batch-size", type=int, help="so many of --sample-size, drawn anew in every step")
+    return parser
+
+
+def _sampling(given: argparse.Namespace) -> accounting.Sampling:
+    if given.steps_per_epoch is not None:
+        _alone(given, "steps_per_epoch")
+        return accounting.Fixed(given.steps_per_epoch)
+    if given.batch_size is not None:
+        _alone(given, "batch_size", "sample_size")
+        return accounting.WithoutReplacement(given.batch_size, given.sample_size)
+    if given.cap is not None:
+        _alone(given, "cap", "sample_rate", "sample_size")
+        return accounting.TruncatedPoisson(given.sample_rate, given.cap, given.sample_size)
+    if given.sample_rate is None:
+        raise OptionError(
+            "how are samples drawn? Give --sample-rate, --steps-per-epoch, or --batch-size of --sample-size"
+        )
+    return accounting.Poisson(given.sample_rate, given.sample_size)
+
+
+def _alone(given: argparse.Namespace, *names: str) -> None:
+    known = ("sample_rate", "steps_per_epoch", "sample_size", "cap", "batch_size")
+    others = [f"--{name.replace('_', '-')}" for name in known if name not in names and getattr(given, name) is not None]
+    if others:
+        raise OptionError(f"--{names[0].replace('_', '-')} and {', '.join(others)} contradict each other")
+
+
+def _common(given: argparse.Namespace, sampling: accounting.Sampling) -> dict[str, Any]:
+    return {
+        "steps": given.steps,
+        "delta": given.delta,
+        "sampling": str(sampling),
+        "adjacency": sampling.adjacency,
+        "accountant": given.accountant,
+    }
+
+
+def _epsilon(given: argparse.Namespace) -> dict[str, Any]:
+    sampling = _sampling(given)
+    found = accounting.epsilon(
+        noise_multiplier=given.noise_multiplier,
+        steps=given.steps,
+        delta=given.delta,
+        sampling=sampling,
+        accountant=given.accountant,
+    )
+    return {"epsilon": found, "noise_multiplier": given.noise_multiplier, **_common(given, sampling)}
+
+
+def _noise(given: argparse.Namespace) -> dict[str, Any]:
+    sampling = _sampling(given)
+    found = accounting.noise_multiplier(
+        target_epsilon=given.target_epsilon,
+        steps=given.steps,
+        delta=given.delta,
+        sampling=sampling,
+        accountant=given.accountant,
+    )
+    return {"noise_multiplier": found, "target_epsilon": given.target_epsilon, **_common(given, sampling)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
