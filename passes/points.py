@@ -112,7 +112,29 @@ def _refuse_gradient(axes: Axes, gradient: Gradient, state: Any) -> None:
     else:
         reason = f"the gradient of {gradient.name} does not depend on any sample"
         fix = "leave terms that do not depend on samples, such as weight decay, to the optimizer"
+    output = _output_without_samples(axes, gradient)
+    if output is not None and not isinstance(state, Batched):
+        reason = (
+            f"the output {output.name} of the compiled region holds no sample and requires a gradient of "
+            f"{gradient.name}, which nobody could clip by sample"
+        )
+        fix = (
+            "return it detached, or not at all, and leave a penalty such as weight decay to the optimizer "
+            "(torch.optim.AdamW(weight_decay=...)). What forward() keeps on the module (self.x = ...) is an output, "
+            "too: use torch.nn.utils.parametrizations.weight_norm in the place of torch.nn.utils.weight_norm"
+        )
     refuse(gradient.node, axes.joint, reason, fix)
+
+
+def _output_without_samples(axes: Axes, gradient: Gradient) -> fx.Node | None:
+    """An output whose tangent reaches a gradient and that no sample is in. Losses are: they are sums over samples."""
+    above, queue = {gradient.node}, [gradient.node]
+    while queue:
+        further = [n for n in queue.pop().all_input_nodes if n not in above]
+        above.update(further)
+        queue.extend(further)
+    own = (output for tangent, output in axes.joint.tangents.items() if tangent in above)
+    return next((output for output in own if isinstance(axes[output], Constant)), None)
 
 
 def _check_mutations(axes: Axes) -> None:
@@ -124,7 +146,7 @@ def _check_mutations(axes: Axes) -> None:
                 node,
                 axes.joint,
                 f"{name} is updated from the samples of this batch ({state})",
-                _RUNNING_FIX,
+                _mutation_fix(axes.joint, name),
             )
 
 
@@ -136,7 +158,12 @@ def check_single(joint: JointGraph) -> None:
             touched.add(node)
     for node, name in joint.mutated.items():
         if node in touched:
-            refuse(node, joint, f"{name} is updated from the samples of this batch", _RUNNING_FIX)
+            refuse(node, joint, f"{name} is updated from the samples of this batch", _mutation_fix(joint, name))
+
+
+def _mutation_fix(joint: JointGraph, name: str) -> str:
+    samples = any(i.name == name and i.role == "sample" for i in joint.inputs)
+    return "do not write into an input: work on a copy, x = x.clone()" if samples else _RUNNING_FIX
 
 
 _RUNNING_FIX = "running statistics cannot be kept privately: use GroupNorm or LayerNorm, or BatchNorm in eval mode"

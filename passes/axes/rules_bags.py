@@ -41,6 +41,15 @@ def sparse_tensor(site: Site, *operands: Any, **options: Any) -> State:
     raise Reject(*_SPARSE)
 
 
+@rule("aten.embedding_renorm")
+def embedding_renorm(site: Site, *operands: Any) -> State:
+    """nn.Embedding(max_norm=...) changes its table before it reads it."""
+    raise Reject(
+        "max_norm shortens the rows that the ids of the whole batch name, without noise",
+        "use max_norm=None; the rows can be shortened behind the optimizer's step, all of them",
+    )
+
+
 @rule("aten._embedding_bag.default")
 def embedding_bag(
     site: Site,

@@ -187,9 +187,9 @@ class TestRefusals:
         "function, reason, fix",
         [
             (FUNCTIONS["beside_every_sample"], "one part per sample|not a sum over samples", None),
-            (FUNCTIONS["as_an_output"], "term that does not depend on the samples", "optimizer"),
+            (FUNCTIONS["as_an_output"], "holds no sample and requires a gradient of w", "optimizer"),
             (FUNCTIONS["rows_of_a_parameter"], "depends on its place in the batch", "let all samples share it"),
-            (FUNCTIONS["of_an_idle_parameter"], "does not depend on any sample", "optimizer"),
+            (FUNCTIONS["of_an_idle_parameter"], "holds no sample and requires a gradient of extra", "optimizer"),
         ],
         ids=["decay_beside_every_sample", "decay_as_an_output", "parameter_per_sample", "decay_of_an_idle_parameter"],
     )
@@ -222,3 +222,26 @@ class TestRefusals:
         with pytest.raises(Refusal, match="is updated from the samples of this batch") as caught:
             points(Net(), torch.randn(3, 6))
         assert "seen" in str(caught.value) and "GroupNorm" in str(caught.value)
+
+    def test_an_input_that_is_written_to(self):
+        model = Model(lambda m, x: m.fc(x.add_(1)), fc=nn.Linear(6, 5))
+        with pytest.raises(Refusal, match="is updated from the samples of this batch") as caught:
+            points(model, torch.randn(3, 6))
+        assert "x = x.clone()" in str(caught.value) and "statistics" not in str(caught.value)
+
+    def test_an_output_that_no_sample_is_in(self):
+        model = Model(lambda m, x: (m.fc(x), m.scale.exp()), fc=nn.Linear(6, 5), scale=nn.Parameter(torch.ones(1)))
+        with pytest.raises(Refusal, match="holds no sample and requires a gradient of scale") as caught:
+            find_points(propagate(joint_graph(model, torch.randn(3, 6))))
+        assert "return it detached" in str(caught.value)
+
+    def test_a_weight_that_is_kept_on_the_module(self):
+        model = nn.Sequential(nn.utils.weight_norm(nn.Linear(6, 5)))
+        with pytest.raises(Refusal, match="parametrizations.weight_norm"):
+            points(model, torch.randn(3, 6))
+        points(nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 5))), torch.randn(3, 6))
+
+    def test_a_table_whose_rows_are_shortened(self):
+        with pytest.raises(Refusal, match="max_norm shortens the rows") as caught:
+            points(nn.Embedding(9, 4, max_norm=1.0), torch.zeros(3, 2, dtype=torch.int64))
+        assert "max_norm=None" in str(caught.value)
