@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 from flashdp_compile import compat
@@ -33,8 +34,10 @@ def backend(
         Refusal, InputError: the graph cannot be proved to keep samples apart.
     """
     try:
-        _refuse_graph_breaks(gm)
-        return _compile(gm, example_inputs, Options.parse(options, mode))
+        broken = compat.graph_break(gm)
+        if broken is not None and torch.is_grad_enabled():
+            raise Refusal(guard.unseen(f"dynamo broke the graph: {broken}"))
+        return _compile(gm, example_inputs, Options.parse(options, mode), broken)
     except FlashDPError:
         raise
     except compat.RestartAnalysis:
@@ -57,7 +60,9 @@ def _flashdp_cause(error: BaseException | None) -> FlashDPError | None:
     return None
 
 
-def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+def _compile(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, broken: str | None
+) -> Callable[..., Any]:
     inputs = describe_inputs(gm.graph, options.public_inputs)
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     placed = {
@@ -81,19 +86,9 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
     else:
         settings = (options.mode, options.inductor)
         compiled = compat.compile_with_inductor(gm, example_inputs, rewriting, LastPass(), *settings)
+    buffers = {place: i.name for place, i in enumerate(inputs) if i.role == "buffer"}
     frozen = {place: name for place, (name, p) in placed.items() if not p.requires_grad}
-    return guard.wrap(compiled, guard.ReleaseInfo(label=label), frozen)
-
-
-def _refuse_graph_breaks(gm: fx.GraphModule) -> None:
-    """What runs between two graphs is not seen, so it could mix samples, or choose by all of them what runs next."""
-    broken = compat.graph_break(gm)
-    if broken is not None:
-        raise Refusal(
-            f"dynamo broke the graph: {broken}. What runs outside of it is not seen, and may let one sample change "
-            "what happens to the others. Keep the whole forward in one graph: fullgraph=True says at compile time what "
-            "breaks it, and where. Evaluation under torch.no_grad() may break as it likes."
-        )
+    return guard.wrap(compiled, guard.ReleaseInfo(label=label), frozen, buffers, broken)
 
 
 def _refuse_foreign_hooks() -> None:

@@ -198,6 +198,7 @@ def capture(graph: fx.Graph, inputs: tuple[Input, ...], batch_dim: BatchDim) -> 
             samples[node] = batch_dim_of(batch_dim, described[node].name)
         elif described[node].role == "parameter":
             parameters[node] = described[node]
+    _check_patterns(batch_dim, [i.name for i in described.values() if i.role == "sample"])
     batch = _batch_size({n: described[n] for n in samples}, samples)
 
     by_description = {d: n for n, d in zip(results, descriptions, strict=True) if n is not None}
@@ -244,6 +245,16 @@ _SUBCLASS = (
 
 def _is_tangent(node: fx.Node) -> bool:
     return isinstance(node.meta.get("desc"), TangentAOTInput)
+
+
+def _check_patterns(batch_dim: BatchDim, names: Sequence[str]) -> None:
+    """A misspelt name must not leave an input with dimension 0: each step in time would then count as a sample."""
+    for pattern in batch_dim if isinstance(batch_dim, Mapping) else ():
+        if pattern != "*" and not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            raise InputError(
+                f"batch_dim names {pattern!r}, and no input that holds samples is called that: they are "
+                f"{', '.join(names) or 'none'}"
+            )
 
 
 def _batch_size(samples: dict[fx.Node, Input], dims: Mapping[fx.Node, int]) -> Size:

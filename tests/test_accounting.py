@@ -8,10 +8,13 @@ import sys
 import dp_accounting as dp
 import pytest
 from dp_accounting import pld, rdp
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.stats import norm
 
 from flashdp_compile import accounting
 from flashdp_compile.accounting import Fixed, Poisson, TruncatedPoisson, WithoutReplacement, epsilon, noise_multiplier
+from flashdp_compile.accounting.sampling import by_pass
 from flashdp_compile.command import main
 from flashdp_compile.errors import OptionError
 
@@ -58,6 +61,23 @@ def test_a_pass_in_fixed_batches_is_one_release_for_each_sample():
     accountant = pld.PLDAccountant()
     accountant.compose(dp.GaussianDpEvent(2.0), 2)
     assert two == pytest.approx(accountant.get_epsilon(DELTA), rel=1e-9) and two > one
+
+
+def test_a_pass_counts_at_its_faintest_noise():
+    """Shuffled, a sample may be in any step of a pass: here in the seventh and the twelfth."""
+    run = {"delta": DELTA, "sampling": Fixed(steps_per_epoch=10)}
+    found = epsilon(noise_multiplier=[(10.0, 5), (0.5, 10), (10.0, 5)], **run)
+    assert found == pytest.approx(epsilon(noise_multiplier=0.5, steps=20, **run), rel=1e-6)
+    assert by_pass([(1.0, 3), (2.0, 4), (3.0, 25), (4.0, 8)], 10) == [(1.0, 1), (3.0, 3)]
+    assert by_pass([(1.0, 5), (2.0, 2), (3.0, 1), (0.5, 2), (4.0, 11)], 10) == [(0.5, 1), (4.0, 2)]
+
+
+@given(st.lists(st.tuples(st.floats(0.1, 9), st.integers(0, 25)), max_size=6), st.integers(1, 12))
+def test_passes_of_any_schedule(schedule, steps_per_epoch):
+    each = [sigma for sigma, steps in schedule for _ in range(steps)]
+    wanted = [min(each[at : at + steps_per_epoch]) for at in range(0, len(each), steps_per_epoch)]
+    found = by_pass(schedule, steps_per_epoch)
+    assert [sigma for sigma, passes in found for _ in range(passes)] == wanted
 
 
 def test_drawing_without_replacement_moves_a_sum_by_two_bounds():
@@ -127,6 +147,9 @@ def test_noise_is_enough_and_no_more(target, run):
         ({"steps": None}, "steps is missing"),
         ({"steps": -1}, "steps=-1"),
         ({"noise_multiplier": -1.0}, "noise_multiplier=-1.0"),
+        ({"noise_multiplier": 1e-3}, "noise_multiplier=0.001 is less than 0.05"),
+        ({"noise_multiplier": (1.0, 100)}, "a list of pairs"),
+        ({"noise_multiplier": [(1.0, 2, 3)]}, "a list of pairs"),
         ({"accountant": "prv"}, "accountant='prv'"),
     ],
 )
@@ -148,6 +171,12 @@ def test_what_an_accountant_does_not_know_is_refused():
 def test_a_target_that_no_noise_reaches():
     with pytest.raises(OptionError, match="target_epsilon=1e-07 cannot be reached in 100 steps"):
         noise_multiplier(target_epsilon=1e-7, sample_rate=1.0, steps=100, delta=1e-12)
+
+
+def test_a_target_that_every_noise_reaches():
+    assert noise_multiplier(target_epsilon=1e9, sample_rate=1e-4, steps=1, delta=DELTA, accountant="rdp") == 0.05
+    with pytest.raises(OptionError, match="delta=None"):
+        noise_multiplier(target_epsilon=1.0, sample_rate=0.01, steps=0, delta=None)
 
 
 def test_a_delta_that_would_allow_publishing_samples():

@@ -1,5 +1,7 @@
 """Inputs that hold the samples along different dimensions: time-major layers with their masks and labels."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -62,6 +64,14 @@ def test_one_dimension_for_all_is_refused_with_the_input_and_the_remedy():
 def test_a_wrong_dimension_is_refused():
     with pytest.raises(InputError, match="disagree on the batch size"):
         compiled(TimeMajor(), {"padding": 1, "sequence": 1})(*batch())
+
+
+def test_a_name_that_no_input_has_is_refused():
+    """Dimension 0 would be steps in time."""
+    for pattern in ("sequences", "Sequence", "layer.*"):
+        words = rf"batch_dim names '{re.escape(pattern)}', and no input .* they are sequence, padding, labels"
+        with pytest.raises(InputError, match=words):
+            compiled(TimeMajor(), {pattern: 1})(*batch())
 
 
 def test_the_report_shows_each_input_with_its_own():

@@ -1,5 +1,7 @@
 """What dynamo leaves out of a graph could mix samples, or choose by all of them what runs next: never a step."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
@@ -66,6 +68,64 @@ class DisabledAtTheEnd(Branch):
         return unseen(self.linear(x))
 
 
+class InALoop(Branch):
+    """Dynamo cannot go on behind a break in a loop, so it leaves this frame out and compiles what is called."""
+
+    def inner(self, x):
+        return self.linear(x)
+
+    def forward(self, x):
+        for _ in range(1):
+            if x.sum() > 0:
+                x = x - x.mean(0)
+            x = self.inner(x)
+        return x
+
+
+class InATry(InALoop):
+    def forward(self, x):
+        try:
+            if x.sum() > 0:
+                x = x - x.mean(0)
+            return self.inner(x)
+        finally:
+            pass
+
+
+@contextlib.contextmanager
+def somewhere():
+    yield
+
+
+class InAContext(InALoop):
+    def forward(self, x):
+        with somewhere():
+            if x.sum() > 0:
+                x = x - x.mean(0)
+            return self.inner(x)
+
+
+class OutsideOfNoGrad(Branch):
+    """Called under no_grad, which it lifts."""
+
+    def forward(self, x):
+        x = x - x.mean(0)
+        torch._dynamo.graph_break()
+        with torch.enable_grad():
+            return self.linear(x)
+
+
+class Whole(Branch):
+    def forward(self, x):
+        return self.linear(x)
+
+
+def hooked(module, kind):
+    mixing = {"forward_pre": lambda m, a: (a[0] - a[0].mean(0),), "forward": lambda m, a, y: y - y.mean(0)}
+    getattr(module, f"register_{kind}_hook")(mixing[kind])
+    return module
+
+
 BREAKS = [Branch, Item, MeanBefore, MeanBehind, MeanWithoutGradient, Disabled, DisabledAtTheEnd]
 
 
@@ -76,6 +136,88 @@ def test_refused_with_the_place(kind):
     with pytest.raises(Refusal, match=r"dynamo broke the graph: .*test_graph_breaks\.py:\d+.*fullgraph=True"):
         compiled(torch.randn(4, 6)).sum(1).mean().backward()
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", [InALoop, InATry, InAContext])
+@pytest.mark.parametrize("how", ["module", "in place", "forward", "function"])
+def test_frames_that_dynamo_leaves_out(kind, how):
+    model = kind()
+    if how == "in place":
+        model.compile(backend="flashdp", options=OPTIONS)
+    functions = {"module": model, "forward": model.forward, "function": lambda x: model(x)}
+    compiled = model if how == "in place" else torch.compile(functions[how], backend="flashdp", options=OPTIONS)
+    with pytest.raises(Refusal, match="runs as it is, and only what it calls is traced|dynamo broke the graph"):
+        compiled(torch.randn(4, 6).abs()).sum(1).mean().backward()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_code_that_was_compiled_for_another_call():
+    """What `inner` was compiled to is found again, with nothing to compile."""
+    model, x = InALoop(), torch.randn(4, 6).abs()
+    torch.compile(model.inner, backend="flashdp", options=OPTIONS)(x)
+    with pytest.raises(Refusal, match="runs as it is"):
+        torch.compile(model, backend="flashdp", options=OPTIONS)(x)
+
+
+def test_errors_that_are_suppressed():
+    model = InALoop()
+    with torch._dynamo.config.patch(suppress_errors=True), pytest.raises(Refusal, match="runs as it is"):
+        torch.compile(model, backend="flashdp", options=OPTIONS)(torch.randn(4, 6).abs())
+
+
+def test_gradients_that_are_switched_on_within_no_grad():
+    with torch.no_grad(), pytest.raises(Refusal, match="dynamo broke the graph|runs as it is"):
+        torch.compile(OutsideOfNoGrad(), backend="flashdp", options=OPTIONS)(torch.randn(4, 6))
+
+
+@pytest.mark.parametrize("kind", ["forward_pre", "forward"])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_hooks_of_the_compiled_module(kind, in_place):
+    """They run outside of the graph, also under fullgraph=True; those of its parts are traced."""
+    model = hooked(Whole(), kind)
+    settings = {"backend": "flashdp", "fullgraph": True, "options": OPTIONS}
+    compiled = torch.compile(model, **settings) if not in_place else model
+    if in_place:
+        model.compile(**settings)
+    with pytest.raises(Refusal, match=f"has {kind.replace('_', ' ')} hooks, which run outside of the graph"):
+        compiled(torch.randn(4, 6))
+    inner = nn.Sequential(hooked(nn.Linear(6, 3), kind))
+    with pytest.raises(Refusal, match="computed from the whole batch"):
+        torch.compile(inner, **settings)(torch.randn(4, 6))
+
+
+class Remembers(nn.Module):
+    """A running mean in a buffer that is assigned, not written to: an output like any other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 3)
+        self.register_buffer("mean", torch.zeros(6))
+
+    def forward(self, x):
+        y = self.linear(x - self.mean)
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return y
+
+
+@pytest.mark.parametrize("compiler", ["eager", "inductor"])
+def test_a_buffer_that_an_earlier_call_has_assigned(compiler):
+    model = Remembers()
+    options = {**OPTIONS, "compiler": compiler}
+    compiled = torch.compile(model, backend="flashdp", fullgraph=True, options=options)
+    compiled(torch.randn(4, 6))
+    with pytest.raises(Refusal, match="buffer mean was assigned in an earlier compiled call"):
+        compiled(torch.randn(4, 6))
+
+
+def test_a_buffer_that_is_returned_is_no_memory():
+    class Returns(Remembers):
+        def forward(self, x):
+            return self.linear(x - self.mean), self.mean
+
+    compiled = torch.compile(Returns(), backend="flashdp", fullgraph=True, options=OPTIONS)
+    for _ in range(3):
+        compiled(torch.randn(4, 6))[0].sum(1).mean().backward()
 
 
 @pytest.mark.parametrize("kind", BREAKS)

@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 from scipy.optimize import brentq
 
-from flashdp_compile.accounting.sampling import REPLACE, Poisson, Sampling, TruncatedPoisson
+from flashdp_compile.accounting.sampling import REPLACE, Fixed, Poisson, Sampling, TruncatedPoisson, by_pass
 from flashdp_compile.checks import choice, integer, not_allowed, number
 from flashdp_compile.errors import OptionError
 
@@ -21,7 +21,7 @@ ACCOUNTANTS = ("pld", "rdp")
 Schedule = Sequence[tuple[float, int]]
 """(noise multiplier, steps), one after the other."""
 
-FAINTEST, LOUDEST = 2.0**-4, 2.0**20  # noise multipliers that are searched
+FAINTEST, LOUDEST = 0.05, 2.0**20  # noise multipliers that are searched
 CLOSE = 1e-6  # how near, relative to it, the calibrated multiplier is to the least that meets the target
 
 
@@ -45,9 +45,15 @@ def epsilon(
     how = _sampling(sampling, sample_rate)
     _delta(delta, how)
     total = _accountant(accountant, how)
-    for sigma, count in _schedule(noise_multiplier, steps):
+    schedule = _schedule(noise_multiplier, steps)
+    for sigma, count in by_pass(schedule, how.steps_per_epoch) if isinstance(how, Fixed) else schedule:
         if sigma == 0 and count > 0:
             return math.inf
+        if 0 < sigma < FAINTEST:
+            raise OptionError(
+                f"noise_multiplier={sigma!r} is less than {FAINTEST}, where epsilon is beyond any use: take 0 for a "
+                "run that is not private"
+            )
         if count > 0:
             total.compose(how.event(sigma, count))
     return float(total.get_epsilon(delta))
@@ -69,17 +75,19 @@ def noise_multiplier(
         OptionError: a value is not allowed, two contradict each other, or no noise reaches the target.
     """
     number("target_epsilon", target_epsilon, positive=True)
+    run: dict[str, Any] = {"steps": steps, "delta": delta, "sampling": _sampling(sampling, sample_rate)}
+    _delta(delta, run["sampling"])
     if integer("steps", steps, 0) == 0:
         return 0.0
-    run: dict[str, Any] = {"steps": steps, "delta": delta, "sampling": _sampling(sampling, sample_rate)}
 
     def excess(log_sigma: float) -> float:
         """Logarithm of what is spent over what may be, finite for every noise."""
-        found = epsilon(noise_multiplier=math.exp(log_sigma), accountant=accountant, **run)
+        found = epsilon(noise_multiplier=max(math.exp(log_sigma), FAINTEST), accountant=accountant, **run)
         return math.log(min(max(found, 1e-12), 1e12) / target_epsilon)
 
     guess = math.log(_guess(target_epsilon, delta, steps, run["sampling"]))
-    low, high = guess - 0.2, guess + 0.02
+    faintest = math.log(FAINTEST)
+    low, high = max(guess - 0.2, faintest), guess + 0.02
     while excess(high) > 0:
         low, high = high, high + 1.0
         if high > math.log(LOUDEST):
@@ -88,9 +96,9 @@ def noise_multiplier(
                 f"multiplier of {LOUDEST:.0f} is not enough. Allow a larger epsilon or delta, or fewer steps"
             )
     while excess(low) <= 0:
-        low, high = low - 0.5, low
-        if low < math.log(FAINTEST):
-            return math.exp(high)
+        if low == faintest:
+            return FAINTEST
+        low, high = max(low - 0.5, faintest), low
     found = brentq(excess, low, high, xtol=CLOSE / 4, rtol=1e-15)
     while excess(found) > 0:  # the root may lie on either side
         found += CLOSE / 4
@@ -115,6 +123,8 @@ def _guess(target: float, delta: float, steps: int, how: Sampling) -> float:
 
 def _schedule(noise: float | Schedule, steps: int | None) -> list[tuple[float, int]]:
     if isinstance(noise, Sequence) and not isinstance(noise, str):
+        if not all(isinstance(part, Sequence) and len(part) == 2 for part in noise):
+            raise not_allowed("noise_multiplier", noise, "a number, or a list of pairs (noise multiplier, steps)")
         found = [(number("noise_multiplier", s, positive=False), _count(n)) for s, n in noise]
         if steps is not None and steps != sum(n for _, n in found):
             raise not_allowed("steps", steps, f"None, or {sum(n for _, n in found)}, the steps of the schedule")

@@ -5,7 +5,7 @@ sigma is the noise multiplier of `Options`: the noise's standard deviation over 
 
 from __future__ import annotations
 
-import math
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,8 +107,8 @@ class Fixed:
     """Passes over the data in batches of a fixed size, shuffled or not: a sample takes part once in each pass.
 
     Nothing is gained from chance, so a pass of `steps_per_epoch` steps is one Gaussian mechanism for each sample, and
-    one that has begun counts whole. Adjacency: one sample whose gradient counts as zero; without it, all others would
-    move to other batches.
+    one that has begun counts whole; under a schedule at the faintest noise of the pass. Adjacency: one sample whose
+    gradient counts as zero; without it, all others would move to other batches.
     """
 
     steps_per_epoch: int
@@ -119,9 +119,28 @@ class Fixed:
         integer("steps_per_epoch", self.steps_per_epoch, 1)
 
     def event(self, sigma: float, steps: int) -> Any:
+        """Of so many passes, not steps: see `by_pass`."""
         import dp_accounting as dp
 
-        return dp.SelfComposedDpEvent(dp.GaussianDpEvent(sigma), math.ceil(steps / self.steps_per_epoch))
+        return dp.SelfComposedDpEvent(dp.GaussianDpEvent(sigma), steps)
+
+
+def by_pass(schedule: list[tuple[float, int]], steps_per_epoch: int) -> list[tuple[float, int]]:
+    """(the faintest noise of a pass, passes): a sample may take part in any step of each, shuffled or not."""
+    found: list[tuple[float, int]] = []
+    left = steps_per_epoch  # steps that the present pass still has
+    for sigma, steps in schedule:
+        if left < steps_per_epoch and steps > 0:  # goes on with a pass that has begun
+            found[-1] = min(found[-1][0], sigma), 1
+            begun = min(left, steps)
+            left, steps = left - begun or steps_per_epoch, steps - begun
+        whole, rest = divmod(steps, steps_per_epoch)
+        found += [(sigma, whole)] * (whole > 0) + [(sigma, 1)] * (rest > 0)
+        left = steps_per_epoch - rest if rest else left
+    runs = [
+        (sigma, [passes for _, passes in same]) for sigma, same in itertools.groupby(found, key=lambda part: part[0])
+    ]
+    return [(sigma, sum(passes)) for sigma, passes in runs]
 
 
 Sampling = Poisson | TruncatedPoisson | WithoutReplacement | Fixed

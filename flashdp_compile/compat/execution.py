@@ -19,6 +19,7 @@ __all__ = [
     "eager_switches",
     "fallbacks",
     "graph_break",
+    "left_out",
     "hidden_from_dynamo",
     "modules_compiled_by",
     "next_node_number",
@@ -122,16 +123,12 @@ def eager_switches() -> list[str]:
 
 
 def graph_break(gm: torch.fx.GraphModule) -> str | None:
-    """Where and why dynamo traced only a part of the present call into this graph, or None. Under no_grad that does not
-    count: no gradient is made of what it leaves out. For a backend, while dynamo calls it. 2.11, 2.13."""
+    """Where and why dynamo traced only a part of the present call into this graph, or None. For a backend, while dynamo
+    calls it. 2.11, 2.13."""
     from torch._dynamo.symbolic_convert import tls
 
     translator = getattr(tls, "current_tx", None)
     output = None if translator is None else translator.output
-    if output is not None:
-        enabled = output.tracing_context.global_context.global_state.get("grad_enabled", (None, True))[1]
-        if not enabled and not torch.is_grad_enabled():
-            return None
     reason = getattr(gm, "compile_subgraph_reason", None)
     if reason is not None and reason.graph_break:
         place = next((f" ({f.filename}:{f.lineno})" for f in reversed(reason.user_stack)), "")
@@ -140,6 +137,43 @@ def graph_break(gm: torch.fx.GraphModule) -> str | None:
     if code is not None and code.co_name.startswith("torch_dynamo_resume_in"):
         return f"the graph begins behind a break ({code.co_filename}:{code.co_firstlineno})"
     return None
+
+
+def left_out(caller: types.FrameType | None) -> str | None:
+    """What runs around the compiled code that called, inside of the user's call, and is in no graph; None if nothing.
+
+    `caller` is the frame that called what the backend returned. Between the compiled frame and torch.compile's wrapper
+    lies nothing but nn.Module's own call, unless dynamo gave up on a frame and compiled the ones that it calls, each by
+    itself: code that cannot be resumed behind a graph break is run as it is. Hooks of the outermost module are called
+    by that call, outside of every graph. 2.11, 2.13.
+    """
+    frame = caller
+    while frame is not None and _in_torch(frame, "_dynamo/eval_frame.py") and frame.f_code.co_name == "_fn":
+        frame = frame.f_back  # keeps dynamo from tracing what it calls
+    frame = None if frame is None else frame.f_back
+    while frame is not None and not _in_torch(frame, "_dynamo/eval_frame.py"):
+        if not _in_torch(frame, "nn/modules/module.py"):
+            code = frame.f_code
+            return (
+                f"{code.co_name} ({code.co_filename}:{frame.f_lineno}) runs as it is, and only what it calls is traced"
+            )
+        module = frame.f_locals.get("self")
+        if isinstance(module, torch.nn.Module) and (hooks := _hooks(module)):
+            return f"{type(module).__name__}, which is compiled, has {hooks}, which run outside of the graph"
+        frame = frame.f_back
+    return None
+
+
+def _in_torch(frame: types.FrameType, path: str) -> bool:
+    return frame.f_code.co_filename.endswith(f"/torch/{path}")
+
+
+def _hooks(module: torch.nn.Module) -> str:
+    import torch.nn.modules.module as machinery
+
+    kinds = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
+    found = [k for k in kinds if getattr(module, f"_{k}", None) or getattr(machinery, f"_global_{k}", None)]
+    return ", ".join(found).replace("_", " ")
 
 
 def fallbacks() -> list[str]:

@@ -1,28 +1,47 @@
 """Issues receipts: finds the autograd node of a compiled call and marks what its backward hands to the parameters."""
 
 import functools
+import sys
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flashdp_compile.compat import COMPILED_BACKWARD, hidden_from_dynamo, next_node_number, node_number
-from flashdp_compile.errors import FlashDPError
+from flashdp_compile.compat import COMPILED_BACKWARD, hidden_from_dynamo, left_out, next_node_number, node_number
+from flashdp_compile.errors import FlashDPError, Refusal
 from flashdp_compile.runtime.messages import listed
 from flashdp_compile.runtime.release import LEDGER, Release, ReleaseInfo
 from flashdp_compile.runtime.watch import Watch, watch
 
+_returned: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()  # by id: what regions computed
+
+
+def unseen(what: str) -> str:
+    """The text of a refusal of code that runs beside a graph."""
+    return (
+        f"{what}. What runs outside of the graph is not seen, and may let one sample change what happens to the "
+        "others. Keep the whole forward in one graph: fullgraph=True says at compile time what breaks it, and where. "
+        "Evaluation under torch.no_grad() may break as it likes."
+    )
+
 
 def wrap(
-    compiled: Callable[..., Any], info: ReleaseInfo, frozen: Mapping[int, str] | None = None
+    compiled: Callable[..., Any],
+    info: ReleaseInfo,
+    frozen: Mapping[int, str] | None = None,
+    buffers: Mapping[int, str] | None = None,
+    broken: str | None = None,
 ) -> Callable[..., Any]:
     """`compiled`, with a receipt issued for every backward through its outputs. What the backend returns.
 
     `frozen` maps places among the arguments to the names of parameters that required no gradient when `compiled` was
-    made, so that it has none for them. A call in which one requires a gradient raises FlashDPError.
+    made, so that it has none for them. A call in which one requires a gradient raises FlashDPError. `buffers` maps
+    places to the names of buffers: one that an earlier call has computed remembers its samples. `broken` says what was
+    left out of the graph. Each is a Refusal where a release could be made, as is code around the compiled call.
     """
-    places = frozen or {}
+    places, remembered = frozen or {}, buffers or {}
 
     @functools.wraps(compiled, updated=())  # the name only: flags such as boxed calling do not hold for `run`
     def run(*args: Any) -> Any:
@@ -30,10 +49,32 @@ def wrap(
             _refuse_thawed([name for place, name in places.items() if args[place].requires_grad])
         since = next_node_number()
         outputs = compiled(*args)
-        watch_outputs(outputs, info, since)
+        if watch_outputs(outputs, info, since):
+            _refuse_unseen(broken, sys._getframe(1))
+            _refuse_memory(
+                [name for place, name in remembered.items() if _returned.get(id(args[place])) is args[place]]
+            )
+        given = set(map(id, args))
+        for output in (outputs,) if isinstance(outputs, Tensor) else outputs:
+            if isinstance(output, Tensor) and id(output) not in given:
+                _returned[id(output)] = output
         return outputs
 
     return run
+
+
+def _refuse_unseen(broken: str | None, caller: Any) -> None:
+    what = f"dynamo broke the graph: {broken}" if broken is not None else left_out(caller)
+    if what is not None:
+        raise Refusal(unseen(what))
+
+
+def _refuse_memory(names: Sequence[str]) -> None:
+    if names:
+        raise Refusal(
+            f"buffer {listed(names)} was assigned in an earlier compiled call, so it remembers samples, which no "
+            "clipping bounds. Running statistics cannot be kept privately: use GroupNorm or LayerNorm instead."
+        )
 
 
 def _refuse_thawed(names: Sequence[str]) -> None:
@@ -48,8 +89,8 @@ def _refuse_thawed(names: Sequence[str]) -> None:
         )
 
 
-def watch_outputs(outputs: Any, info: ReleaseInfo, since: int) -> None:
-    """Hooks the compiled autograd node behind `outputs`, a tensor or a sequence, if there is one.
+def watch_outputs(outputs: Any, info: ReleaseInfo, since: int) -> bool:
+    """Hooks the compiled autograd node behind `outputs`, a tensor or a sequence; whether there is one.
 
     `since` is compat.next_node_number() from before the call. Only younger nodes are looked at: an output may be a view
     of an input, and the history of that input may well contain a compiled backward that is not ours.
@@ -59,6 +100,7 @@ def watch_outputs(outputs: Any, info: ReleaseInfo, since: int) -> None:
         if isinstance(output, Tensor) and output.grad_fn is not None:
             stack.append(output.grad_fn)
     seen: set[Any] = set()
+    found = False
     while stack:
         node = stack.pop()
         if node is None or node in seen or node_number(node) < since:
@@ -66,8 +108,10 @@ def watch_outputs(outputs: Any, info: ReleaseInfo, since: int) -> None:
         seen.add(node)
         if node.name() == COMPILED_BACKWARD:
             _hook(node, info)
+            found = True
         else:  # a view of an output, made again outside the graph
             stack.extend(function for function, _ in node.next_functions)
+    return found
 
 
 def _hook(node: Any, info: ReleaseInfo) -> None:
