@@ -123,7 +123,6 @@ def test_no_noise_and_no_steps():
     "target, run",
     [
         (1.0, {"sampling": Poisson(0.01), "steps": 500}),
-        (0.1, {"sampling": Poisson(0.001), "steps": 100}),
         (2.0, {"sampling": Fixed(10), "steps": 25}),
         (3.0, {"sampling": WithoutReplacement(20, 1000), "steps": 50, "accountant": "rdp"}),
     ],
