@@ -15,12 +15,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
-import torch
-
 from flashdp_compile.checks import choice, flag, integer, nearest, not_allowed, number, patterns
-from flashdp_compile.compat import GRAPH_HOOKS, inductor_option_names, launch_settings
+from flashdp_compile.compat import GRAPH_HOOKS, inductor_option_names, is_scaler, launch_settings
 from flashdp_compile.errors import OptionError
-from flashdp_compile.runtime import scaling
 
 ClipFn = Literal["hard", "automatic", "normalize"]
 LossReduction = Literal["mean", "sum"]
@@ -94,9 +91,9 @@ class Options:
     seed: int | None = None
     """None takes it from the operating system. Whoever knows a given seed can subtract the noise: for tests only."""
 
-    grad_scaler: torch.amp.GradScaler | None = None
-    """The scaler whose `scale(loss)` backward is called on: bounds and noise are then those of the loss itself, and
-    gradients leave the backward scaled, as the scaler expects them. Its scale must not grow by itself."""
+    grad_scaler: Any = None
+    """The torch.amp.GradScaler whose `scale(loss)` backward is called on: bounds and noise are then those of the loss
+    itself, and gradients leave the backward scaled, as the scaler expects them. Its scale must not grow by itself."""
 
     norm_strategy: NormStrategy = "auto"
     """How per-sample norms are computed. "auto" asks the cost model at each point."""
@@ -177,10 +174,9 @@ class Options:
         return first_match(bounds, parameter) if isinstance(bounds, Mapping) else bounds
 
     @property
-    def scaler_place(self) -> int | None:
-        """The number by which compiled code knows `grad_scaler`; None without one, or if it is disabled."""
-        scaler = self.grad_scaler
-        return scaling.place(scaler) if scaler is not None and scaler.is_enabled() else None
+    def scaler(self) -> Any:
+        """`grad_scaler`, unless it is disabled."""
+        return self.grad_scaler if self.grad_scaler is not None and self.grad_scaler.is_enabled() else None
 
     @property
     def debug_folder(self) -> Path | None:
@@ -211,7 +207,7 @@ class Options:
         """Everything that can change the generated graph, as JSON takes it, equal for equal settings: the part of the
         compile cache's key that comes from the options. Mappings become lists of pairs, as their order counts."""
         known = {name: getattr(self, name) for name in (*PRIVACY, *PERFORMANCE) if name != "debug"}
-        return {name: _canonical(value) for name, value in (known | {"grad_scaler": self.scaler_place}).items()}
+        return {name: _canonical(value) for name, value in (known | {"grad_scaler": self.scaler is not None}).items()}
 
     def _bounds(self) -> float | dict[str, float]:
         if not isinstance(self.max_grad_norm, Mapping):
@@ -251,11 +247,11 @@ class Options:
             raise not_allowed("public_inputs", self.public_inputs, allowed)
         return tuple(self.public_inputs)
 
-    def _grad_scaler(self) -> torch.amp.GradScaler | None:
+    def _grad_scaler(self) -> Any:
         scaler = self.grad_scaler
         if scaler is None:
             return None
-        if not isinstance(scaler, torch.amp.GradScaler):
+        if not is_scaler(scaler):
             raise not_allowed("grad_scaler", scaler, "a torch.amp.GradScaler or None")
         if scaler.is_enabled() and scaler.get_growth_interval() < NEVER:
             raise OptionError(

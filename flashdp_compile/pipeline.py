@@ -73,8 +73,13 @@ def mechanism_of(options: Options) -> Mechanism:
         options.loss_reduction == "mean",
         options.expected_batch_size,
         options.seed,
-        options.scaler_place,
+        _place(options),
     )
+
+
+def _place(options: Options) -> int | None:
+    """The number by which compiled code knows the scaler of the loss."""
+    return None if options.scaler is None else scaling.place(options.scaler)
 
 
 def guarantee_of(options: Options, before: Before, slack: float) -> Guarantee:
@@ -88,7 +93,7 @@ def guarantee_of(options: Options, before: Before, slack: float) -> Guarantee:
         expected_batch_size=options.expected_batch_size,
         slack=slack,
         seed=options.seed,
-        grad_scaler=options.scaler_place,
+        grad_scaler=_place(options),
     )
 
 
@@ -180,7 +185,8 @@ class FlashDPPass(CustomGraphPass):
         if self._options.debug or rules is None:
             return None
         described = [(i.name, i.role) for i in self._inputs]
-        key = json.dumps([self._options.policy(), described, rules, sources_digest(), versions()], sort_keys=True)
+        policy = [self._options.policy(), _place(self._options)]
+        key = json.dumps([policy, described, rules, sources_digest(), versions()], sort_keys=True)
         return hashlib.sha256(key.encode()).hexdigest()
 
 

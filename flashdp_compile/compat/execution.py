@@ -21,6 +21,7 @@ __all__ = [
     "graph_break",
     "left_out",
     "hidden_from_dynamo",
+    "is_scaler",
     "modules_compiled_by",
     "next_node_number",
     "node_number",
@@ -239,6 +240,10 @@ def _modules_of(function: Any, everywhere: bool = False, depth: int = 3) -> list
     else:
         return []
     return [module for value in reached for module in _modules_of(value, everywhere, depth - 1)]
+
+
+def is_scaler(value: Any) -> bool:
+    return isinstance(value, torch.amp.GradScaler)
 
 
 def scale_of(scaler: torch.amp.GradScaler) -> torch.Tensor | None:

@@ -101,3 +101,8 @@ def test_entries_of_the_tables_change_the_key(table, monkeypatch):
     fewer.pop() if table == "NO_DATA" else fewer.popitem()
     monkeypatch.setattr(registry, table, fewer)
     assert key() not in (before, None)
+
+
+def test_a_scaler_counts_by_its_place():
+    one, other = (torch.amp.GradScaler("cpu", growth_interval=2**31 - 1) for _ in range(2))
+    assert key(grad_scaler=one) == key(grad_scaler=one) != key(grad_scaler=other)
