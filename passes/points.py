@@ -18,6 +18,7 @@ from flashdp_compile.compat import size_expression
 from flashdp_compile.passes.axes.domain import Batched, Constant, Mixed, PointKey, Reduced
 from flashdp_compile.passes.axes.engine import Axes
 from flashdp_compile.passes.capture import Gradient, JointGraph
+from flashdp_compile.passes.order import dependents
 from flashdp_compile.passes.refuse import refuse
 from flashdp_compile.passes.values import laid_out
 
@@ -128,13 +129,9 @@ def _refuse_gradient(axes: Axes, gradient: Gradient, state: Any) -> None:
 
 def _output_without_samples(axes: Axes, gradient: Gradient) -> fx.Node | None:
     """An output whose tangent reaches a gradient and that no sample is in. Losses are: they are sums over samples."""
-    above, queue = {gradient.node}, [gradient.node]
-    while queue:
-        further = [n for n in queue.pop().all_input_nodes if n not in above]
-        above.update(further)
-        queue.extend(further)
-    own = (output for tangent, output in axes.joint.tangents.items() if tangent in above)
-    return next((output for output in own if isinstance(axes[output], Constant)), None)
+    tangents = axes.joint.tangents
+    without = [tangent for tangent, output in tangents.items() if isinstance(axes[output], Constant)]
+    return next((tangents[t] for t in without if gradient.node in {t, *dependents([t])}), None)
 
 
 def _check_mutations(axes: Axes) -> None:

@@ -9,6 +9,7 @@ from torch import fx
 
 from flashdp_compile.errors import Refusal
 from flashdp_compile.passes.capture import JointGraph
+from flashdp_compile.passes.order import dependents
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)(?:\n\s+(?P<code>.+))?')
 
@@ -36,12 +37,7 @@ def user_line(node: fx.Node) -> str:
 
 def affected(node: fx.Node, joint: JointGraph) -> str:
     """The parameters whose gradients depend on a node."""
-    reached, queue = {node}, [node]
-    while queue:
-        for user in queue.pop().users:
-            if user not in reached:
-                reached.add(user)
-                queue.append(user)
+    reached = {node, *dependents([node])}
     names = [g.name for g in joint.gradients if g.node in reached]
     if not names:
         return "all parameters, through the outputs that it flows into"
