@@ -5,7 +5,7 @@ import difflib
 import math
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, overload
 
 from flashdp_compile.errors import OptionError
 
@@ -29,6 +29,14 @@ def number(name: str, value: Any, *, positive: bool) -> float:
     if not math.isfinite(found) or tiny or found > _FLOAT32_MAX:
         raise not_allowed(name, value, f"{allowed}, within the range of float32")
     return found
+
+
+@overload
+def integer(name: str, value: Any, least: int) -> int: ...
+
+
+@overload
+def integer(name: str, value: Any, least: int, *, optional: bool) -> int | None: ...
 
 
 def integer(name: str, value: Any, least: int, *, optional: bool = False) -> int | None:

@@ -88,38 +88,31 @@ def _alone(given: argparse.Namespace, *names: str) -> None:
         raise OptionError(f"--{names[0].replace('_', '-')} and {', '.join(others)} contradict each other")
 
 
-def _common(given: argparse.Namespace, sampling: accounting.Sampling) -> dict[str, Any]:
+def _epsilon(given: argparse.Namespace) -> dict[str, Any]:
+    run = _run(given)
+    found = accounting.epsilon(noise_multiplier=given.noise_multiplier, **run)
+    return {"epsilon": found, "noise_multiplier": given.noise_multiplier, **_shown(run)}
+
+
+def _noise(given: argparse.Namespace) -> dict[str, Any]:
+    run = _run(given)
+    found = accounting.noise_multiplier(target_epsilon=given.target_epsilon, **run)
+    return {"noise_multiplier": found, "target_epsilon": given.target_epsilon, **_shown(run)}
+
+
+def _run(given: argparse.Namespace) -> dict[str, Any]:
+    """What both functions are told."""
     return {
         "steps": given.steps,
         "delta": given.delta,
-        "sampling": str(sampling),
-        "adjacency": sampling.adjacency,
+        "sampling": _sampling(given),
         "accountant": given.accountant,
     }
 
 
-def _epsilon(given: argparse.Namespace) -> dict[str, Any]:
-    sampling = _sampling(given)
-    found = accounting.epsilon(
-        noise_multiplier=given.noise_multiplier,
-        steps=given.steps,
-        delta=given.delta,
-        sampling=sampling,
-        accountant=given.accountant,
-    )
-    return {"epsilon": found, "noise_multiplier": given.noise_multiplier, **_common(given, sampling)}
-
-
-def _noise(given: argparse.Namespace) -> dict[str, Any]:
-    sampling = _sampling(given)
-    found = accounting.noise_multiplier(
-        target_epsilon=given.target_epsilon,
-        steps=given.steps,
-        delta=given.delta,
-        sampling=sampling,
-        accountant=given.accountant,
-    )
-    return {"noise_multiplier": found, "target_epsilon": given.target_epsilon, **_common(given, sampling)}
+def _shown(run: dict[str, Any]) -> dict[str, Any]:
+    sampling = run["sampling"]
+    return {**run, "sampling": str(sampling), "adjacency": sampling.adjacency}
 
 
 if __name__ == "__main__":

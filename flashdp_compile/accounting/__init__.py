@@ -6,8 +6,15 @@
 Sampling other than Poisson's goes by name: `sampling=accounting.Fixed(steps_per_epoch=100)`.
 """
 
-from flashdp_compile.accounting.budget import ACCOUNTANTS, Schedule, epsilon, noise_multiplier
-from flashdp_compile.accounting.sampling import Fixed, Poisson, Sampling, TruncatedPoisson, WithoutReplacement
+from flashdp_compile.accounting.budget import ACCOUNTANTS, epsilon, noise_multiplier
+from flashdp_compile.accounting.sampling import (
+    Fixed,
+    Poisson,
+    Sampling,
+    Schedule,
+    TruncatedPoisson,
+    WithoutReplacement,
+)
 
 __all__ = [
     "ACCOUNTANTS",

@@ -9,18 +9,15 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any
 
 from scipy.optimize import brentq
 
-from flashdp_compile.accounting.sampling import REPLACE, Fixed, Poisson, Sampling, TruncatedPoisson, by_pass
+from flashdp_compile.accounting.sampling import REPLACE, Poisson, Sampling, Schedule, TruncatedPoisson
 from flashdp_compile.checks import choice, integer, not_allowed, number
 from flashdp_compile.errors import OptionError
 
 ACCOUNTANTS = ("pld", "rdp")
-Schedule = Sequence[tuple[float, int]]
-"""(noise multiplier, steps), one after the other."""
-
 FAINTEST, LOUDEST = 0.05, 2.0**20  # noise multipliers that are searched
 CLOSE = 1e-6  # how near, relative to it, the calibrated multiplier is to the least that meets the target
 
@@ -45,8 +42,7 @@ def epsilon(
     how = _sampling(sampling, sample_rate)
     _delta(delta, how)
     total = _accountant(accountant, how)
-    schedule = _schedule(noise_multiplier, steps)
-    for sigma, count in by_pass(schedule, how.steps_per_epoch) if isinstance(how, Fixed) else schedule:
+    for sigma, count in how.releases(_schedule(noise_multiplier, steps)):
         if sigma == 0 and count > 0:
             return math.inf
         if 0 < sigma < FAINTEST:
@@ -55,7 +51,7 @@ def epsilon(
                 "run that is not private"
             )
         if count > 0:
-            total.compose(how.event(sigma, count))
+            total.compose(how.event(sigma), count)
     return float(total.get_epsilon(delta))
 
 
@@ -115,7 +111,7 @@ def _guess(target: float, delta: float, steps: int, how: Sampling) -> float:
     while high - low > 0.01:
         middle = (low + high) / 2
         quick = rdp.RdpAccountant(orders=[*range(2, 64), 128, 256, 512])
-        quick.compose(Poisson(how.rate).event(math.exp(middle), steps))
+        quick.compose(Poisson(how.rate).event(math.exp(middle)), steps)
         enough = quick.get_epsilon(delta) <= target
         low, high = (low, middle) if enough else (middle, high)
     return math.exp(high)
@@ -125,19 +121,13 @@ def _schedule(noise: float | Schedule, steps: int | None) -> list[tuple[float, i
     if isinstance(noise, Sequence) and not isinstance(noise, str):
         if not all(isinstance(part, Sequence) and len(part) == 2 for part in noise):
             raise not_allowed("noise_multiplier", noise, "a number, or a list of pairs (noise multiplier, steps)")
-        found = [(number("noise_multiplier", s, positive=False), _count(n)) for s, n in noise]
+        found = [(number("noise_multiplier", s, positive=False), integer("steps", n, 0)) for s, n in noise]
         if steps is not None and steps != sum(n for _, n in found):
             raise not_allowed("steps", steps, f"None, or {sum(n for _, n in found)}, the steps of the schedule")
         return found
     if steps is None:
         raise OptionError("steps is missing: the number of optimizer steps, each of which is one release")
-    return [(number("noise_multiplier", noise, positive=False), _count(steps))]
-
-
-def _count(steps: Any) -> int:
-    found = integer("steps", steps, 0)
-    assert found is not None
-    return found
+    return [(number("noise_multiplier", noise, positive=False), integer("steps", steps, 0))]
 
 
 def _sampling(sampling: Sampling | None, sample_rate: float | None) -> Sampling:
@@ -149,8 +139,8 @@ def _sampling(sampling: Sampling | None, sample_rate: float | None) -> Sampling:
     if sampling is None:
         assert sample_rate is not None
         return Poisson(sample_rate)
-    if not isinstance(sampling, get_args(Sampling)):
-        raise not_allowed("sampling", sampling, ", ".join(f"{c.__name__}(...)" for c in get_args(Sampling)))
+    if not isinstance(sampling, Sampling):
+        raise not_allowed("sampling", sampling, ", ".join(f"{c.__name__}(...)" for c in Sampling.__subclasses__()))
     return sampling
 
 

@@ -6,10 +6,14 @@ sigma is the noise multiplier of `Options`: the noise's standard deviation over 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from flashdp_compile.checks import integer, not_allowed
+
+Schedule = Sequence[tuple[float, int]]
+"""(noise multiplier, steps), one after the other."""
 
 ADD_OR_REMOVE = "one sample more or less"
 REPLACE = "one sample replaced by another"
@@ -23,8 +27,23 @@ def rate(name: str, value: Any) -> float:
     return float(value)
 
 
+class Sampling:
+    """A way to draw the samples of a step. A new one is a subclass."""
+
+    adjacency: ClassVar[str] = ADD_OR_REMOVE
+    accountants: ClassVar[tuple[str, ...]] = ("pld", "rdp")
+
+    def releases(self, schedule: Schedule) -> Schedule:
+        """(noise multiplier, number) of the releases that a sample may take part in, from those of the steps."""
+        return schedule
+
+    def event(self, sigma: float) -> Any:
+        """One of them, as dp-accounting has it."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class Poisson:
+class Poisson(Sampling):
     """Every sample takes part in a step with probability `rate`, independently. Adjacency: one sample more or less.
 
     `sample_size`, the number of samples, has no part in epsilon; delta is compared with it.
@@ -32,21 +51,19 @@ class Poisson:
 
     rate: float
     sample_size: int | None = None
-    adjacency = ADD_OR_REMOVE
-    accountants = ("pld", "rdp")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rate", rate("rate", self.rate))
         integer("sample_size", self.sample_size, 1, optional=True)
 
-    def event(self, sigma: float, steps: int) -> Any:
+    def event(self, sigma: float) -> Any:
         import dp_accounting as dp
 
-        return dp.SelfComposedDpEvent(dp.PoissonSampledDpEvent(self.rate, dp.GaussianDpEvent(sigma)), steps)
+        return dp.PoissonSampledDpEvent(self.rate, dp.GaussianDpEvent(sigma))
 
 
 @dataclass(frozen=True)
-class TruncatedPoisson:
+class TruncatedPoisson(Sampling):
     """Poisson sampling of `sample_size` samples, of which a step keeps at most `cap`, chosen at random.
 
     Adjacency: one sample more or less. Whether another sample takes part then depends on this one, which the event
@@ -56,7 +73,6 @@ class TruncatedPoisson:
     rate: float
     cap: int
     sample_size: int
-    adjacency = ADD_OR_REMOVE
     accountants = ("pld",)
 
     def __post_init__(self) -> None:
@@ -64,20 +80,19 @@ class TruncatedPoisson:
         integer("cap", self.cap, 1)
         integer("sample_size", self.sample_size, 1)
 
-    def event(self, sigma: float, steps: int) -> Any:
+    def event(self, sigma: float) -> Any:
         import dp_accounting as dp
 
-        step = dp.TruncatedSubsampledGaussianDpEvent(
+        return dp.TruncatedSubsampledGaussianDpEvent(
             dataset_size=self.sample_size,
             sampling_probability=self.rate,
             truncated_batch_size=self.cap,
             noise_multiplier=sigma,
         )
-        return dp.SelfComposedDpEvent(step, steps)
 
 
 @dataclass(frozen=True)
-class WithoutReplacement:
+class WithoutReplacement(Sampling):
     """Every step takes `batch_size` of `sample_size` samples, each such set as likely as another, anew in every step.
 
     Adjacency: one sample replaced by another, which moves a sum by 2 C (Wang, Balle, Kasiviswanathan 2019). A pass
@@ -95,15 +110,14 @@ class WithoutReplacement:
         if self.batch_size > self.sample_size:
             raise not_allowed("batch_size", self.batch_size, f"at most sample_size, {self.sample_size}")
 
-    def event(self, sigma: float, steps: int) -> Any:
+    def event(self, sigma: float) -> Any:
         import dp_accounting as dp
 
-        step = dp.SampledWithoutReplacementDpEvent(self.sample_size, self.batch_size, dp.GaussianDpEvent(sigma / 2))
-        return dp.SelfComposedDpEvent(step, steps)
+        return dp.SampledWithoutReplacementDpEvent(self.sample_size, self.batch_size, dp.GaussianDpEvent(sigma / 2))
 
 
 @dataclass(frozen=True)
-class Fixed:
+class Fixed(Sampling):
     """Passes over the data in batches of a fixed size, shuffled or not: a sample takes part once in each pass.
 
     Nothing is gained from chance, so a pass of `steps_per_epoch` steps is one Gaussian mechanism for each sample, and
@@ -113,19 +127,21 @@ class Fixed:
 
     steps_per_epoch: int
     adjacency = ZERO_OUT
-    accountants = ("pld", "rdp")
 
     def __post_init__(self) -> None:
         integer("steps_per_epoch", self.steps_per_epoch, 1)
 
-    def event(self, sigma: float, steps: int) -> Any:
-        """Of so many passes, not steps: see `by_pass`."""
+    def releases(self, schedule: Schedule) -> Schedule:
+        """One for each pass."""
+        return by_pass(schedule, self.steps_per_epoch)
+
+    def event(self, sigma: float) -> Any:
         import dp_accounting as dp
 
-        return dp.SelfComposedDpEvent(dp.GaussianDpEvent(sigma), steps)
+        return dp.GaussianDpEvent(sigma)
 
 
-def by_pass(schedule: list[tuple[float, int]], steps_per_epoch: int) -> list[tuple[float, int]]:
+def by_pass(schedule: Schedule, steps_per_epoch: int) -> list[tuple[float, int]]:
     """(the faintest noise of a pass, passes): a sample may take part in any step of each, shuffled or not."""
     found: list[tuple[float, int]] = []
     left = steps_per_epoch  # steps that the present pass still has
@@ -137,10 +153,5 @@ def by_pass(schedule: list[tuple[float, int]], steps_per_epoch: int) -> list[tup
         whole, rest = divmod(steps, steps_per_epoch)
         found += [(sigma, whole)] * (whole > 0) + [(sigma, 1)] * (rest > 0)
         left = steps_per_epoch - rest if rest else left
-    runs = [
-        (sigma, [passes for _, passes in same]) for sigma, same in itertools.groupby(found, key=lambda part: part[0])
-    ]
-    return [(sigma, sum(passes)) for sigma, passes in runs]
-
-
-Sampling = Poisson | TruncatedPoisson | WithoutReplacement | Fixed
+    runs = itertools.groupby(found, key=lambda part: part[0])
+    return [(sigma, sum(passes for _, passes in same)) for sigma, same in runs]
