@@ -12,7 +12,7 @@ from flashdp_compile import compat
 from flashdp_compile.debug import writer
 from flashdp_compile.errors import FlashDPError, InternalError, Refusal
 from flashdp_compile.options import Options
-from flashdp_compile.passes.capture import describe_inputs
+from flashdp_compile.passes.inputs import describe_inputs
 from flashdp_compile.pipeline import FlashDPPass, LastPass
 from flashdp_compile.runtime import clipping, guard, noise
 
@@ -36,7 +36,7 @@ def backend(
     try:
         broken = compat.graph_break(gm)
         if broken is not None and torch.is_grad_enabled():
-            raise Refusal(guard.unseen(f"dynamo broke the graph: {broken}"))
+            raise Refusal(guard.unseen(broken))
         return _compile(gm, example_inputs, Options.parse(options, mode), broken)
     except FlashDPError:
         raise

@@ -13,8 +13,8 @@ from flashdp_compile.errors import FlashDPError
 from flashdp_compile.options import Options
 from flashdp_compile.passes import dump
 from flashdp_compile.passes.axes.domain import Batched, Reduced
-from flashdp_compile.passes.capture import Input
 from flashdp_compile.passes.groups import sensitivity
+from flashdp_compile.passes.inputs import Input
 from flashdp_compile.pipeline import Record, analyse, mechanism_of
 from flashdp_compile.testing import on_joint_graph
 

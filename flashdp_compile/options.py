@@ -93,7 +93,8 @@ class Options:
 
     grad_scaler: Any = None
     """The torch.amp.GradScaler whose `scale(loss)` backward is called on: bounds and noise are then those of the loss
-    itself, and gradients leave the backward scaled, as the scaler expects them. Its scale must not grow by itself."""
+    itself, and gradients leave the backward scaled, as the scaler expects them. Its scale must not grow by itself. One
+    that is disabled is taken for None."""
 
     norm_strategy: NormStrategy = "auto"
     """How per-sample norms are computed. "auto" asks the cost model at each point."""
@@ -174,11 +175,6 @@ class Options:
         return first_match(bounds, parameter) if isinstance(bounds, Mapping) else bounds
 
     @property
-    def scaler(self) -> Any:
-        """`grad_scaler`, unless it is disabled."""
-        return self.grad_scaler if self.grad_scaler is not None and self.grad_scaler.is_enabled() else None
-
-    @property
     def debug_folder(self) -> Path | None:
         """Where the debug flag writes; None if it is off."""
         return None if self.debug is False else Path(DEBUG_FOLDER if self.debug is True else self.debug)
@@ -207,7 +203,8 @@ class Options:
         """Everything that can change the generated graph, as JSON takes it, equal for equal settings: the part of the
         compile cache's key that comes from the options. Mappings become lists of pairs, as their order counts."""
         known = {name: getattr(self, name) for name in (*PRIVACY, *PERFORMANCE) if name != "debug"}
-        return {name: _canonical(value) for name, value in (known | {"grad_scaler": self.scaler is not None}).items()}
+        known["grad_scaler"] = self.grad_scaler is not None  # which one it is, the pipeline adds
+        return {name: _canonical(value) for name, value in known.items()}
 
     def _bounds(self) -> float | dict[str, float]:
         if not isinstance(self.max_grad_norm, Mapping):
@@ -231,11 +228,9 @@ class Options:
                 raise not_allowed(f"clipping[{pattern!r}]", group, "the name of a group, a string that is not empty")
         return groups
 
-    def _batch_dim(self) -> int | dict[str, int | None]:
+    def _batch_dim(self) -> int | dict[str, int]:
         if not isinstance(self.batch_dim, Mapping):
-            found = integer("batch_dim", self.batch_dim, 0)
-            assert found is not None
-            return found
+            return integer("batch_dim", self.batch_dim, 0)
         pairs = patterns("batch_dim", self.batch_dim, "dimension")
         return {pattern: integer(f"batch_dim[{pattern!r}]", dim, 0) for pattern, dim in pairs.items()}
 
@@ -253,7 +248,9 @@ class Options:
             return None
         if not is_scaler(scaler):
             raise not_allowed("grad_scaler", scaler, "a torch.amp.GradScaler or None")
-        if scaler.is_enabled() and scaler.get_growth_interval() < NEVER:
+        if not scaler.is_enabled():
+            return None
+        if scaler.get_growth_interval() < NEVER:
             raise OptionError(
                 f"grad_scaler doubles its scale every {scaler.get_growth_interval()} steps, and nothing would stop it: "
                 "a sample whose gradient overflows contributes zero, so the scaler sees no infinity and never goes "

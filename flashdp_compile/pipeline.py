@@ -25,7 +25,7 @@ from flashdp_compile.passes.axes.engine import Axes, propagate
 from flashdp_compile.passes.axes.registry import fingerprint
 from flashdp_compile.passes.axes.rules_flashdp import register_runtime_ops
 from flashdp_compile.passes.before import Before
-from flashdp_compile.passes.capture import Input, JointGraph, capture
+from flashdp_compile.passes.capture import JointGraph, capture
 from flashdp_compile.passes.clip_groups import clip_groups
 from flashdp_compile.passes.dump import graph_text
 from flashdp_compile.passes.fuse_noise import fuse_noise
@@ -34,6 +34,7 @@ from flashdp_compile.passes.group_layers import group_layers
 from flashdp_compile.passes.groups import form_groups
 from flashdp_compile.passes.guarantee import Guarantee
 from flashdp_compile.passes.inline import inline_kernels
+from flashdp_compile.passes.inputs import Input
 from flashdp_compile.passes.own_memory import own_memory
 from flashdp_compile.passes.patches import take_patches_apart
 from flashdp_compile.passes.plan import Plan, make_plan
@@ -79,7 +80,7 @@ def mechanism_of(options: Options) -> Mechanism:
 
 def _place(options: Options) -> int | None:
     """The number by which compiled code knows the scaler of the loss."""
-    return None if options.scaler is None else scaling.place(options.scaler)
+    return None if options.grad_scaler is None else scaling.place(options.grad_scaler)
 
 
 def guarantee_of(options: Options, before: Before, slack: float) -> Guarantee:

@@ -9,7 +9,9 @@ import torch
 from torch import fx
 
 from flashdp_compile.compat import UnwrappedCompilerError, partitioned_backend
-from flashdp_compile.passes.capture import BatchDim, Input, JointGraph, capture, describe_inputs
+from flashdp_compile.passes.batch_axis import BatchDim
+from flashdp_compile.passes.capture import JointGraph, capture
+from flashdp_compile.passes.inputs import Input, describe_inputs
 from flashdp_compile.runtime import noise
 
 

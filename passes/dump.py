@@ -13,8 +13,10 @@ from flashdp_compile.compat import size_expression
 from flashdp_compile.kernels.catalogue import FAMILIES
 from flashdp_compile.kernels.codegen import source
 from flashdp_compile.passes.axes.engine import Axes
-from flashdp_compile.passes.capture import BatchDim, Input, JointGraph, batch_dim_of
+from flashdp_compile.passes.batch_axis import BatchDim, batch_dim_of
+from flashdp_compile.passes.capture import JointGraph
 from flashdp_compile.passes.groups import sensitivity
+from flashdp_compile.passes.inputs import Input
 from flashdp_compile.passes.plan import Choice, Plan
 from flashdp_compile.passes.points import ParameterGradient
 from flashdp_compile.passes.refuse import user_line

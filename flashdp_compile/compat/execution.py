@@ -19,9 +19,9 @@ __all__ = [
     "eager_switches",
     "fallbacks",
     "graph_break",
-    "left_out",
     "hidden_from_dynamo",
     "is_scaler",
+    "left_out",
     "modules_compiled_by",
     "next_node_number",
     "node_number",
@@ -128,15 +128,14 @@ def graph_break(gm: torch.fx.GraphModule) -> str | None:
     calls it. 2.11, 2.13."""
     from torch._dynamo.symbolic_convert import tls
 
-    translator = getattr(tls, "current_tx", None)
-    output = None if translator is None else translator.output
     reason = getattr(gm, "compile_subgraph_reason", None)
     if reason is not None and reason.graph_break:
         place = next((f" ({f.filename}:{f.lineno})" for f in reversed(reason.user_stack)), "")
-        return f"{str(reason.reason).strip().splitlines()[0]}{place}"
-    code = None if output is None else output.root_tx.f_code
+        return f"dynamo broke the graph: {str(reason.reason).strip().splitlines()[0]}{place}"
+    translator = getattr(tls, "current_tx", None)
+    code = None if translator is None else translator.output.root_tx.f_code
     if code is not None and code.co_name.startswith("torch_dynamo_resume_in"):
-        return f"the graph begins behind a break ({code.co_filename}:{code.co_firstlineno})"
+        return f"dynamo broke the graph: the graph begins behind a break ({code.co_filename}:{code.co_firstlineno})"
     return None
 
 

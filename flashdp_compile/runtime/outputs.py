@@ -64,8 +64,7 @@ def wrap(
 
 
 def _refuse_unseen(broken: str | None, caller: Any) -> None:
-    what = f"dynamo broke the graph: {broken}" if broken is not None else left_out(caller)
-    if what is not None:
+    if (what := broken or left_out(caller)) is not None:
         raise Refusal(unseen(what))
 
 

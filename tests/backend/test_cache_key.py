@@ -6,7 +6,7 @@ import torch
 from flashdp_compile import pipeline
 from flashdp_compile.options import PERFORMANCE, PRIVACY, Options
 from flashdp_compile.passes.axes import registry
-from flashdp_compile.passes.capture import Input
+from flashdp_compile.passes.inputs import Input
 from flashdp_compile.pipeline import FlashDPPass
 
 INPUTS = (Input("x", "sample"), Input("a.weight", "parameter"))

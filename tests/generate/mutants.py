@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from flashdp_compile.passes.capture import describe_inputs
+from flashdp_compile.passes.inputs import describe_inputs
 from generate import mixers
 
 

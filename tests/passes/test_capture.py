@@ -9,8 +9,9 @@ from torch import nn
 from torch._functorch._aot_autograd.descriptors import GradAOTOutput, PlainAOTInput, PlainAOTOutput
 
 from flashdp_compile.errors import InputError, Refusal
-from flashdp_compile.passes.capture import capture, friendly_name
+from flashdp_compile.passes.capture import capture
 from flashdp_compile.passes.dump import inputs_table
+from flashdp_compile.passes.inputs import friendly_name
 from flashdp_compile.testing import joint_graph, on_joint_graph
 from zoo import Model
 
