@@ -18,7 +18,7 @@ max_grad_norm / sqrt(K). A mapping {pattern: bound} as `max_grad_norm` bounds ea
 """
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import sqrt
@@ -72,6 +72,13 @@ def per_sample_gradients(
             if gradient is not None:
                 gradients[name][i] = gradient
     return gradients
+
+
+def gradients_one_by_one(model: nn.Module, losses: Iterable[Tensor]) -> dict[str, Tensor]:
+    """{fqn: [B, *shape]}: the gradient of each loss, a scalar of one sample, as plain autograd gives it."""
+    parameters = dict(model.named_parameters())
+    found = [torch.autograd.grad(loss, list(parameters.values())) for loss in losses]
+    return {name: torch.stack(own) for name, own in zip(parameters, zip(*found, strict=True), strict=True)}
 
 
 def groups_of(names: list[str], clipping: Clipping) -> dict[str, str]:

@@ -10,7 +10,7 @@ from torch import nn
 import flashdp_compile
 from flashdp_compile.errors import InputError, OptionError
 from flashdp_compile.options import Options
-from reference import relative_errors, release
+from reference import gradients_one_by_one, relative_errors, release
 
 B, T, WIDTH = 4, 5, 8
 DIMS = {"sequence": 1, "*": 0}
@@ -44,16 +44,12 @@ def compiled(model, batch_dim, **options):
 @pytest.mark.parametrize("samples", [B, 1])
 def test_gradients_are_those_of_a_loop(clipping, samples):
     model, (sequence, padding, labels) = TimeMajor(), batch(samples)
-    named = dict(model.named_parameters())
-    found = []
-    for b in range(samples):
-        loss = model(sequence[:, b : b + 1], padding[b : b + 1], labels[b : b + 1]).sum()
-        found.append(torch.autograd.grad(loss, list(named.values())))
-    own = {name: torch.stack(parts) for name, parts in zip(named, zip(*found, strict=True), strict=True)}
+    each = ((sequence[:, b : b + 1], padding[b : b + 1], labels[b : b + 1]) for b in range(samples))
+    own = gradients_one_by_one(model, (model(*sample).sum() for sample in each))
     expected = release(own, clipping=clipping, max_grad_norm=0.3)
     assert (expected.factors < 1).any()
     compiled(model, DIMS, clipping=clipping, max_grad_norm=0.3)(sequence, padding, labels).mean().backward()
-    assert max(relative_errors({n: p.grad for n, p in named.items()}, expected.gradients).values()) < 1e-5
+    assert max(relative_errors({n: p.grad for n, p in model.named_parameters()}, expected.gradients).values()) < 1e-5
 
 
 def test_one_dimension_for_all_is_refused_with_the_input_and_the_remedy():

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from flashdp_compile import sequence_losses
 from found import what
-from reference import release
+from reference import gradients_one_by_one, release
 from zoo import coverage
 from zoo.training import gradients
 
@@ -73,12 +73,8 @@ def classes(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 def exact(clipping: str, model: nn.Module, losses, *data: torch.Tensor) -> dict[str, torch.Tensor]:
     """What is released, by a loop over samples in the precision of the mode; float32 sums."""
     model = copy.deepcopy(model)
-    named = dict(model.named_parameters())
-    found = []
-    for b in range(len(data[0])):
-        loss = losses(model, *(t[b : b + 1] for t in data)).sum()
-        found.append([g.float() for g in torch.autograd.grad(loss, list(named.values()))])
-    samples = {name: torch.stack(own) for name, own in zip(named, zip(*found, strict=True), strict=True)}
+    each = (losses(model, *(t[b : b + 1] for t in data)).sum() for b in range(len(data[0])))
+    samples = {name: own.float() for name, own in gradients_one_by_one(model, each).items()}
     return release(samples, clipping=clipping, max_grad_norm=BOUND).gradients
 
 

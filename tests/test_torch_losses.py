@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flashdp_compile.errors import Refusal
-from reference import relative_errors, release
+from reference import gradients_one_by_one, relative_errors, release
 
 B, WIDTH, OUT = 4, 6, 9
 BOUND = 0.4
@@ -125,12 +125,8 @@ def scalar(losses: Tensor) -> Tensor:
 
 
 def expected(model: nn.Module, loss: Loss, reduction: str, x: Tensor, targets: Tensor, clipping: str):
-    names, parameters = zip(*model.named_parameters(), strict=True)
-    found = [
-        torch.autograd.grad(scalar(loss.of(model(x[b : b + 1]), targets[b : b + 1], reduction)), parameters)
-        for b in range(B)
-    ]
-    own = {name: torch.stack(parts) for name, parts in zip(names, zip(*found, strict=True), strict=True)}
+    losses = (scalar(loss.of(model(x[b : b + 1]), targets[b : b + 1], reduction)) for b in range(B))
+    own = gradients_one_by_one(model, losses)
     how = "sum" if reduction == "sum" else "mean"
     return release(own, clipping=clipping, max_grad_norm=BOUND, loss_reduction=how)
 
