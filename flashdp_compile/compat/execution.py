@@ -87,15 +87,15 @@ def compile_clocks() -> dict[str, dict[str, float]]:
     return {"caches": counted, "phases": {name: sum(seconds) for name, seconds in clocks.items()}}
 
 
-def modules_compiled_by(is_ours: Callable[[Any], bool]) -> list[torch.nn.Module]:
+def modules_compiled_by(
+    is_ours: Callable[[Any], bool], is_known: Callable[[torch.nn.Module], bool]
+) -> list[torch.nn.Module]:
     """The modules that torch.compile(module or function) or module.compile() gave to a backend `is_ours` accepts.
 
     Looks at every object of the process (tens of milliseconds). For a compiled function these are the modules that it
-    closes over or names as globals; as long as nothing of it was compiled, also those in dicts and lists there, and
-    those that the objects there own, such as a trainer. Modules that are passed to it as arguments cannot be found.
+    closes over or names as globals; as long as none in reach `is_known`, also those in dicts and lists there, and those
+    that the objects there own, such as a trainer. Modules that are passed to it as arguments cannot be found.
     """
-    from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
-
     found: list[torch.nn.Module] = []
     for candidate in gc.get_objects():
         if type(candidate) is not types.FunctionType or "_torchdynamo_orig_callable" not in candidate.__dict__:
@@ -104,8 +104,8 @@ def modules_compiled_by(is_ours: Callable[[Any], bool]) -> list[torch.nn.Module]
         contexts = [value for value in cells if hasattr(value, "compiler_config") and hasattr(value, "callback")]
         if any(is_ours(_user_backend(context.callback)) for context in contexts):
             given = candidate.__dict__["_torchdynamo_orig_callable"]
-            code = getattr(given, "__code__", None)
-            found += _modules_of(given, everywhere=code is not None and not _debug_get_cache_entry_list(code))
+            in_reach = _modules_of(given, everywhere=True)
+            found += _modules_of(given) if any(map(is_known, in_reach)) else in_reach
     return list({id(module): module for module in found}.values())
 
 

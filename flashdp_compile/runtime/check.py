@@ -129,7 +129,13 @@ def _names(optimizer: Optimizer, pairs: list[tuple[Tensor, Watch | None]]) -> It
 
 
 def _modules() -> list[torch.nn.Module]:
-    return modules_compiled_by(lambda backend: bool(getattr(backend, BACKEND_MARK, False)))
+    """Those given to the flashdp backend; what an object owns counts as long as nothing of it was ever compiled, and so
+    is watched: a trainer may own other models."""
+    return modules_compiled_by(lambda backend: bool(getattr(backend, BACKEND_MARK, False)), _is_watched)
+
+
+def _is_watched(module: torch.nn.Module) -> bool:
+    return any(find(parameter) is not None for parameter in module.parameters())
 
 
 def _is_public(optimizer: Optimizer, size: int) -> bool:
