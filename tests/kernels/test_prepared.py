@@ -8,7 +8,7 @@ import torch
 from kernel_cases import arguments
 
 import flashdp_compile.compat as compat
-from flashdp_compile.kernels import FAMILIES, gaussian, hopper, tuning
+from flashdp_compile.kernels import FAMILIES, gaussian, hopper, tuning, weighted_matmuls
 from flashdp_compile.kernels.guard import guarded
 
 SUMS = ((4, 40, 64, 256, 128, 256, 64, 256), (3, 70, 128, 512, 128, 256, 256, 512, 128, 256), (2, 33, 128, 256))
@@ -127,13 +127,16 @@ def test_sums(case, device, monkeypatch):
     assert device.asked == 2, "once for the sums and once for the noise"
 
 
-def test_sums_in_several_runs_without_noise(device):
-    """Few tiles: each of three samples is a run."""
+def test_sums_in_several_runs_without_noise(device, monkeypatch):
+    """Each of three samples is a run, as it would be if adding up runs cost nothing."""
+    monkeypatch.setattr(tuning, "processors", lambda device: 132)
+    monkeypatch.setattr(weighted_matmuls, "RUN_COST", 0)
     family = FAMILIES["weighted_matmuls"]
     xs, gs, weights, *_ = arguments(family, SUMS[1], torch.bfloat16)
     got = family.prepare(xs, gs, weights, None, [], 0.0)(xs, gs, weights, None, [], 0.0)
     for value, want in zip(got, family.reference(xs, gs, weights, None, [], 0.0), strict=True):
         torch.testing.assert_close(value, want, rtol=1e-5, atol=1e-4)
+    assert device.asked == 2, "once for the runs and once for what adds them up"
 
 
 @pytest.mark.parametrize("noise", [(), (torch.tensor([3, 4]), 9), (torch.tensor([3, 4]), 9, 0.5)], ids=len)
