@@ -57,12 +57,13 @@ class Step:
     def observe(self, batch: Batch) -> Observed:
         """The gradients of this very step, for the check; changes no weight."""
         self.backward(batch)
-        return Observed(self.gradients(), dict.fromkeys(self.gradients(), 0.0))
+        gradients = self.gradients()
+        return Observed(gradients, dict.fromkeys(gradients, 0.0))
 
     def gradients(self) -> dict[str, Tensor]:
-        """{parameter name: p.grad}, zeros where there is none."""
+        """{parameter name: a copy of p.grad}, zeros where there is none. CUDA graphs write the next step's over it."""
         return {
-            name: torch.zeros_like(p) if p.grad is None else p.grad.detach()
+            name: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone()
             for name, p in self.model.named_parameters()
         }
 

@@ -21,7 +21,7 @@ from flashdp_compile.kernels import hopper, several
 from flashdp_compile.kernels.codegen import kernel
 from flashdp_compile.kernels.common import accumulator, cdiv, dot_type, randn, start, widen
 from flashdp_compile.kernels.family import Family, supported
-from flashdp_compile.kernels.guard import floor, gamma, guarded
+from flashdp_compile.kernels.guard import floor, gamma, guarded, guarding
 from flashdp_compile.kernels.hopper import gram_sqnorms as warp_specialised
 from flashdp_compile.kernels.operands import layout, sources, strides, tiles_for
 from flashdp_compile.kernels.tuning import Tiles
@@ -189,7 +189,7 @@ def launch(xs: list[Tensor], gs: list[Tensor], bias: list[bool]) -> Tensor:
     chain = max(
         max(cdiv(x.shape[2], tiles.depth), sum(cdiv(g.shape[2], tiles.depth) for g in its)) for x, its in layers
     )
-    return guarded(part.sum(2), gamma(torch.float32, chain) * root.sum(2).square())
+    return guarding(len(xs) * B, gamma(torch.float32, chain))(part, root)
 
 
 def prepare(xs: list[Tensor], gs: list[Tensor], bias: list[bool]) -> Callable[..., Tensor]:

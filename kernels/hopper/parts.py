@@ -14,6 +14,8 @@ TILE = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidt
 ACCUMULATOR = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 256, 16]))
 # of a group's half of a pair of blocks of 128 tokens
 PAIR = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16]))
+# and of its left half
+NARROW_PAIR = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16]))
 
 
 @gluon.jit
@@ -33,6 +35,15 @@ def pair_of(number):
     i = gl.where(i * (i + 1) // 2 > number, i - 1, i)
     i = gl.where((i + 1) * (i + 2) // 2 <= number, i + 1, i)
     return i, number - i * (i + 1) // 2
+
+
+@gluon.jit
+def next_pair(number):
+    """What a program computes after the pair of that number, among all pairs: of the next so many, the one that is a
+    place further. Those of equal places in their samples take equally long, and programs that always had the short ones
+    would run ahead, out of reach of the L2 cache."""
+    programs = gl.num_programs(0)
+    return gl.where(number % programs == programs - 1, number + 1, number + programs + 1)
 
 
 @gluon.jit

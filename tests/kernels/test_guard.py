@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flashdp_compile.kernels import FAMILIES, SLACK, embedding_sqnorm, gram_sqnorms
-from flashdp_compile.kernels.guard import guarded
+from flashdp_compile.kernels.guard import guarded, guarding
 
 both = pytest.mark.parametrize("path", ["launch", "reference"])
 
@@ -26,6 +26,13 @@ def true_norm(x, g):
     return (x.double().mT @ g.double()).square().sum((1, 2)).sqrt()
 
 
+def unguarded(module, monkeypatch):
+    """The estimates themselves."""
+    for name in ("guarded", "guarded_root"):
+        monkeypatch.setattr(module, name, lambda est, bound: est, raising=False)
+    monkeypatch.setattr(module, "guarding", lambda rows, error: lambda part, root: part.sum(-1), raising=False)
+
+
 @both
 @pytest.mark.parametrize("repeats", [1, 8])
 @pytest.mark.parametrize("p", [4, 5])
@@ -35,7 +42,7 @@ def test_gram_is_never_below_the_true_norm(path, repeats, p, device, monkeypatch
     truth = true_norm(x, g)
     out = run(x, [g], [False])
     assert (out.double().sqrt() * (1 + SLACK) >= truth).all()
-    monkeypatch.setattr(gram_sqnorms, "guarded", lambda est, bound: est)
+    unguarded(gram_sqnorms, monkeypatch)
     naive = run(x, [g], [False]).double().clamp_min(0).sqrt()
     assert (naive * (1 + SLACK) < truth).any(), "this example no longer needs the guard"
 
@@ -77,17 +84,30 @@ def test_embedding_rows_that_cancel(path, device):
     assert (out.cpu().double().sqrt() * (1 + SLACK) >= truth).all()
 
 
-@pytest.mark.parametrize("module, guard", [(gram_sqnorms, "guarded"), (embedding_sqnorm, "guarded_root")])
-def test_ordinary_samples_get_the_estimate_itself(module, guard, device, monkeypatch):
+@pytest.mark.parametrize("module", [gram_sqnorms, embedding_sqnorm])
+def test_ordinary_samples_get_the_estimate_itself(module, device, monkeypatch):
     args = module.FAMILY.example(module.FAMILY.cases[1], torch.float32, device, torch.Generator().manual_seed(0))
     out = module.launch(*args)
-    monkeypatch.setattr(module, guard, lambda est, bound: est)
-    assert torch.equal(out, module.launch(*args))
+    unguarded(module, monkeypatch)
+    torch.testing.assert_close(out, module.launch(*args), rtol=1e-6, atol=0)  # below what a guard would add
 
 
 def test_nan_and_negative_estimates_are_not_repaired():
     out = guarded(torch.tensor([float("nan"), -1.0, 2.0]), torch.tensor([1.0, 0.5, 0.0]))
     assert out[0].isnan() and out[1] < 0 and out[2] == 2.0
+
+
+@pytest.mark.parametrize("rows, n, m", [(2, 3, 2), (5, 1, 1), (3, 1056, 64), (1, 128, 129)])
+def test_one_kernel_sums_the_parts_and_guards(rows, n, m, device):
+    generator = torch.Generator().manual_seed(0)
+    part = torch.randn(2, rows, n, generator=generator).to(device)
+    root = torch.rand(2, rows, m, generator=generator).to(device)
+    part[0, 0, 0], root[1, 0, 0] = float("nan"), float("nan")
+    for error in (0.0, 1e-3, 10.0):
+        expected = guarded(part.double().sum(-1), error * root.double().sum(-1).square())
+        found = guarding(2 * rows, error)(part, root)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4, equal_nan=True)
+        assert found[0, 0].isnan() and (error == 0 or found[1, 0].isnan())
 
 
 @both
