@@ -29,7 +29,7 @@ from flashdp_compile.passes.capture import JointGraph, capture
 from flashdp_compile.passes.clip_groups import clip_groups
 from flashdp_compile.passes.dump import graph_text
 from flashdp_compile.passes.fuse_noise import fuse_noise
-from flashdp_compile.passes.fused_cells import take_cells_apart
+from flashdp_compile.passes.fused import take_fused_apart
 from flashdp_compile.passes.group_layers import group_layers
 from flashdp_compile.passes.groups import form_groups
 from flashdp_compile.passes.guarantee import Guarantee
@@ -100,7 +100,7 @@ def guarantee_of(options: Options, before: Before, slack: float) -> Guarantee:
 
 def analyse(graph: fx.Graph, record: Record) -> None:
     """Everything up to the plan, entered into `record`; only fused cells and patches are taken apart in the graph."""
-    take_cells_apart(graph)
+    take_fused_apart(graph)
     take_patches_apart(graph)
     options = record.options
     record.joint = capture(graph, record.inputs, options.batch_dim)

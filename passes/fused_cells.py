@@ -1,4 +1,4 @@
-"""Takes apart what CUDA computes in one kernel for a recurrent cell: torch's ops for nn.GRUCell and nn.LSTMCell.
+"""What CUDA computes in one kernel for a recurrent cell, taken apart: torch's ops for nn.GRUCell and nn.LSTMCell.
 
 Their backward ops add up the gradients of the biases over the batch inside, where no rule could clip them. So before
 anything else looks at the joint graph, they and the forward ops become the formulas below, which give the same results,
@@ -13,10 +13,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from flashdp_compile.compat import OpOverload
-from flashdp_compile.passes.take_apart import TakeApart
 
 aten = torch.ops.aten
 
@@ -95,12 +94,3 @@ FORMULAS: dict[OpOverload, Callable[..., tuple[Tensor | None, ...]]] = {
     aten._thnn_fused_lstm_cell.default: lstm_cell,
     aten._thnn_fused_lstm_cell_backward_impl.default: lstm_cell_backward,
 }
-
-
-def take_cells_apart(graph: fx.Graph) -> int:
-    """Replaces every fused op by its formula, in place; returns how many."""
-    cells = [n for n in graph.nodes if n.op == "call_function" and n.target in FORMULAS]
-    take_apart = TakeApart()
-    for cell in cells:
-        take_apart(cell, FORMULAS[cell.target])
-    return len(cells)

@@ -102,6 +102,18 @@ def bucketize(site: Site, x: State, boundaries: State, **options: Any) -> State:
     return Batched(x.dim, x.outer, x.inner)
 
 
+@rule("aten.searchsorted.Tensor")
+def searchsorted(site: Site, boundaries: State, x: State, *, sorter: Any = None, **options: Any) -> State:
+    """Each row of values is placed in the row of boundaries with the same number, or in the only one."""
+    operands = operands_with_states(site, boundaries, x, sorter)
+    if any(isinstance(state, Batched) and state.dim == len(site.shape(node)) - 1 for node, state in operands):
+        raise Reject("it searches along the batch", "search a feature dimension")
+    if site.arg_rank(0) == 1:
+        assert isinstance(x, Batched)
+        return Batched(x.dim, x.outer, x.inner)
+    return broadcast(site, boundaries, x, sorter)
+
+
 @rule(*_COPIES, *_CONJUGATES, linear=True)
 def copy(site: Site, x: Batched, *rest: Any, **options: Any) -> State:
     """A copy holds what its source holds."""
@@ -132,6 +144,7 @@ no_data(
     "aten.empty_like",
     "aten.rand_like",
     "aten.randn_like",
+    "aten.uniform",
     "aten.new_zeros",
     "aten.new_ones",
     "aten.new_full",

@@ -9,7 +9,8 @@ from torch import Tensor, fx, nn
 
 import flashdp_compile
 from flashdp_compile.passes import fused_cells
-from flashdp_compile.passes.fused_cells import FORMULAS, take_cells_apart
+from flashdp_compile.passes.fused import take_fused_apart
+from flashdp_compile.passes.fused_cells import FORMULAS
 from flashdp_compile.testing import joint_graph
 
 aten = torch.ops.aten
@@ -125,13 +126,13 @@ def called(graph: fx.Graph) -> set[str]:
 def test_a_joint_graph_loses_its_fused_cells(bias, cells_known_on_the_cpu):
     graph = joint_graph(Cells(bias, fused=True), torch.randn(B, 2, D)).graph
     assert len(called(graph) & FUSED) == (4 if bias else 2)
-    assert take_cells_apart(graph) == (8 if bias else 4)
+    assert take_fused_apart(graph) == (8 if bias else 4)
     graph.lint()
     assert not called(graph) & FUSED
     assert all("val" in n.meta for n in graph.nodes if n.op == "call_function")
     places = [n.meta.get("stack_trace", "") for n in graph.nodes if n.target is aten.tanh.default]
     assert places and all("test_fused_cells.py" in place for place in places)
-    assert take_cells_apart(graph) == 0
+    assert take_fused_apart(graph) == 0
 
 
 def reference(model: Cells, x: Tensor, bound: float) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from zoo import (  # noqa: F401  (imported for their cases)
     lookalikes,
     norms,
     parameters,
+    places,
     plumbing,
     products,
     recurrent,

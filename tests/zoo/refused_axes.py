@@ -204,3 +204,31 @@ def ids() -> tuple[torch.Tensor]:
 
 refuse("bags_that_begin_in_the_sample_before", lambda: Bags(TIME, 1), ids, "bag")
 refuse("bags_that_end_within_samples", lambda: Bags(2, 0), ids, "bag", mixes=False)
+
+
+@refuse_layer("distances_among_samples", rows, "places", "product", "axes", "axis")
+def _(fc, x):
+    return torch.cdist(fc(x), x).sum(1)
+
+
+@refuse_layer("boundaries_that_are_samples", rows, "searches along the batch")
+def _(fc, x):
+    """What an element is worth depends on its rank among those of all samples."""
+    y = fc(x)
+    ranks = torch.searchsorted(x[:, 0].contiguous(), y.detach())
+    return (y * ranks).sum(1)
+
+
+@refuse_layer("constants_among_boundaries_that_are_samples", rows, "searches along the batch")
+def _(fc, x):
+    ranks = torch.searchsorted(x[:, 0].contiguous(), torch.arange(3.0).view(1, 1, 3))
+    return fc(x).sum(1) * ranks.sum()
+
+
+@refuse_layer(
+    "images_read_at_another_samples_places", lambda: (torch.randn(SIZE, 2, SIZE, 2),), "indexes along the batch"
+)
+def _(fc, x):
+    """The grid of a sample reads a slice of all images."""
+    grid = fc(x).transpose(1, 2)
+    return F.grid_sample(x.transpose(0, 2), grid, align_corners=False).sum((1, 2, 3))
