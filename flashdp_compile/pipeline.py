@@ -42,6 +42,7 @@ from flashdp_compile.passes.points import ParameterGradient, check_single, find_
 from flashdp_compile.passes.release_late import release_late
 from flashdp_compile.passes.rewrite import Mechanism, private_gradients, rewrite, rewrite_empty, rewrite_single
 from flashdp_compile.passes.strategies.materialize import MATERIALIZE
+from flashdp_compile.passes.unroll import unroll_maps
 from flashdp_compile.passes.vectors import norm_vectors, sum_vectors
 from flashdp_compile.passes.verify import verify
 from flashdp_compile.runtime import clipping, noise, scaling  # noqa: F401  registers the ops that the rewrite inserts
@@ -99,7 +100,8 @@ def guarantee_of(options: Options, before: Before, slack: float) -> Guarantee:
 
 
 def analyse(graph: fx.Graph, record: Record) -> None:
-    """Everything up to the plan, entered into `record`; only fused cells and patches are taken apart in the graph."""
+    """Everything up to the plan, entered into `record`; before it, the graph itself is only taken apart."""
+    unroll_maps(graph)
     take_fused_apart(graph)
     take_patches_apart(graph)
     options = record.options

@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch._higher_order_ops import associative_scan
+from torch._higher_order_ops import map as map_over
 
 from zoo.case import Case, Model, Sizes, register
 from zoo.problems import classification, floats, regression, tagging, tokens
@@ -118,6 +120,39 @@ def gated_linear_scan(n: Sizes) -> Case:
 
     return regression(
         lambda: Model(forward, decay=nn.Linear(n.width, n.width), out=nn.Linear(n.width, n.out)),
+        floats(n.time, n.width),
+        (n.time, n.out),
+    )
+
+
+@register()
+def layer_mapped_over_steps(n: Sizes) -> Case:
+    """`torch._higher_order_ops.map`: one op for the loop, and one for its backward."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        steps = map_over(lambda row, gate: m.fc(row).tanh() * gate, x.transpose(0, 1), m.gate)
+        return steps.transpose(0, 1)
+
+    return regression(
+        lambda: Model(forward, fc=nn.Linear(n.width, n.out), gate=nn.Parameter(torch.rand(n.out))),
+        floats(n.time, n.width),
+        (n.time, n.out),
+    )
+
+
+@register()
+def associative_scan_of_gates(n: Sizes) -> Case:
+    """A linear recurrence h_t = a_t h_(t-1) + b_t, by halving."""
+
+    def joined(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return left[0] * right[0], right[0] * left[1] + right[1]
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        pair = (m.decay(x).sigmoid(), m.enter(x))
+        return associative_scan(joined, pair, 1, combine_mode="generic")[1]
+
+    return regression(
+        lambda: Model(forward, decay=nn.Linear(n.width, n.out), enter=nn.Linear(n.width, n.out)),
         floats(n.time, n.width),
         (n.time, n.out),
     )

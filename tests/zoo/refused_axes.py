@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._higher_order_ops import map as map_over
 
 from zoo.adversarial import SIZE, TIME, WIDTH, cube, refuse, refuse_layer, rows, sequences, square
 from zoo.case import Model
@@ -232,3 +233,16 @@ def _(fc, x):
     """The grid of a sample reads a slice of all images."""
     grid = fc(x).transpose(1, 2)
     return F.grid_sample(x.transpose(0, 2), grid, align_corners=False).sum((1, 2, 3))
+
+
+@refuse_layer("mapped_over_samples_one_by_one", rows, "select", "axis", "sample")
+def _(fc, x):
+    """A loop over the samples, each of which sees the sum of all."""
+    return map_over(lambda row, every: fc(row).sum() * every, x, x.sum())
+
+
+@refuse_layer("loop_of_too_many_steps", sequences, "map_impl")
+def _(fc, x):
+    """It would not mix samples; unrolled, it would compile for hours. Here it does mix them."""
+    many = x.sum(0).repeat(300, 1)[:300]
+    return fc(x).sum((1, 2)) * map_over(lambda row: fc(row).sum(), many).sum()
