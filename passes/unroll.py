@@ -35,8 +35,8 @@ def unroll_maps(graph: fx.Graph) -> int:
 
 
 def _is_short(loop: fx.Node) -> bool:
-    (first, *_) = loop.args[1]  # type: ignore[misc]
-    number = first.meta["val"].shape[0]  # type: ignore[union-attr]
+    rows: Any = loop.args[1]
+    number = rows[0].meta["val"].shape[0]
     return isinstance(number, int) and 0 < number <= MOST_STEPS
 
 
