@@ -64,6 +64,12 @@ def measured(values, kinds):
     assert values["PAIRS_OF_ALL"] == sum(kind["PROGRAMS"] for _, kind in layers(values, kinds))
 
 
+def guard(values, kinds):
+    part, root, out = (values[f"{name}_ptr"] for name in ("part", "root", "out"))
+    assert (values["N"], values["M"]) == (part.shape[-1], root.shape[-1]) and part.is_contiguous()
+    out.copy_(guarded(part.sum(-1), values["error"] * root.sum(-1).square()))
+
+
 def stored(values, kinds):
     values["part_ptr"].zero_()
     for own, kind in layers(values, kinds):
@@ -98,6 +104,7 @@ def noised(values, kinds):
 RUNS = {
     "flashdp_weighted_matmuls": summed,
     "flashdp_gram_sqnorms": measured,
+    "flashdp_guarded_sums": guard,
     "flashdp_outer_stores": stored,
     "flashdp_add_noises": noised,
     "flashdp_product_sums": added,
@@ -177,7 +184,7 @@ def test_norms(case, device):
         args = arguments(family, case, torch.bfloat16, seed=seed)
         exact = family.reference(*(([t.double() for t in ts]) for ts in args[:2]), bias).float()
         torch.testing.assert_close(prepared(*args), guarded(exact, torch.zeros(())), rtol=1e-5, atol=0)
-    assert device.asked == 1
+    assert device.asked == 2  # the norms, and what guards them
 
 
 def test_arguments_of_another_geometry_are_prepared_anew():
