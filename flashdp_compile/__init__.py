@@ -16,6 +16,8 @@ _PUBLIC = {
     "Options": "flashdp_compile.options",
     "nonfinite_samples": "flashdp_compile.runtime.clipping",
     "sequence_losses": "flashdp_compile.losses",
+    "PrivacyEngine": "flashdp_compile.engine.privacy_engine",
+    "BudgetExhaustedError": "flashdp_compile.errors",
     "FlashDPError": "flashdp_compile.errors",
     "InputError": "flashdp_compile.errors",
     "InternalError": "flashdp_compile.errors",

@@ -12,7 +12,9 @@ from flashdp_compile import compat
 from flashdp_compile.debug import writer
 from flashdp_compile.errors import FlashDPError, InternalError, Refusal
 from flashdp_compile.options import Options
+from flashdp_compile.passes.groups import form_groups, sensitivity
 from flashdp_compile.passes.inputs import describe_inputs
+from flashdp_compile.passes.strategies.catalogue import MOST_SLACK
 from flashdp_compile.pipeline import FlashDPPass, LastPass
 from flashdp_compile.runtime import clipping, guard, noise
 
@@ -73,9 +75,11 @@ def _compile(
     parameters = dict(placed.values())
     guard.protect(parameters)
     devices = {p.device for p in parameters.values()}
+    trainable = {name: p for name, p in parameters.items() if p.requires_grad}
+    owed = _owed(trainable, options) if options.noise_at == "step" else None
     for device in devices:
         clipping.prepare(device)
-        if options.noise_multiplier > 0:
+        if options.noise_in_graph > 0:
             noise.prepare(device, options.seed)
     _refuse_foreign_hooks()
     label = compat.graph_label(gm)
@@ -88,7 +92,23 @@ def _compile(
         compiled = compat.compile_with_inductor(gm, example_inputs, rewriting, LastPass(), *settings)
     buffers = {place: i.name for place, i in enumerate(inputs) if i.role == "buffer"}
     frozen = {place: name for place, (name, p) in placed.items() if not p.requires_grad}
-    return guard.wrap(compiled, guard.ReleaseInfo(label=label), frozen, buffers, broken)
+    return guard.wrap(compiled, guard.ReleaseInfo(label=label, owed=owed), frozen, buffers, broken)
+
+
+def _owed(trainable: Mapping[str, torch.Tensor], options: Options) -> guard.Owed:
+    """What an engine has to add. Compiled graphs may come from a cache, so this rests on nothing that a pass finds out:
+    neither which gradients there are, nor which norms were taken."""
+    narrow = [name for name, p in trainable.items() if p.dtype not in (torch.float32, torch.float64)]
+    if narrow:
+        raise Refusal(
+            f"{', '.join(narrow[:5])}: the parameter is {trainable[narrow[0]].dtype}, to which p.grad would be rounded "
+            "before its noise, and rounding lets one sample move the sum by more than its bound. Keep parameters in "
+            "float32 under a PrivacyEngine, and compute in bfloat16 by torch.autocast"
+        )
+    groups = form_groups(list(trainable), options.clipping, options.max_grad_norm)
+    divisor = options.expected_batch_size if options.loss_reduction == "mean" else 1
+    assert divisor is not None
+    return guard.Owed(sensitivity(groups) * (1 + MOST_SLACK), float(divisor))
 
 
 def _refuse_foreign_hooks() -> None:

@@ -30,5 +30,9 @@ class UnprotectedGradientError(FlashDPError):
     """A gradient reached the optimizer without one clipped and noised release behind it. Gradients were cleared."""
 
 
+class BudgetExhaustedError(FlashDPError):
+    """A step would spend more than the run may. Nothing was released by it."""
+
+
 class InternalError(FlashDPError):
     """flashdp failed, or a rewritten graph failed its own verification. Nothing was released; this is a bug in it."""

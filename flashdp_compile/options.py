@@ -21,6 +21,7 @@ from flashdp_compile.errors import OptionError
 
 ClipFn = Literal["hard", "automatic", "normalize"]
 LossReduction = Literal["mean", "sum"]
+NoiseAt = Literal["backward", "step"]
 Compiler = Literal["inductor", "eager"]
 NormStrategy = Literal["auto", "gram", "outer", "store", "materialize"]
 Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
@@ -36,6 +37,7 @@ PRIVACY = (
     "public_inputs",
     "seed",
     "grad_scaler",
+    "noise_at",
 )
 PERFORMANCE = ("norm_strategy", "autotune", "compiler", "mode", "inductor", "debug")
 
@@ -95,6 +97,10 @@ class Options:
     """The torch.amp.GradScaler whose `scale(loss)` backward is called on: bounds and noise are then those of the loss
     itself, and gradients leave the backward scaled, as the scaler expects them. Its scale must not grow by itself. One
     that is disabled is taken for None."""
+
+    noise_at: NoiseAt = "backward"
+    """"step": gradients leave the backward clipped and without noise, and only a `PrivacyEngine` can make a step of
+    them, which adds the noise once for all micro-batches. Its `compile` sets this."""
 
     norm_strategy: NormStrategy = "auto"
     """How per-sample norms are computed. "auto" asks the cost model at each point."""
@@ -159,6 +165,7 @@ class Options:
             "public_inputs": self._public_inputs(),
             "seed": integer("seed", self.seed, 0, optional=True),
             "grad_scaler": self._grad_scaler(),
+            "noise_at": choice("noise_at", self.noise_at, get_args(NoiseAt)),
             "norm_strategy": choice("norm_strategy", self.norm_strategy, get_args(NormStrategy)),
             "autotune": flag("autotune", self.autotune),
             "compiler": choice("compiler", self.compiler, get_args(Compiler)),
@@ -168,6 +175,13 @@ class Options:
         }
         for name, value in take.items():
             object.__setattr__(self, name, value)  # the dataclass is frozen for everyone else
+        if self.noise_at == "step":
+            self._check_noise_at_step()
+
+    @property
+    def noise_in_graph(self) -> float:
+        """The noise multiplier of what leaves a compiled backward."""
+        return self.noise_multiplier if self.noise_at == "backward" else 0.0
 
     def bound_of(self, parameter: str) -> float | None:
         """The bound that `max_grad_norm` states for this parameter name; None if no pattern fits."""
@@ -257,6 +271,17 @@ class Options:
                 f"back. Make it with growth_interval={NEVER} and change the scale by scaler.update(new_scale)"
             )
         return scaler
+
+    def _check_noise_at_step(self) -> None:
+        if self.grad_scaler is not None:
+            raise OptionError(
+                "grad_scaler is given, but with noise_at='step' gradients must not be scaled; use bfloat16"
+            )
+        if self.loss_reduction == "mean" and self.expected_batch_size is None:
+            raise OptionError(
+                "expected_batch_size is missing: with noise_at='step' a logical batch may come in several "
+                "micro-batches, whose sums must have one divisor"
+            )
 
     def _inductor(self) -> dict[str, Any]:
         if not isinstance(self.inductor, Mapping):

@@ -70,7 +70,7 @@ class Record:
 def mechanism_of(options: Options) -> Mechanism:
     """The fields of `Options` that say how clipped sums become releases."""
     return Mechanism(
-        options.noise_multiplier,
+        options.noise_in_graph,
         options.clip_fn,
         options.loss_reduction == "mean",
         options.expected_batch_size,
@@ -90,7 +90,7 @@ def guarantee_of(options: Options, before: Before, slack: float) -> Guarantee:
     return Guarantee(
         groups=form_groups(names, options.clipping, options.max_grad_norm),
         clip_fn=options.clip_fn,
-        noise_multiplier=options.noise_multiplier,
+        noise_multiplier=options.noise_in_graph,
         mean=options.loss_reduction == "mean",
         expected_batch_size=options.expected_batch_size,
         slack=slack,

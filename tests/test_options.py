@@ -24,6 +24,7 @@ FIELDS = [
     "public_inputs",
     "seed",
     "grad_scaler",
+    "noise_at",
     "norm_strategy",
     "autotune",
     "compiler",

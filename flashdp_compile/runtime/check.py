@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -58,10 +58,32 @@ def check(optimizer: Optimizer, *, stepped_too: bool = False, closure: bool = Fa
 
     `stepped_too` only asks that every gradient be a release, used or not, and uses up none.
     """
+    found = examine(optimizer, stepped_too=stepped_too)
+    if not stepped_too and len(found.releases) > 1 and Fault.GRAPHS not in found.faults:
+        found.faults.setdefault(Fault.BACKWARDS, []).extend(index for index, _ in found.clean)
+    if found.faults:
+        refuse(optimizer, found, closure)
+    if not stepped_too:
+        for _, content in found.clean:
+            content.stepped = True
+
+
+class Found(NamedTuple):
+    """The parameters of an optimizer with their watches; by place among these, what is wrong and what is right; and the
+    releases that they hold."""
+
+    pairs: list[tuple[Tensor, Watch | None]]
+    faults: dict[Fault, list[int]]
+    clean: list[tuple[int, Content]]
+    releases: list[Release]
+
+
+def examine(optimizer: Optimizer, *, stepped_too: bool = False, owed: bool = False) -> Found:
+    """What the gradients of an optimizer are. `owed`: whether they should be sums that lack their noise."""
     pairs = [(parameter, find(parameter)) for group in optimizer.param_groups for parameter in group["params"]]
     if all(watched is None for _, watched in pairs):
         if _is_public(optimizer, len(pairs)):
-            return
+            return Found([], {}, [], [])
         pairs = [(parameter, find(parameter)) for parameter, _ in pairs]
     # one optimizer, one rule: what is trained beside a watched parameter must be a release too
     resolve(watched.content for _, watched in pairs if watched is not None and watched.content is not None)
@@ -73,6 +95,8 @@ def check(optimizer: Optimizer, *, stepped_too: bool = False, closure: bool = Fa
         if grad is None:
             continue
         found = Fault.PLAIN if watched is None else watched.judge(grad)
+        if isinstance(found, Content) and (found.owed is not None) != owed and not found.stepped:
+            found = Fault.FOREIGN if owed else Fault.OWED
         if isinstance(found, Content) and (stepped_too or not found.stepped):
             clean.append((index, found))
         elif isinstance(found, Fault):
@@ -80,28 +104,16 @@ def check(optimizer: Optimizer, *, stepped_too: bool = False, closure: bool = Fa
         elif grad.any():  # zeroed since its step and not used in this one is as good as None
             faults.setdefault(Fault.STEPPED, []).append(index)
 
-    releases = list(dict.fromkeys(content.release for _, content in clean if content.release is not None))
-    if not stepped_too:
-        everything = list(dict.fromkeys(peer for release in releases for peer in release.peers))
-        if any(len(release.peers) > 1 for release in releases):
-            faults.setdefault(Fault.GRAPHS, []).extend(index for index, _ in clean)
-            releases = everything
-        elif len(releases) > 1:
-            faults.setdefault(Fault.BACKWARDS, []).extend(index for index, _ in clean)
-    if faults:
-        _refuse(optimizer, pairs, faults, releases, closure)
-    if not stepped_too:
-        for _, content in clean:
-            content.stepped = True
+    releases = list(dict.fromkeys(release for _, content in clean for release in content.releases))
+    if not stepped_too and any(len(release.peers) > 1 for release in releases):
+        faults.setdefault(Fault.GRAPHS, []).extend(index for index, _ in clean)
+        releases = list(dict.fromkeys(peer for release in releases for peer in release.peers))
+    return Found(pairs, faults, clean, releases)
 
 
-def _refuse(
-    optimizer: Optimizer,
-    pairs: list[tuple[Tensor, Watch | None]],
-    faults: dict[Fault, list[int]],
-    releases: list[Release],
-    closure: bool,
-) -> None:
+def refuse(optimizer: Optimizer, found: Found, closure: bool = False) -> NoReturn:
+    """Clears the gradients and raises UnprotectedGradientError with all that was found."""
+    pairs, faults, _, releases = found
     names = list(_names(optimizer, pairs))
     faulty = [pairs[index][1] for indices in faults.values() for index in indices]
     contents = [None if watched is None else watched.content for watched in faulty]

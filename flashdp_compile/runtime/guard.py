@@ -21,10 +21,21 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from flashdp_compile.runtime.check import BACKEND_MARK, before_step
 from flashdp_compile.runtime.outputs import unseen, watch_outputs, wrap
-from flashdp_compile.runtime.release import LEDGER, ReleaseInfo
+from flashdp_compile.runtime.release import LEDGER, Owed, ReleaseInfo
 from flashdp_compile.runtime.watch import watch
 
-__all__ = ["ReleaseInfo", "install", "mark_backend", "protect", "releases", "reset", "unseen", "watch_outputs", "wrap"]
+__all__ = [
+    "Owed",
+    "ReleaseInfo",
+    "install",
+    "mark_backend",
+    "protect",
+    "releases",
+    "reset",
+    "unseen",
+    "watch_outputs",
+    "wrap",
+]
 
 F = TypeVar("F", bound=Callable[..., object])
 _installing = threading.Lock()

@@ -51,8 +51,8 @@ EXPLANATIONS = {
     Fault.ACCUMULATED: Explanation(
         "two backward passes were accumulated in p.grad",
         _ONE_RELEASE,
-        "call optimizer.zero_grad() between two backward passes, and step after each. Accumulating micro-batches into "
-        "one release needs the flashdp engine, which this version does not have yet; a larger batch does the same",
+        "call optimizer.zero_grad() between two backward passes, and step after each. To accumulate micro-batches into "
+        "one release, let a flashdp_compile.PrivacyEngine compile the model and attach the optimizer",
     ),
     Fault.REPLACED: Explanation(
         "p.grad was assigned by hand after, or without, the compiled backward",
@@ -78,6 +78,22 @@ EXPLANATIONS = {
         "the parameters of this optimizer hold releases of several backward passes",
         _ONE_RELEASE,
         "run one backward per step, over one compiled model per optimizer",
+    ),
+    Fault.OWED: Explanation(
+        "the gradient is clipped, and has no noise yet",
+        "the model was compiled by a PrivacyEngine, which adds noise at the step of an optimizer that it knows",
+        "call engine.attach(optimizer) before the first step, and let nothing but its own step method step it",
+    ),
+    Fault.FOREIGN: Explanation(
+        "the gradient was not made by what this engine compiled",
+        "its bound, its noise or its divisor are others than those that the engine accounts for",
+        "train the model that engine.compile(model) returned, and keep other models in an optimizer of their own",
+    ),
+    Fault.CHANGED: Explanation(
+        "p.grad was changed in place before its noise was added",
+        "the noise at the step covers the clipped sum as it left the backward, and nothing that was made of it",
+        "leave gradients alone between backward and step: samples are clipped already, so clip_grad_norm_ (a trainer's "
+        "max_grad_norm) and a GradScaler have to go",
     ),
 }
 

@@ -1,7 +1,8 @@
 """A release: one run of one compiled backward, whose parameter gradients leave it clipped and noised.
 
 Each release spends privacy once, with its own sample clipping, its own noise and its own division by the expected
-batch size. The accountant counts steps, so an optimizer step must consist of exactly one release.
+batch size. The accountant counts steps, so an optimizer step must consist of exactly one release. Under an engine a run
+of a backward owes its noise: the sum over all micro-batches of a logical batch is what becomes a release, at the step.
 """
 
 import itertools
@@ -12,16 +13,27 @@ from dataclasses import dataclass, field
 from flashdp_compile.compat import backward_number
 
 
+@dataclass(frozen=True)
+class Owed:
+    """The noise that clipped sums lack: sigma `sensitivity` / `divisor` is its standard deviation. `sensitivity` bounds
+    what one sample adds to the undivided sums of all parameters together."""
+
+    sensitivity: float
+    divisor: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class ReleaseInfo:
     """What the messages say about a compiled graph.
 
     `label` names it in the user's terms, for example "GPT.forward (model.py:41)". `graph_break` says why dynamo ended
-    the graph where it did; empty when the backend does not know of a break.
+    the graph where it did; empty when the backend does not know of a break. `owed` is None if the gradients have
+    their noise.
     """
 
     label: str
     graph_break: str = ""
+    owed: Owed | None = None
 
 
 @dataclass(eq=False, slots=True)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from flashdp_compile.compat import eager_switches, hidden_from_dynamo
-from flashdp_compile.runtime.release import LEDGER, Release
+from flashdp_compile.runtime.release import LEDGER, Owed, Release
 
 
 class Fault(enum.Enum):
@@ -34,12 +34,19 @@ class Fault(enum.Enum):
     VOID = enum.auto()  # receipts were cleared by torch._dynamo.reset()
     GRAPHS = enum.auto()  # one backward ran several compiled graphs
     BACKWARDS = enum.auto()  # the parameters of one step hold releases of several backwards
+    OWED = enum.auto()  # the noise of a micro-batch is owed, and no engine adds it at this step
+    FOREIGN = enum.auto()  # at an engine's step: made by a graph that this engine has not compiled
+    CHANGED = enum.auto()  # changed in place while its noise was owed
 
 
 class Content:
-    """What is known of one gradient tensor: made by `release`, or at fault; possibly added onto `earlier`."""
+    """What is known of one gradient tensor: made by `release`, or at fault; possibly added onto `earlier`.
 
-    __slots__ = ("grad", "release", "fault", "causes", "earlier", "dirty", "epoch", "stepped")
+    While noise is owed, micro-batches may be added up: `before` are the releases in it but for the last. Such a tensor
+    must stay as it is, so its `version` is kept.
+    """
+
+    __slots__ = ("grad", "release", "fault", "causes", "earlier", "dirty", "epoch", "stepped", "before", "version")
 
     def __init__(self, grad: Tensor, release: Release | None, fault: Fault | None, causes: tuple[str, ...]) -> None:
         self.grad = weakref.ref(grad)
@@ -50,6 +57,22 @@ class Content:
         self.dirty: Tensor | None = None  # a device flag: was the tensor nonzero before the release was added?
         self.epoch = LEDGER.epoch
         self.stepped = False
+        self.before: tuple[Release, ...] = ()
+        self.version = grad._version
+
+    @property
+    def owed(self) -> Owed | None:
+        """The noise that it lacks."""
+        return None if self.release is None else self.release.info.owed
+
+    @property
+    def releases(self) -> tuple[Release, ...]:
+        return self.before if self.release is None else (*self.before, self.release)
+
+    def takes(self, release: Release) -> bool:
+        """Whether the gradients of another micro-batch may be added onto this."""
+        usable = self.fault is None and not self.stepped and self.epoch == LEDGER.epoch
+        return usable and self.owed is not None and self.owed == release.info.owed
 
 
 class Pending:
@@ -91,6 +114,11 @@ class Watch:
             content = None
         if content is not None and content.dirty is not None:
             resolve([content])
+        if content is not None and content.takes(release):
+            if content.version != base._version:
+                content.fault = Fault.CHANGED
+            self.pending = Pending(grad, release, content, None)
+            return
         # zero_grad(set_to_none=False) leaves zeros: whether it did is asked on the device and read at the step
         dirty = base.detach().any() if base.layout == torch.strided else torch.ones((), dtype=torch.bool)
         self.pending = Pending(grad, release, content, dirty)
@@ -130,8 +158,12 @@ class Watch:
         elif isinstance(arriving, Fault):
             self.content = Content(grad, None, arriving, tuple(eager_switches()))
         else:
-            self.content = content = Content(grad, arriving.release, None, ())
-            content.earlier, content.dirty = arriving.earlier, arriving.dirty
+            content, earlier = Content(grad, arriving.release, None, ()), arriving.earlier
+            if earlier is not None and arriving.dirty is None:  # one more micro-batch
+                content.before, content.fault = earlier.releases, earlier.fault
+            else:
+                content.earlier, content.dirty = earlier, arriving.dirty
+            self.content = content
 
     def judge(self, grad: Tensor) -> Content | Fault:
         """The content of p.grad, `grad`, if it is exactly one release; else why it may not be stepped on."""
@@ -144,6 +176,8 @@ class Watch:
             resolve([content])
         if content.fault is not None:
             return content.fault
+        if content.owed is not None and not content.stepped and content.version != grad._version:
+            return Fault.CHANGED
         return Fault.VOID if content.epoch != LEDGER.epoch else content
 
     def forget(self) -> None:

@@ -8,6 +8,7 @@ from flashdp_compile.passes.strategies.linear import GRAM, OUTER, STORE
 from flashdp_compile.passes.strategies.materialize import MATERIALIZE
 
 STRATEGIES: tuple[Strategy, ...] = (GRAM, OUTER, STORE, EMBEDDING, TIED, MATERIALIZE)
+MOST_SLACK = max(strategy.slack for strategy in STRATEGIES)
 
 
 def candidates(gradient: ParameterGradient, axes: Axes) -> tuple[Strategy, ...]:

@@ -1,0 +1,296 @@
+"""The engine: one object for a private run, between a model, its data and its optimizer."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import os
+import types
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import flashdp_compile.kernels  # noqa: F401  the ops
+from flashdp_compile.accounting import Sampling
+from flashdp_compile.checks import integer
+from flashdp_compile.engine.journal import Journal
+from flashdp_compile.engine.noise import StepNoise
+from flashdp_compile.engine.plan import make_plan
+from flashdp_compile.errors import BudgetExhaustedError, OptionError, UnprotectedGradientError
+from flashdp_compile.options import Options
+from flashdp_compile.runtime.logical import LogicalBatch
+from flashdp_compile.runtime.release import Release
+
+FORMAT = 1
+STREAMS = 1 << 20  # of one optimizer
+
+_log = logging.getLogger("flashdp_compile")
+
+
+class PrivacyEngine:
+    """A run of DP-SGD within a budget.
+
+        engine = PrivacyEngine(target_epsilon=8.0, target_delta=1e-5, sample_size=len(data), expected_batch_size=256,
+                               epochs=3, max_grad_norm=1.0)
+        model = engine.compile(model)
+        loader = engine.data_loader(data, physical_batch_size=32)
+        optimizer = engine.attach(optimizer)
+
+    Every optimizer step is one release: the clipped sum over a logical batch, in however many micro-batches, divided by
+    `expected_batch_size`, with noise of deviation sigma C / expected_batch_size, added at the step. A step between two
+    micro-batches of a logical batch does nothing but keep the sum.
+
+    Args:
+        target_delta: delta of the guarantee, well below one over the number of samples.
+        expected_batch_size: L, samples of a logical batch: exactly, or in the mean under Poisson sampling.
+        sample_size: the number of samples.
+        target_epsilon: what the run may spend. From it comes the noise, or, if that is given too, the number of steps.
+        noise_multiplier: sigma, the deviation of the noise over C.
+        epochs, steps: how long the run is planned; a step beyond it is refused.
+        max_grad_norm, clipping: as in `Options`.
+        cap: the most samples of a logical batch; if more are drawn, some are left out at random.
+        sampling: for data that no loader of this engine draws: how it is drawn (`accounting.Fixed` and the like).
+        micro_batches: without a loader of this engine, how many backward passes, over different samples, make a step.
+        accountant: "pld" or "rdp".
+        seed: for tests. Noise and samples are then the same in every run, and known to whoever knows the number.
+        journal: a file that keeps count of the steps even if the process dies.
+        options: further options of the backend.
+
+    Raises:
+        OptionError: an argument is missing, not allowed, or contradicts another.
+    """
+
+    def __init__(
+        self,
+        *,
+        target_delta: float,
+        expected_batch_size: int,
+        sample_size: int | None = None,
+        target_epsilon: float | None = None,
+        noise_multiplier: float | None = None,
+        epochs: float | None = None,
+        steps: int | None = None,
+        max_grad_norm: float | Mapping[str, float] = 1.0,
+        clipping: str | Mapping[str, str] = "flat",
+        cap: int | None = None,
+        sampling: Sampling | None = None,
+        micro_batches: int = 1,
+        accountant: str = "pld",
+        seed: int | None = None,
+        journal: str | os.PathLike[str] | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.expected_batch_size = integer("expected_batch_size", expected_batch_size, 1)
+        self.micro_batches = integer("micro_batches", micro_batches, 1)
+        self.seed = integer("seed", seed, 0, optional=True)
+        self.plan = make_plan(
+            target_delta=target_delta,
+            expected_batch_size=self.expected_batch_size,
+            sample_size=sample_size,
+            target_epsilon=target_epsilon,
+            noise_multiplier=noise_multiplier,
+            epochs=epochs,
+            steps=steps,
+            cap=cap,
+            sampling=sampling,
+            accountant=accountant,
+        )
+        own = {
+            "max_grad_norm": max_grad_norm,
+            "clipping": clipping,
+            "noise_multiplier": self.plan.noise_multiplier,
+            "expected_batch_size": self.expected_batch_size,
+            "noise_at": "step",
+        }
+        if twice := sorted({*own, "seed", "grad_scaler"} & {*(options or {})}):
+            raise OptionError(f"options holds {twice[0]!r}, which is the engine's own: give it as an argument")
+        self._options = {**(options or {}), **own}
+        Options.parse(self._options)  # what is not allowed is said now
+        self.steps_done = 0
+        """Steps that have been taken, or may have been."""
+        self.stepped = False
+        """Whether the last call of an optimizer's step took one, or kept the sum of a micro-batch."""
+        self._noise = StepNoise(self.seed)
+        self._attached: weakref.WeakKeyDictionary[Optimizer, LogicalBatch] = weakref.WeakKeyDictionary()
+        self._numbers = 0
+        self._accounted: set[Release] = set()  # the backward passes of the last step
+        self._loader: Any = None
+        self._journal = None if journal is None else Journal(journal, self._configuration())
+        if self._journal is not None:
+            self.steps_done = self._journal.spent
+        if self.seed is not None:
+            _log.warning(
+                "flashdp: seed=%s: whoever knows it can subtract the noise; give none outside tests", self.seed
+            )
+
+    @property
+    def noise_multiplier(self) -> float:
+        """sigma."""
+        return self.plan.noise_multiplier
+
+    @property
+    def steps_left(self) -> int | None:
+        """How many steps the run may still take; None if nothing limits it."""
+        return None if self.plan.steps is None else max(self.plan.steps - self.steps_done, 0)
+
+    def epsilon(self, delta: float | None = None) -> float:
+        """What has been spent so far, at `delta` or at the target's."""
+        return self.plan.epsilon(self.steps_done, delta)
+
+    def compile(self, model: nn.Module, **settings: Any) -> Any:
+        """`torch.compile(model, backend="flashdp")` with the engine's options; `settings` are further arguments of
+        torch.compile. fullgraph is True unless it is among them."""
+        if refused := {"backend", "options", "mode"} & settings.keys():
+            raise OptionError(
+                f"{min(refused)} is the engine's own; options of the backend are an argument of the engine"
+            )
+        return torch.compile(model, backend="flashdp", options=dict(self._options), **{"fullgraph": True, **settings})
+
+    def attach(self, optimizer: Optimizer) -> Optimizer:
+        """Lets the step of an optimizer make releases. Gives the same object."""
+        if not isinstance(optimizer, Optimizer):
+            raise OptionError(f"optimizer is a {type(optimizer).__name__}; allowed: a torch.optim.Optimizer")
+        if optimizer in self._attached:
+            return optimizer
+        if getattr(optimizer.step, "_flashdp_engine", None) is not None:
+            raise OptionError("optimizer is attached to another PrivacyEngine")
+        closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise OptionError(
+                f"{type(optimizer).__name__} evaluates the loss several times in a step, and each evaluation would be "
+                "a release: take an optimizer that needs one gradient"
+            )
+        logical = LogicalBatch(optimizer, self.expected_batch_size)
+        self._attached[optimizer] = logical
+        number, self._numbers = self._numbers, self._numbers + 1
+        original = optimizer.step
+        held = weakref.ref(self)
+
+        @functools.wraps(original)
+        @torch.compiler.disable
+        def step(optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+            engine = held()
+            if engine is None:
+                raise UnprotectedGradientError(
+                    "the PrivacyEngine of this optimizer is gone: keep it as long as you train"
+                )
+            return engine._step(number, logical, original, closure)
+
+        step._flashdp_engine = held  # type: ignore[attr-defined]
+        optimizer.step = types.MethodType(step, optimizer)  # type: ignore[method-assign]
+        return optimizer
+
+    def _step(
+        self, number: int, logical: LogicalBatch, original: Callable[[], Any], closure: Callable[[], Any] | None
+    ) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.stepped = False
+        if not self._is_whole(logical):
+            return loss
+        owed = logical.owed
+        assert owed is not None
+        self._spend(logical)
+        std = self.noise_multiplier * owed.sensitivity / owed.divisor
+
+        def noise(index: int, total: Tensor) -> Tensor:
+            assert index < STREAMS
+            if std == 0:
+                return total
+            return self._noise.add(total, self.steps_done, number * STREAMS + index, std)
+
+        logical.release(f"step {self.steps_done} of the engine", noise)
+        original()
+        self.stepped = True
+        return loss
+
+    def _is_whole(self, logical: LogicalBatch) -> bool:
+        """Whether the logical batch is complete with what is in p.grad now.
+
+        Raises UnprotectedGradientError if a backward pass is missing, or one too many.
+        """
+        held = logical.take()
+        if self._loader is not None:
+            expected, last = self._loader.micro_batches, self._loader.last
+            said = f"the loader has handed out {expected} micro-batches of this logical batch"
+            wrong = held != expected
+        elif not self.plan.own_sampling:
+            logical.clear()
+            raise UnprotectedGradientError(
+                "the samples of this step were not drawn by a loader of this engine, whose accountant assumes Poisson "
+                "sampling. Iterate engine.data_loader(...), or say by sampling= how samples are drawn"
+            )
+        else:
+            expected, last = self.micro_batches, held == self.micro_batches
+            said = f"a step is made of {expected} (micro_batches)"
+            wrong = not 0 < held <= expected
+        if wrong:
+            logical.clear()
+            raise UnprotectedGradientError(
+                f"the gradients of this step hold {held} backward passes, but {said}. Each has one backward, through "
+                "the compiled model, and gradients are cleared at most between two steps. Nothing was released"
+            )
+        return last
+
+    def _spend(self, logical: LogicalBatch) -> None:
+        """Counts a step, before its noise is drawn; several optimizers may share it."""
+        releases = set(logical.releases)
+        if self._accounted & releases:
+            return
+        if self.steps_left == 0:
+            logical.clear()
+            raise BudgetExhaustedError(
+                f"all {self.plan.steps} steps of this run are taken: epsilon is {self.epsilon():.4g} at delta "
+                f"{self.plan.delta:g}"
+                + ("" if self.plan.target_epsilon is None else f", the target {self.plan.target_epsilon:g}")
+                + ". Nothing was released by this step"
+            )
+        if self._journal is not None:
+            self._journal.reserve(self.steps_done + 1, self.plan.steps)
+        self.steps_done += 1
+        self._accounted = releases
+
+    def _configuration(self) -> dict[str, Any]:
+        """What a run that is resumed must have in common with the one that was begun."""
+        names = ("max_grad_norm", "clipping", "noise_multiplier", "expected_batch_size")
+        told = {name: _plain(self._options[name]) for name in names}
+        return {**told, "sampling": repr(self.plan.sampling), "steps": self.plan.steps, "seed": self.seed}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The budget and the place in the data. Noise and samples of a run without a seed are drawn anew after loading:
+        what a process has drawn since this state was saved must never be drawn again."""
+        if self._journal is not None:
+            self._journal.settle(self.steps_done)
+        held = [logical for logical in self._attached.values() if logical.releases]
+        if held:
+            raise OptionError("state_dict was called in the middle of a logical batch: save behind a step")
+        return {"format": FORMAT, "configuration": self._configuration(), "steps_done": self.steps_done}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where `state` was saved. What a journal knows to be spent since stays spent.
+
+        Raises:
+            OptionError: the state is that of another configuration.
+        """
+        if state.get("format") != FORMAT:
+            raise OptionError(f"state has the format {state.get('format')!r}; allowed: {FORMAT}")
+        here = self._configuration()
+        for name in {**here, **state["configuration"]}:
+            if here.get(name) != state["configuration"].get(name):
+                raise OptionError(
+                    f"{name} is {here.get(name)!r}, but was {state['configuration'].get(name)!r} in the run that is "
+                    "resumed: its guarantee is that of one mechanism"
+                )
+        self.steps_done = max(self.steps_done, integer("steps_done", state["steps_done"], 0))
+        self._noise = StepNoise(self.seed)
+
+
+def _plain(value: Any) -> Any:
+    return [[str(k), v] for k, v in value.items()] if isinstance(value, Mapping) else value
