@@ -98,11 +98,12 @@ def _layout(stride: tuple[int, ...], size: int, aligned: bool, has_tma: bool) ->
 
 
 def _address(t: Tensor) -> int:
-    try:
+    from flashdp_compile.compat import is_fake  # late: see common.start
+
+    if not is_fake(t):
         return t.data_ptr()
-    except RuntimeError:  # a fake tensor: allocations are aligned, so its place in one decides
-        offset = t.storage_offset()
-        return offset * t.element_size() if isinstance(offset, int) else 0
+    offset = t.storage_offset()  # allocations are aligned, so its place in one decides
+    return offset * t.element_size() if isinstance(offset, int) else 0
 
 
 def tiles_for(family: str, operands: list[Tensor], *shapes: tuple[int, int]) -> Tiles:

@@ -59,6 +59,7 @@ from flashdp_compile.compat.graphs import (
 )
 from flashdp_compile.compat.launches import (
     has_gluon,
+    is_fake,
     padded_row,
     pin_layouts,
     recorded_launches,
@@ -93,6 +94,7 @@ __all__ = [
     "graph_break",
     "graph_label",
     "has_gluon",
+    "is_fake",
     "hidden_from_dynamo",
     "inductor_option_names",
     "is_argument",

@@ -17,6 +17,7 @@ __all__ = [
     "analysed_once",
     "descriptors_are_views",
     "has_gluon",
+    "is_fake",
     "padded_row",
     "pin_layouts",
     "recorded_launches",
@@ -78,6 +79,13 @@ def _launching_on(device: torch.device) -> Iterator[None]:
     triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=device))
     with torch.cuda.device(device):
         yield
+
+
+def is_fake(t: torch.Tensor) -> bool:
+    """Whether a tensor has no memory. 2.11, 2.13."""
+    from torch._subclasses.fake_tensor import is_fake
+
+    return is_fake(t)
 
 
 def has_gluon() -> bool:
