@@ -25,7 +25,7 @@ _PUBLIC = {
     "Refusal": "flashdp_compile.errors",
     "UnprotectedGradientError": "flashdp_compile.errors",
 }
-_MODULES = ("accounting",)
+_MODULES = ("accounting", "data")
 __all__ = ["__version__", *_MODULES, *_PUBLIC]
 
 

@@ -23,6 +23,9 @@ INSIDE = {
     "flashdp_compile.errors": ("compat",),
     "flashdp_compile.checks": ("errors",),
     "flashdp_compile.options": ("checks", *SHARED),
+    "flashdp_compile.accounting": ("checks", "errors"),
+    "flashdp_compile.data": ("accounting", "checks", "errors"),
+    "flashdp_compile.engine": ("accounting", "checks", "data", "kernels", "options", "runtime", *SHARED),
     "flashdp_compile._version": (),
 }
 # Which packages from outside, beside the standard library. Modules not listed: anything.

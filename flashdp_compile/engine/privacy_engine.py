@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import logging
 import os
-import types
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,9 +13,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import flashdp_compile.kernels  # noqa: F401  the ops
-from flashdp_compile.accounting import Sampling
+from flashdp_compile.accounting import Poisson, Sampling, TruncatedPoisson
 from flashdp_compile.checks import integer
+from flashdp_compile.data import PoissonSampler
+from flashdp_compile.data.loader import rows
+from flashdp_compile.engine.attach import check_optimizer, replace_step
 from flashdp_compile.engine.journal import Journal
+from flashdp_compile.engine.loader import EngineLoader
 from flashdp_compile.engine.noise import StepNoise
 from flashdp_compile.engine.plan import make_plan
 from flashdp_compile.errors import BudgetExhaustedError, OptionError, UnprotectedGradientError
@@ -27,6 +28,7 @@ from flashdp_compile.runtime.logical import LogicalBatch
 from flashdp_compile.runtime.release import Release
 
 FORMAT = 1
+UNLIMITED = 2**31 - 1  # steps of a loader
 STREAMS = 1 << 20  # of one optimizer
 
 _log = logging.getLogger("flashdp_compile")
@@ -119,7 +121,7 @@ class PrivacyEngine:
         self._attached: weakref.WeakKeyDictionary[Optimizer, LogicalBatch] = weakref.WeakKeyDictionary()
         self._numbers = 0
         self._accounted: set[Release] = set()  # the backward passes of the last step
-        self._loader: Any = None
+        self._loader: EngineLoader | None = None
         self._journal = None if journal is None else Journal(journal, self._configuration())
         if self._journal is not None:
             self.steps_done = self._journal.spent
@@ -151,50 +153,63 @@ class PrivacyEngine:
             )
         return torch.compile(model, backend="flashdp", options=dict(self._options), **{"fullgraph": True, **settings})
 
+    def data_loader(
+        self,
+        dataset: Any,
+        *,
+        physical_batch_size: int | None = None,
+        pad: bool = False,
+        read_ahead: int = 0,
+        **dataloader_options: Any,
+    ) -> EngineLoader:
+        """The logical batches of this run, by Poisson sampling, in micro-batches of at most `physical_batch_size`; what
+        is not named here goes to `torch.utils.data.DataLoader`. See `data.private_loader`, also for `pad`.
+
+        It ends with the last step of the run. A new one takes the place of an older one. `read_ahead`: how many batches
+        the training loop takes before it uses them, 1 under Lightning; backward passes come in their order.
+        """
+        how = self.plan.sampling
+        if self.plan.own_sampling or not isinstance(how, (Poisson, TruncatedPoisson)):
+            raise OptionError("sampling is given, which says that samples are drawn elsewhere: leave it out")
+        sampler = PoissonSampler(
+            rows(dataset),
+            how.rate,
+            steps=UNLIMITED if self.plan.steps is None else self.plan.steps,
+            physical_batch_size=physical_batch_size,
+            cap=how.cap if isinstance(how, TruncatedPoisson) else None,
+            seed=self.seed,
+        )
+        loader = EngineLoader(dataset, sampler, pad=pad, read_ahead=read_ahead, **dataloader_options)
+        if sampler.sample_size != how.sample_size:
+            raise OptionError(f"dataset has {sampler.sample_size} rows, but sample_size={how.sample_size}")
+        self._loader = loader
+        self._go_on()
+        return loader
+
+    def _go_on(self) -> None:
+        """Lets the loader go on behind the steps that are done."""
+        for logical in self._attached.values():
+            logical.clear()
+            logical.used = 0
+        if self._loader is not None:
+            self._loader.handed_out.clear()
+            self._loader.load_state_dict({**self._loader.state_dict(), "steps_done": self.steps_done})
+
     def attach(self, optimizer: Optimizer) -> Optimizer:
         """Lets the step of an optimizer make releases. Gives the same object."""
-        if not isinstance(optimizer, Optimizer):
-            raise OptionError(f"optimizer is a {type(optimizer).__name__}; allowed: a torch.optim.Optimizer")
         if optimizer in self._attached:
             return optimizer
-        if getattr(optimizer.step, "_flashdp_engine", None) is not None:
-            raise OptionError("optimizer is attached to another PrivacyEngine")
-        closure = inspect.signature(type(optimizer).step).parameters.get("closure")
-        if closure is not None and closure.default is inspect.Parameter.empty:
-            raise OptionError(
-                f"{type(optimizer).__name__} evaluates the loss several times in a step, and each evaluation would be "
-                "a release: take an optimizer that needs one gradient"
-            )
+        check_optimizer(optimizer)
         logical = LogicalBatch(optimizer, self.expected_batch_size)
         self._attached[optimizer] = logical
         number, self._numbers = self._numbers, self._numbers + 1
-        original = optimizer.step
-        held = weakref.ref(self)
-
-        @functools.wraps(original)
-        @torch.compiler.disable
-        def step(optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
-            engine = held()
-            if engine is None:
-                raise UnprotectedGradientError(
-                    "the PrivacyEngine of this optimizer is gone: keep it as long as you train"
-                )
-            return engine._step(number, logical, original, closure)
-
-        step._flashdp_engine = held  # type: ignore[attr-defined]
-        optimizer.step = types.MethodType(step, optimizer)  # type: ignore[method-assign]
+        replace_step(optimizer, self, lambda engine, original: engine._step(number, logical, original))
         return optimizer
 
-    def _step(
-        self, number: int, logical: LogicalBatch, original: Callable[[], Any], closure: Callable[[], Any] | None
-    ) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def _step(self, number: int, logical: LogicalBatch, original: Callable[[], Any]) -> None:
         self.stepped = False
         if not self._is_whole(logical):
-            return loss
+            return
         owed = logical.owed
         assert owed is not None
         self._spend(logical)
@@ -209,7 +224,6 @@ class PrivacyEngine:
         logical.release(f"step {self.steps_done} of the engine", noise)
         original()
         self.stepped = True
-        return loss
 
     def _is_whole(self, logical: LogicalBatch) -> bool:
         """Whether the logical batch is complete with what is in p.grad now.
@@ -218,9 +232,7 @@ class PrivacyEngine:
         """
         held = logical.take()
         if self._loader is not None:
-            expected, last = self._loader.micro_batches, self._loader.last
-            said = f"the loader has handed out {expected} micro-batches of this logical batch"
-            wrong = held != expected
+            whole, wrong = self._loader.after(logical.used, held)
         elif not self.plan.own_sampling:
             logical.clear()
             raise UnprotectedGradientError(
@@ -228,16 +240,24 @@ class PrivacyEngine:
                 "sampling. Iterate engine.data_loader(...), or say by sampling= how samples are drawn"
             )
         else:
-            expected, last = self.micro_batches, held == self.micro_batches
-            said = f"a step is made of {expected} (micro_batches)"
-            wrong = not 0 < held <= expected
+            whole, wrong = held == self.micro_batches, ""
+            if not 0 < held <= self.micro_batches:
+                wrong = f"a step is made of {self.micro_batches} (micro_batches)"
         if wrong:
-            logical.clear()
+            self._forget(logical)
             raise UnprotectedGradientError(
-                f"the gradients of this step hold {held} backward passes, but {said}. Each has one backward, through "
+                f"the gradients of this step hold {held} backward passes, but {wrong}. Each has one backward, through "
                 "the compiled model, and gradients are cleared at most between two steps. Nothing was released"
             )
-        return last
+        if whole:
+            logical.used += held
+        return whole
+
+    def _forget(self, logical: LogicalBatch) -> None:
+        """Begins anew with what the loader hands out next."""
+        logical.clear()
+        if self._loader is not None:
+            logical.used = max(len(self._loader.handed_out) - self._loader.read_ahead, logical.used)
 
     def _spend(self, logical: LogicalBatch) -> None:
         """Counts a step, before its noise is drawn; several optimizers may share it."""
@@ -290,6 +310,7 @@ class PrivacyEngine:
                 )
         self.steps_done = max(self.steps_done, integer("steps_done", state["steps_done"], 0))
         self._noise = StepNoise(self.seed)
+        self._go_on()
 
 
 def _plain(value: Any) -> Any:

@@ -23,11 +23,13 @@ class LogicalBatch:
     """What the backward passes since the last release have left for the parameters of one optimizer.
 
     `divisor` is what their sums must have been divided by; `owed` is the noise that they lack, once there is one.
+    `used` counts the batches of a loader that went into earlier ones, for whoever draws samples.
     """
 
     def __init__(self, optimizer: Optimizer, divisor: float) -> None:
         self.optimizer, self.divisor = optimizer, divisor
         self.owed: Owed | None = None
+        self.used = 0
         self.releases: dict[Release, None] = {}
         self._sums: dict[int, Tensor] = {}
 
