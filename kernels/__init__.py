@@ -15,12 +15,13 @@
 | embedding_sum(ids, g, weights, num_embeddings) [V, d] | sum_b w_b (gradient of the table of sample b)             |
 | tied_cross(ids, ge, x, gl)               [B]          | <gradient by the embedding, gradient by the tied head>    |
 | add_noise(grad, key, stream, std)        like grad    | grad + std * counter-based standard normal                |
+| add_secure_noise(grad, key, stream, std) like grad    | the same by ChaCha20, rounded to a grid                   |
 | vector_sqnorms(values)                   [B]          | sum_i |v_ib|^2 of several small v                         |
 | vector_sums(values, weights, key, streams, std) [n], ... | sum_b w_b v_b, with noise, of several small v       |
 | group_weights(values, norms, ...)       2 x [K, B] | clip weights of several groups, and their squared norms   |
 
 Common rules. x is [B, T, d], g is [B, T, p]: any strides, any size may be 0 or 1. Results are float32, or float64
-where an operand is float64 (outer_store's product and add_noise keep the dtype of x and grad); they are fresh and
+where an operand is float64 (outer_store's product and both noises keep the dtype of x and grad); they are fresh and
 contiguous, and a kernel gives the same bits on every run. Samples do not mix: a NaN of one sample stays in that
 sample's row, and a sample of weight 0 is not read at all. CUDA tensors of 16 or 32 bits take the Triton kernel,
 everything else the twin (`reference`), which is also the oracle of the tests.

@@ -12,15 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-import flashdp_compile.kernels  # noqa: F401  the ops
 from flashdp_compile.accounting import Poisson, Sampling, TruncatedPoisson
-from flashdp_compile.checks import integer
+from flashdp_compile.checks import choice, integer
 from flashdp_compile.data import PoissonSampler
 from flashdp_compile.data.loader import rows
 from flashdp_compile.engine.attach import check_optimizer, replace_step
 from flashdp_compile.engine.journal import Journal
 from flashdp_compile.engine.loader import EngineLoader
-from flashdp_compile.engine.noise import StepNoise
+from flashdp_compile.engine.noise import NOISES
 from flashdp_compile.engine.plan import make_plan
 from flashdp_compile.errors import BudgetExhaustedError, OptionError, UnprotectedGradientError
 from flashdp_compile.options import Options
@@ -59,6 +58,7 @@ class PrivacyEngine:
         sampling: for data that no loader of this engine draws: how it is drawn (`accounting.Fixed` and the like).
         micro_batches: without a loader of this engine, how many backward passes, over different samples, make a step.
         accountant: "pld" or "rdp".
+        noise: "secure" (docs/secure-noise.md), or "philox", which is faster and can be predicted by whoever breaks it.
         seed: for tests. Noise and samples are then the same in every run, and known to whoever knows the number.
         journal: a file that keeps count of the steps even if the process dies.
         options: further options of the backend.
@@ -83,6 +83,7 @@ class PrivacyEngine:
         sampling: Sampling | None = None,
         micro_batches: int = 1,
         accountant: str = "pld",
+        noise: str = "secure",
         seed: int | None = None,
         journal: str | os.PathLike[str] | None = None,
         options: Mapping[str, Any] | None = None,
@@ -117,7 +118,8 @@ class PrivacyEngine:
         """Steps that have been taken, or may have been."""
         self.stepped = False
         """Whether the last call of an optimizer's step took one, or kept the sum of a micro-batch."""
-        self._noise = StepNoise(self.seed)
+        self.noise = choice("noise", noise, tuple(NOISES))
+        self._noise = NOISES[self.noise](self.seed)
         self._attached: weakref.WeakKeyDictionary[Optimizer, LogicalBatch] = weakref.WeakKeyDictionary()
         self._numbers = 0
         self._accounted: set[Release] = set()  # the backward passes of the last step
@@ -125,6 +127,10 @@ class PrivacyEngine:
         self._journal = None if journal is None else Journal(journal, self._configuration())
         if self._journal is not None:
             self.steps_done = self._journal.spent
+        if self.noise == "philox":
+            _log.warning(
+                "flashdp: noise='philox' is no cryptographic generator: whoever can predict it can subtract it"
+            )
         if self.seed is not None:
             _log.warning(
                 "flashdp: seed=%s: whoever knows it can subtract the noise; give none outside tests", self.seed
@@ -281,7 +287,13 @@ class PrivacyEngine:
         """What a run that is resumed must have in common with the one that was begun."""
         names = ("max_grad_norm", "clipping", "noise_multiplier", "expected_batch_size")
         told = {name: _plain(self._options[name]) for name in names}
-        return {**told, "sampling": repr(self.plan.sampling), "steps": self.plan.steps, "seed": self.seed}
+        return {
+            **told,
+            "sampling": repr(self.plan.sampling),
+            "steps": self.plan.steps,
+            "noise": self.noise,
+            "seed": self.seed,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """The budget and the place in the data. Noise and samples of a run without a seed are drawn anew after loading:
@@ -309,7 +321,7 @@ class PrivacyEngine:
                     "resumed: its guarantee is that of one mechanism"
                 )
         self.steps_done = max(self.steps_done, integer("steps_done", state["steps_done"], 0))
-        self._noise = StepNoise(self.seed)
+        self._noise = NOISES[self.noise](self.seed)
         self._go_on()
 
 

@@ -13,7 +13,7 @@ import torch
 from engine.runs import backward, copies, engine, mlp, samples
 from flashdp_compile import OptionError
 from flashdp_compile.engine.journal import RESERVED, Journal
-from flashdp_compile.engine.noise import StepNoise
+from flashdp_compile.engine.noise import NOISES, SecureNoise
 
 
 def run(its, model, optimizer, steps):
@@ -45,8 +45,9 @@ def test_a_resumed_run_is_an_unbroken_one():
     assert all(torch.equal(a, b) for a, b in zip(whole, model.parameters(), strict=True))
 
 
-def test_without_a_seed_noise_is_drawn_anew_after_loading():
-    its = engine(noise_multiplier=1.0)
+@pytest.mark.parametrize("noise", NOISES)
+def test_without_a_seed_noise_is_drawn_anew_after_loading(noise):
+    its = engine(noise_multiplier=1.0, noise=noise)
     total = torch.zeros(100)
     before = its._noise.add(total, 1, 0, 1.0)
     its.load_state_dict(its.state_dict())
@@ -62,6 +63,7 @@ def test_without_a_seed_noise_is_drawn_anew_after_loading():
         ({"expected_batch_size": 4}, "expected_batch_size"),
         ({"steps": 7}, "steps"),
         ({"seed": 1}, "seed"),
+        ({"noise": "philox"}, "noise"),
     ],
 )
 def test_another_mechanism_is_not_resumed(changed, named, tmp_path):
@@ -109,7 +111,7 @@ def test_a_file_that_is_no_journal(tmp_path):
 def take_steps(path, pipe):
     """What a process does until it is killed: a step is reserved, its noise drawn, and told to the parent."""
     torch.set_num_threads(1)
-    journal, noise = Journal(path, {}), StepNoise(None)
+    journal, noise = Journal(path, {}), SecureNoise(None)
     step = journal.spent
     while True:
         step += 1
@@ -122,7 +124,7 @@ def take_steps(path, pipe):
 def test_fifty_kills(tmp_path):
     """Nothing spent is lost and no draw is repeated, whenever the process dies."""
     path, times, record = tmp_path / "run.json", random.Random(0), struct.Struct("<q8f")
-    StepNoise(None).add(torch.zeros(8), 0, 0, 1.0)  # loads what a child would have to load
+    SecureNoise(None).add(torch.zeros(8), 0, 0, 1.0)  # loads what a child would have to load
     seen: set[tuple] = set()
     last = taken = 0
     for _ in range(50):

@@ -84,9 +84,9 @@ def noise_of(parts, model, **settings):
     return draws
 
 
-@pytest.mark.parametrize("parts", [1, 4])
-def test_noise_comes_once(parts):
-    first, second = noise_of(parts, mlp(30_000))
+@pytest.mark.parametrize(("parts", "noise"), [(1, "secure"), (4, "secure"), (4, "philox")])
+def test_noise_comes_once(parts, noise):
+    first, second = noise_of(parts, mlp(30_000), noise=noise)
     for draw in (*first, *second):
         if draw.numel() > 1000:
             assert draw.std().item() == pytest.approx(BOUND / BATCH, rel=0.02)
@@ -98,7 +98,7 @@ def test_noise_comes_once(parts):
 def test_a_seed_replays_and_nothing_else_does():
     for seed, equal in ((3, True), (None, False)):
         one, other = (noise_of(1, mlp(), seed=seed)[0] for _ in range(2))
-        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(one, other, strict=True)) == equal
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(one, other, strict=True)) == equal
 
 
 def refuses(optimizer, *texts, model):
