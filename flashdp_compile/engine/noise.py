@@ -46,8 +46,8 @@ class SecureNoise:
 
 
 def _try_out(device: torch.device) -> None:
-    """Raises InternalError unless the kernel draws on this device what its twin draws on the CPU: nobody would see noise
-    that is wrong."""
+    """Raises InternalError unless the kernel draws on this device what its twin draws on the CPU: wrong noise would be
+    seen by nobody."""
     key, std = secure_key.derived(0, "known answer"), 0.75
     found = torch.ops.flashdp.add_secure_noise(torch.zeros(_TRIED, device=device), key.to(device), 3, std)
     expected = std * secure_gaussian(_TRIED, key, 3)
