@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from generate.test_generated_layers import IN_CI
+from generate.test_generated_layers import ON_PAGE
 from zoo import CASES, REFUSED, coverage
 from zoo.schedule import CLIPPINGS, ONCE
 
@@ -24,5 +24,5 @@ def test_the_page_leaves_nothing_out():
         if "equal" not in case.tags:
             assert settings[name] >= {*CLIPPINGS, "one sample"} or (case.tags & ONCE and settings[name]), name
     assert {line["model"] for line in lines if "model" in line} == set(REFUSED)
-    assert {line["number"] for line in lines if "kind" in line} == set(range(IN_CI))
+    assert {line["number"] for line in lines if "kind" in line} == set(range(ON_PAGE))
     assert all(line["value"] < ALLOWED[line["setting"]] for line in lines if "value" in line)

@@ -17,7 +17,7 @@ from generate.judge import Verdict, Wrong, in_bounds, judge
 from generate.layers import KINDS
 from zoo import Model, coverage
 
-IN_CI, IN_ALL, CHUNK = 310, 3300, 100
+IN_CI, ON_PAGE, IN_ALL, CHUNK = 120, 310, 3300, 100
 
 
 def judged(number: int, alone: bool) -> Verdict:
@@ -29,7 +29,9 @@ def judged(number: int, alone: bool) -> Verdict:
     return verdict
 
 
-@pytest.mark.parametrize("number", range(IN_CI))
+@pytest.mark.parametrize(
+    "number", [n if n < IN_CI else pytest.param(n, marks=pytest.mark.full) for n in range(ON_PAGE)]
+)
 def test_exact_or_rightly_refused(number):
     """A model that float32 cannot resolve is no test of anything; `test_the_models_are_different` counts the others."""
     if judged(number, alone=number % 8 == 0).unresolved:
@@ -37,7 +39,7 @@ def test_exact_or_rightly_refused(number):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("first", range(IN_CI, IN_ALL, CHUNK))
+@pytest.mark.parametrize("first", range(ON_PAGE, IN_ALL, CHUNK))
 def test_more_of_them(first):
     wrong, seen = [], collections.Counter()
     for number in range(first, first + CHUNK):
@@ -52,7 +54,7 @@ def test_more_of_them(first):
 
 
 def test_the_models_are_different():
-    drawn = [draw(number) for number in range(IN_CI)]
+    drawn = [draw(number) for number in range(ON_PAGE)]
     assert len({d.text for d in drawn}) >= 300
     begun = collections.Counter(d.kinds[0] for d in drawn)
     assert set(begun) == set(ORDER) and min(begun.values()) >= 8
