@@ -65,6 +65,8 @@ class _Recorder(fx.Interpreter):
     def run_node(self, node: fx.Node) -> Any:
         result = super().run_node(node)
         name = "output" if node.op == "output" else f"%{node.name}"  # a value may be called output as well
+        if isinstance(result, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(result):
+            return result  # inside a vmap, and nothing outside of it
         self.seen[name] = result.clone() if isinstance(result, Tensor) else result
         return result
 
