@@ -25,7 +25,7 @@ _PUBLIC = {
     "Refusal": "flashdp_compile.errors",
     "UnprotectedGradientError": "flashdp_compile.errors",
 }
-_MODULES = ("accounting", "data")
+_MODULES = ("accounting", "audit", "data")
 __all__ = ["__version__", *_MODULES, *_PUBLIC]
 
 

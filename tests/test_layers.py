@@ -24,6 +24,7 @@ INSIDE = {
     "flashdp_compile.checks": ("errors",),
     "flashdp_compile.options": ("checks", *SHARED),
     "flashdp_compile.accounting": ("checks", "errors"),
+    "flashdp_compile.audit": ("accounting", "checks", "engine", "options", "passes", *SHARED),
     "flashdp_compile.data": ("accounting", "checks", "errors"),
     "flashdp_compile.engine": ("accounting", "checks", "data", "kernels", "options", "runtime", *SHARED),
     "flashdp_compile._version": (),
