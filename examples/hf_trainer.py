@@ -47,10 +47,6 @@ class PrivateTrainer(Trainer):
         loss = sequence_losses(outputs.logits, labels).mean()
         return (loss, outputs) if return_outputs else loss
 
-    def _get_grad_norm(self, model, grad_norm=None):
-        """Before its noise the norm of a gradient tells about the samples, and taking it writes into the gradient."""
-        return 0.0
-
 
 class StopWithTheBudget(TrainerCallback):
     """The Trainer counts micro-batches as steps; the engine knows when the run is over."""
@@ -86,7 +82,6 @@ def main() -> None:
             args=TrainingArguments(
                 output_dir=folder,
                 max_steps=10**6,  # the budget ends the run
-                max_grad_norm=0.0,  # samples are clipped already
                 remove_unused_columns=False,
                 logging_strategy="no",
                 save_strategy="no",

@@ -108,7 +108,8 @@ def _owed(trainable: Mapping[str, torch.Tensor], options: Options) -> guard.Owed
     groups = form_groups(list(trainable), options.clipping, options.max_grad_norm)
     divisor = options.expected_batch_size if options.loss_reduction == "mean" else 1
     assert divisor is not None
-    return guard.Owed(sensitivity(groups) * (1 + MOST_SLACK), float(divisor))
+    graphs = options.mode in ("reduce-overhead", "max-autotune") or bool(options.inductor.get("triton.cudagraphs"))
+    return guard.Owed(sensitivity(groups) * (1 + MOST_SLACK), float(divisor), reused=graphs)
 
 
 def _refuse_foreign_hooks() -> None:

@@ -24,6 +24,9 @@ def check_optimizer(optimizer: Any) -> None:
     """Raises OptionError unless `optimizer` steps on gradients that are there before, and is nobody's yet."""
     if not isinstance(optimizer, Optimizer):
         raise OptionError(f"optimizer is a {type(optimizer).__name__}; allowed: a torch.optim.Optimizer")
+    listed = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    if len(set(listed)) < len(listed):
+        raise OptionError("optimizer lists a parameter twice")
     if getattr(optimizer.step, _MARK, None) is not None:
         raise OptionError("optimizer is attached to another PrivacyEngine")
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
@@ -43,7 +46,7 @@ def replace_step(optimizer: Optimizer, engine: Any, instead: Instead) -> None:
 
     @functools.wraps(original)
     @torch.compiler.disable
-    def step(optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+    def step(optimizer: Optimizer, closure: Callable[[], Any] | None = None, **more: Any) -> Any:
         alive = held()
         if alive is None:
             raise UnprotectedGradientError("the PrivacyEngine of this optimizer is gone: keep it as long as you train")
@@ -51,7 +54,7 @@ def replace_step(optimizer: Optimizer, engine: Any, instead: Instead) -> None:
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        instead(alive, original)
+        instead(alive, functools.partial(original, **more))
         return loss
 
     setattr(step, _MARK, held)

@@ -6,6 +6,7 @@ training down. What a process that dies has reserved counts as spent: too much i
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -36,6 +37,19 @@ class Journal:
                         f"{self._configuration.get(name)!r}: a run is resumed as it was begun, or has a file of its own"
                     )
         self._reserved = self.spent
+        self._lock = self._locked()
+
+    def _locked(self) -> Any:
+        """A lock that no other process or journal has, as long as this one lives: two would each count for itself."""
+        try:
+            lock = self.path.with_name(f"{self.path.name}.lock").open("w")
+        except OSError as error:
+            raise OptionError(f"journal={str(self.path)!r} cannot be written ({error})") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise OptionError(f"journal={str(self.path)!r} is in use by another run") from error
+        return lock
 
     def reserve(self, steps: int, limit: int | None) -> None:
         """Returns once the file says that `steps` may have been spent."""

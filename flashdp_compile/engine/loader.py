@@ -1,40 +1,80 @@
-"""The engine's loader, which remembers what it has handed out until backward passes have used it."""
+"""The engine's loader, which knows what it has handed out, and tells every forward what it may be working on."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from flashdp_compile.checks import integer
 from flashdp_compile.data import PrivateLoader
+from flashdp_compile.runtime.release import LEDGER, Release
+
+_tokens = itertools.count()  # names of loaders: unlike an id, never used again
+REMEMBERED = 1000  # micro-batches, by the backward that used them
 
 
 class HandedOut(NamedTuple):
-    """A micro-batch: of which logical batch, and whether it ends it."""
+    """A micro-batch: of which logical batch of which iteration, and whether it ends it."""
 
+    iteration: int
     logical: int
     last: bool
 
 
 class EngineLoader(PrivateLoader):
-    """`read_ahead` is how many batches a training loop takes before it uses them."""
+    """`read_ahead` is how many batches a training loop takes before it uses them. `begins` is called when the loader is
+    iterated, again or for the first time: a logical batch that was cut short is drawn anew then."""
 
-    def __init__(self, *args: Any, read_ahead: int = 0, **options: Any) -> None:
+    def __init__(self, *args: Any, begins: Callable[[], None], read_ahead: int = 0, **options: Any) -> None:
         super().__init__(*args, **options)
         self.read_ahead = integer("read_ahead", read_ahead, 0)
         self.handed_out: list[HandedOut] = []
+        self._begins = begins
+        self._token = next(_tokens)
+        self._users: dict[int, Release] = {}
+
+    def __iter__(self) -> Iterator[Any]:
+        self._begins()
+        return super().__iter__()
 
     def _handed_out(self, batch: Any, size: int) -> Any:
-        self.handed_out.append(HandedOut(self.steps_done - self.last, self.last))
+        self.handed_out.append(HandedOut(self._iteration, self.steps_done - self.last, self.last))
+        known: Mapping[int, int] = LEDGER.batch or {}  # type: ignore[assignment]
+        LEDGER.batch = {**known, self._token: len(self.handed_out) - 1}
         return super()._handed_out(batch, size)
 
-    def after(self, used: int, passes: int) -> tuple[bool, str]:
-        """Whether a logical batch is complete with the last of so many `passes` behind the first `used` batches; and
-        what is wrong with them, if anything is."""
-        mine = self.handed_out[used : used + passes]
-        handed = self.handed_out[used : max(len(self.handed_out) - self.read_ahead, used)]
-        if passes == 0 or len(mine) < passes or len(handed) > passes:
-            several = f"{len(handed)} micro-batches" if len(handed) != 1 else "1 micro-batch"
-            return False, f"the loader has handed out {several} for them"
-        if mine[0].logical != mine[-1].logical:
-            return False, "the loader has handed out samples of several logical batches for them"
-        return mine[-1].last, ""
+    def used_by(self, releases: Sequence[Release], used: int) -> tuple[list[int], str]:
+        """The places among `handed_out` of the micro-batches that these backward passes went through, which must be all
+        of their logical batch so far; and what is wrong, if anything is. `used` batches are behind the loop."""
+        places = [(release.batch or {}).get(self._token) for release in releases]  # type: ignore[attr-defined]
+        if self.read_ahead:  # a forward only knows how far the loop had read: passes come in order
+            told, places = places, list(range(used, used + len(releases)))
+            if any(t is None or not at <= t <= at + self.read_ahead for t, at in zip(told, places, strict=True)):
+                return [], self._said(len(self.handed_out) - used)
+        if not places or None in places:
+            return [], self._said(max(len(self.handed_out) - self.read_ahead - used, 0))
+        found = [place for place in places if place is not None]
+        expected = self._logical_batch(found[-1])
+        if found != expected or len(self.handed_out) - 1 - found[-1] > self.read_ahead:
+            return [], self._said(len(self._logical_batch(len(self.handed_out) - 1 - self.read_ahead)))
+        for place, release in zip(found, releases, strict=True):
+            if self._users.setdefault(place, release) is not release:
+                return (
+                    [],
+                    "another backward has used these samples already: two releases of them are one step of less noise",
+                )
+        if len(self._users) > REMEMBERED:
+            self._users = {place: user for place, user in self._users.items() if place >= found[0] - REMEMBERED // 2}
+        return found, ""
+
+    def _logical_batch(self, place: int) -> list[int]:
+        """The places of a logical batch up to this one."""
+        mine, first = self.handed_out[place], place
+        while first and self.handed_out[first - 1][:2] == mine[:2]:
+            first -= 1
+        return list(range(first, place + 1))
+
+    def _said(self, count: int) -> str:
+        several = "1 micro-batch" if count == 1 else f"{count} micro-batches"
+        return f"the loader has handed out {several} for them, each of which goes through one forward and one backward"

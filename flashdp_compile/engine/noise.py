@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 import flashdp_compile.kernels  # noqa: F401  the ops
-from flashdp_compile.errors import InternalError
+from flashdp_compile.errors import InternalError, OptionError
 from flashdp_compile.kernels.secure_noise import grid, secure_gaussian
 from flashdp_compile.runtime import secure_key
 
@@ -79,4 +79,9 @@ class PhiloxNoise:
         return self._keys[device]
 
 
+def _no_copy(self: Any) -> NoReturn:
+    raise OptionError("noise cannot be copied: two of them would draw the same")
+
+
+SecureNoise.__reduce__ = PhiloxNoise.__reduce__ = _no_copy  # type: ignore[method-assign, assignment]
 NOISES: dict[str, Any] = {"secure": SecureNoise, "philox": PhiloxNoise}

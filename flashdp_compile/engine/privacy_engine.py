@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -113,6 +113,10 @@ class PrivacyEngine:
         if twice := sorted({*own, "seed", "grad_scaler"} & {*(options or {})}):
             raise OptionError(f"options holds {twice[0]!r}, which is the engine's own: give it as an argument")
         self._options = {**(options or {}), **own}
+        if (options or {}).get("loss_reduction", "mean") != "mean":
+            raise OptionError(
+                "options holds loss_reduction, but a step is divided by expected_batch_size: call backward on means"
+            )
         Options.parse(self._options)  # what is not allowed is said now
         self.steps_done = 0
         """Steps that have been taken, or may have been."""
@@ -123,6 +127,7 @@ class PrivacyEngine:
         self._attached: weakref.WeakKeyDictionary[Optimizer, LogicalBatch] = weakref.WeakKeyDictionary()
         self._numbers = 0
         self._accounted: set[Release] = set()  # the backward passes of the last step
+        self._drawn: set[int] = set()  # the optimizers that have drawn noise in it
         self._loader: EngineLoader | None = None
         self._journal = None if journal is None else Journal(journal, self._configuration())
         if self._journal is not None:
@@ -185,7 +190,9 @@ class PrivacyEngine:
             cap=how.cap if isinstance(how, TruncatedPoisson) else None,
             seed=self.seed,
         )
-        loader = EngineLoader(dataset, sampler, pad=pad, read_ahead=read_ahead, **dataloader_options)
+        loader = EngineLoader(
+            dataset, sampler, pad=pad, read_ahead=read_ahead, begins=self._begin, **dataloader_options
+        )
         if sampler.sample_size != how.sample_size:
             raise OptionError(f"dataset has {sampler.sample_size} rows, but sample_size={how.sample_size}")
         self._loader = loader
@@ -194,11 +201,8 @@ class PrivacyEngine:
 
     def _go_on(self) -> None:
         """Lets the loader go on behind the steps that are done."""
-        for logical in self._attached.values():
-            logical.clear()
-            logical.used = 0
+        self._begin()
         if self._loader is not None:
-            self._loader.handed_out.clear()
             self._loader.load_state_dict({**self._loader.state_dict(), "steps_done": self.steps_done})
 
     def attach(self, optimizer: Optimizer) -> Optimizer:
@@ -214,50 +218,53 @@ class PrivacyEngine:
 
     def _step(self, number: int, logical: LogicalBatch, original: Callable[[], Any]) -> None:
         self.stepped = False
-        if not self._is_whole(logical):
-            return
-        owed = logical.owed
-        assert owed is not None
-        self._spend(logical)
-        std = self.noise_multiplier * owed.sensitivity / owed.divisor
+        try:
+            releases = self._whole(logical)
+            if not releases:
+                return
+            self._spend(number, releases)
+            owed = logical.owed()
+            assert owed is not None
+            std = self.noise_multiplier * owed.sensitivity / owed.divisor
 
-        def noise(index: int, total: Tensor) -> Tensor:
-            assert index < STREAMS
-            if std == 0:
-                return total
-            return self._noise.add(total, self.steps_done, number * STREAMS + index, std)
+            def noise(index: int, total: Tensor) -> Tensor:
+                assert index < STREAMS
+                return self._noise.add(total, self.steps_done, number * STREAMS + index, std) if std else total
 
-        logical.release(f"step {self.steps_done} of the engine", noise)
+            logical.release(f"step {self.steps_done} of the engine", noise)
+        except BaseException:
+            self._forget(logical)
+            raise
         original()
         self.stepped = True
 
-    def _is_whole(self, logical: LogicalBatch) -> bool:
-        """Whether the logical batch is complete with what is in p.grad now.
+    def _whole(self, logical: LogicalBatch) -> list[Release]:
+        """The backward passes of a logical batch that is complete; none if more are to come.
 
-        Raises UnprotectedGradientError if a backward pass is missing, or one too many.
+        Raises UnprotectedGradientError if one is missing, or one too many.
         """
-        held = logical.take()
+        releases = logical.releases()
         if self._loader is not None:
-            whole, wrong = self._loader.after(logical.used, held)
+            places, wrong = self._loader.used_by(releases, logical.used)
+            whole = bool(places) and self._loader.handed_out[places[-1]].last
         elif not self.plan.own_sampling:
-            logical.clear()
             raise UnprotectedGradientError(
                 "the samples of this step were not drawn by a loader of this engine, whose accountant assumes Poisson "
                 "sampling. Iterate engine.data_loader(...), or say by sampling= how samples are drawn"
             )
         else:
-            whole, wrong = held == self.micro_batches, ""
-            if not 0 < held <= self.micro_batches:
+            whole, wrong = len(releases) == self.micro_batches, ""
+            if not 0 < len(releases) <= self.micro_batches:
                 wrong = f"a step is made of {self.micro_batches} (micro_batches)"
         if wrong:
-            self._forget(logical)
             raise UnprotectedGradientError(
-                f"the gradients of this step hold {held} backward passes, but {wrong}. Each has one backward, through "
-                "the compiled model, and gradients are cleared at most between two steps. Nothing was released"
+                f"this step holds {len(releases)} backward passes through the compiled model, but {wrong}. A trainer "
+                "accumulates nothing itself (gradient_accumulation_steps=1). Nothing was released, and the next "
+                "logical batch begins anew"
             )
-        if whole:
-            logical.used += held
-        return whole
+        if whole and self._loader is not None:
+            logical.used = places[-1] + 1
+        return releases if whole else []
 
     def _forget(self, logical: LogicalBatch) -> None:
         """Begins anew with what the loader hands out next."""
@@ -265,13 +272,13 @@ class PrivacyEngine:
         if self._loader is not None:
             logical.used = max(len(self._loader.handed_out) - self._loader.read_ahead, logical.used)
 
-    def _spend(self, logical: LogicalBatch) -> None:
-        """Counts a step, before its noise is drawn; several optimizers may share it."""
-        releases = set(logical.releases)
-        if self._accounted & releases:
+    def _spend(self, number: int, releases: Sequence[Release]) -> None:
+        """Counts a step, before its noise is drawn. Optimizers share one if they share its backward passes; each draws
+        once in it."""
+        if number not in self._drawn and set(releases) <= self._accounted:
+            self._drawn.add(number)
             return
         if self.steps_left == 0:
-            logical.clear()
             raise BudgetExhaustedError(
                 f"all {self.plan.steps} steps of this run are taken: epsilon is {self.epsilon():.4g} at delta "
                 f"{self.plan.delta:g}"
@@ -281,7 +288,13 @@ class PrivacyEngine:
         if self._journal is not None:
             self._journal.reserve(self.steps_done + 1, self.plan.steps)
         self.steps_done += 1
-        self._accounted = releases
+        self._accounted, self._drawn = set(releases), {number}
+
+    def _begin(self) -> None:
+        """The loader is iterated: what an iteration before it has left unfinished is drawn anew."""
+        for logical in self._attached.values():
+            logical.clear()
+            logical.used = 0 if self._loader is None else len(self._loader.handed_out)
 
     def _configuration(self) -> dict[str, Any]:
         """What a run that is resumed must have in common with the one that was begun."""
@@ -296,13 +309,13 @@ class PrivacyEngine:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The budget and the place in the data. Noise and samples of a run without a seed are drawn anew after loading:
-        what a process has drawn since this state was saved must never be drawn again."""
+        """The budget and the place in the data; a logical batch that is not complete is drawn anew.
+
+        So are noise and samples of a run without a seed after loading: what a process has drawn since this state was
+        saved must never be drawn again.
+        """
         if self._journal is not None:
             self._journal.settle(self.steps_done)
-        held = [logical for logical in self._attached.values() if logical.releases]
-        if held:
-            raise OptionError("state_dict was called in the middle of a logical batch: save behind a step")
         return {"format": FORMAT, "configuration": self._configuration(), "steps_done": self.steps_done}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -323,6 +336,11 @@ class PrivacyEngine:
         self.steps_done = max(self.steps_done, integer("steps_done", state["steps_done"], 0))
         self._noise = NOISES[self.noise](self.seed)
         self._go_on()
+
+    def __reduce__(self) -> NoReturn:
+        raise OptionError(
+            "a PrivacyEngine cannot be copied: two of them would draw the same noise. Save its state_dict"
+        )
 
 
 def _plain(value: Any) -> Any:

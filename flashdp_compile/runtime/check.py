@@ -12,7 +12,7 @@ from flashdp_compile.compat import compile_calls, modules_compiled_by
 from flashdp_compile.errors import UnprotectedGradientError
 from flashdp_compile.runtime.messages import parameter_name, refusal
 from flashdp_compile.runtime.release import LEDGER, Release
-from flashdp_compile.runtime.watch import Content, Fault, Watch, find, resolve, watch
+from flashdp_compile.runtime.watch import Content, Fault, Held, Watch, find, resolve, watch
 
 BACKEND_MARK = "_flashdp_backend"
 
@@ -78,8 +78,8 @@ class Found(NamedTuple):
     releases: list[Release]
 
 
-def examine(optimizer: Optimizer, *, stepped_too: bool = False, owed: bool = False) -> Found:
-    """What the gradients of an optimizer are. `owed`: whether they should be sums that lack their noise."""
+def examine(optimizer: Optimizer, *, stepped_too: bool = False, held: bool = False) -> Found:
+    """What the gradients of an optimizer are. `held`: whether sums that lack their noise are what should be found."""
     pairs = [(parameter, find(parameter)) for group in optimizer.param_groups for parameter in group["params"]]
     if all(watched is None for _, watched in pairs):
         if _is_public(optimizer, len(pairs)):
@@ -91,24 +91,35 @@ def examine(optimizer: Optimizer, *, stepped_too: bool = False, owed: bool = Fal
     faults: dict[Fault, list[int]] = {}
     clean: list[tuple[int, Content]] = []
     for index, (parameter, watched) in enumerate(pairs):
+        if watched is not None and watched.held is not None and (fault := _fault_of(watched.held, held)) is not None:
+            faults.setdefault(fault, []).append(index)
         grad = parameter.grad
         if grad is None:
             continue
         found = Fault.PLAIN if watched is None else watched.judge(grad)
-        if isinstance(found, Content) and (found.owed is not None) != owed and not found.stepped:
-            found = Fault.FOREIGN if owed else Fault.OWED
+        if isinstance(found, Content) and held and not found.stepped:
+            found = Fault.FOREIGN
         if isinstance(found, Content) and (stepped_too or not found.stepped):
             clean.append((index, found))
         elif isinstance(found, Fault):
             faults.setdefault(found, []).append(index)
-        elif grad.any():  # zeroed since its step and not used in this one is as good as None
+        elif not held and grad.any():  # zeroed since its step and not used in this one is as good as None
             faults.setdefault(Fault.STEPPED, []).append(index)
 
-    releases = list(dict.fromkeys(release for _, content in clean for release in content.releases))
+    if held:
+        sums = (watched.held for _, watched in pairs if watched is not None and watched.held is not None)
+        releases = list(dict.fromkeys(release for one in sums for release in one.releases))
+    else:
+        releases = list(dict.fromkeys(content.release for _, content in clean if content.release is not None))
     if not stepped_too and any(len(release.peers) > 1 for release in releases):
-        faults.setdefault(Fault.GRAPHS, []).extend(index for index, _ in clean)
+        holding = [at for at, (_, watched) in enumerate(pairs) if held and watched is not None and watched.held]
+        faults.setdefault(Fault.GRAPHS, []).extend(holding or (index for index, _ in clean))
         releases = list(dict.fromkeys(peer for release in releases for peer in release.peers))
     return Found(pairs, faults, clean, releases)
+
+
+def _fault_of(sums: Held, wanted: bool) -> Fault | None:
+    return sums.fault if wanted else Fault.OWED
 
 
 def refuse(optimizer: Optimizer, found: Found, closure: bool = False) -> NoReturn:

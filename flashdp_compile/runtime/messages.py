@@ -85,15 +85,15 @@ EXPLANATIONS = {
         "call engine.attach(optimizer) before the first step, and let nothing but its own step method step it",
     ),
     Fault.FOREIGN: Explanation(
-        "the gradient was not made by what this engine compiled",
+        "the gradient was not made by what this engine compiled, or owes other noise than the micro-batches before",
         "its bound, its noise or its divisor are others than those that the engine accounts for",
-        "train the model that engine.compile(model) returned, and keep other models in an optimizer of their own",
+        "train the model that engine.compile(model) returned, keep other models in an optimizer of their own, and "
+        "freeze or thaw parameters between two logical batches only",
     ),
-    Fault.CHANGED: Explanation(
-        "p.grad was changed in place before its noise was added",
-        "the noise at the step covers the clipped sum as it left the backward, and nothing that was made of it",
-        "leave gradients alone between backward and step: samples are clipped already, so clip_grad_norm_ (a trainer's "
-        "max_grad_norm) and a GradScaler have to go",
+    Fault.REPEATED: Explanation(
+        "two backward passes went through one forward",
+        "each of them clips every sample to the whole bound, so together they exceed it",
+        "add the losses up and call backward once",
     ),
 }
 

@@ -4,7 +4,7 @@ import functools
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from flashdp_compile.compat import COMPILED_BACKWARD, hidden_from_dynamo, left_o
 from flashdp_compile.errors import FlashDPError, Refusal
 from flashdp_compile.runtime.messages import listed
 from flashdp_compile.runtime.release import LEDGER, Release, ReleaseInfo
-from flashdp_compile.runtime.watch import Watch, watch
+from flashdp_compile.runtime.watch import Fault, Watch, watch
 
 _returned: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()  # by id: what regions computed
 
@@ -47,9 +47,9 @@ def wrap(
     def run(*args: Any) -> Any:
         if places and torch.is_grad_enabled():
             _refuse_thawed([name for place, name in places.items() if args[place].requires_grad])
-        since = next_node_number()
+        since, batch = next_node_number(), LEDGER.batch
         outputs = compiled(*args)
-        if watch_outputs(outputs, info, since):
+        if watch_outputs(outputs, info, since, batch):
             _refuse_unseen(broken, sys._getframe(1))
             _refuse_memory(
                 [name for place, name in remembered.items() if _returned.get(id(args[place])) is args[place]]
@@ -88,8 +88,9 @@ def _refuse_thawed(names: Sequence[str]) -> None:
         )
 
 
-def watch_outputs(outputs: Any, info: ReleaseInfo, since: int) -> bool:
-    """Hooks the compiled autograd node behind `outputs`, a tensor or a sequence; whether there is one.
+def watch_outputs(outputs: Any, info: ReleaseInfo, since: int, batch: object = None) -> bool:
+    """Hooks the compiled autograd node behind `outputs`, a tensor or a sequence; whether there is one. Its releases are
+    of `batch`.
 
     `since` is compat.next_node_number() from before the call. Only younger nodes are looked at: an output may be a view
     of an input, and the history of that input may well contain a compiled backward that is not ours.
@@ -106,14 +107,14 @@ def watch_outputs(outputs: Any, info: ReleaseInfo, since: int) -> bool:
             continue
         seen.add(node)
         if node.name() == COMPILED_BACKWARD:
-            _hook(node, info)
+            _hook(node, info, batch)
             found = True
         else:  # a view of an output, made again outside the graph
             stack.extend(function for function, _ in node.next_functions)
     return found
 
 
-def _hook(node: Any, info: ReleaseInfo) -> None:
+def _hook(node: Any, info: ReleaseInfo, batch: object) -> None:
     """Watches the parameters that `node` sends gradients to, and has each run of it announce them.
 
     Only an nn.Parameter gets receipts: the rewrite clips the gradients of parameters and of nothing else, so a plain
@@ -128,20 +129,30 @@ def _hook(node: Any, info: ReleaseInfo) -> None:
                 targets.append((index, parameter, watched))
     if targets:
         # autograd's own graph holds these parameters as long as it holds the node, so this prolongs nothing
-        node.register_hook(functools.partial(_released, info, targets))
+        node.register_hook(functools.partial(_released, info, batch, targets, []))
 
 
 @hidden_from_dynamo
 def _released(
     info: ReleaseInfo,
+    batch: object,
     targets: Sequence[tuple[int, Tensor, Watch]],
+    runs: list[Release],
     grad_inputs: Sequence[Tensor | None],
     grad_outputs: Iterable[Tensor | None],
-) -> None:
-    release: Release | None = None
-    for index, parameter, watched in targets:
-        grad = grad_inputs[index]
-        if grad is not None:
-            if release is None:
-                release = LEDGER.open(info)
-            watched.announce(parameter, grad, release)
+) -> tuple[Tensor | None, ...] | None:
+    """The hook of a compiled node. What is owed noise is taken away from autograd, the rest is announced."""
+    arrived = [(index, parameter, watched) for index, parameter, watched in targets if grad_inputs[index] is not None]
+    if not arrived:
+        return None
+    release = LEDGER.open(info, batch)
+    if info.owed is None:
+        for index, parameter, watched in arrived:
+            watched.announce(parameter, cast(Tensor, grad_inputs[index]), release)
+        return None
+    passed_on = list(grad_inputs)
+    for index, _, watched in arrived:
+        watched.hold(cast(Tensor, grad_inputs[index]).detach(), release, Fault.REPEATED if runs else None)
+        passed_on[index] = None
+    runs.append(release)
+    return tuple(passed_on)

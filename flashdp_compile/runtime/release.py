@@ -16,10 +16,12 @@ from flashdp_compile.compat import backward_number
 @dataclass(frozen=True)
 class Owed:
     """The noise that clipped sums lack: sigma `sensitivity` / `divisor` is its standard deviation. `sensitivity` bounds
-    what one sample adds to the undivided sums of all parameters together."""
+    what one sample adds to the undivided sums of all parameters together. `reused`: the memory of gradients is used
+    again by the next backward, as CUDA graphs do."""
 
     sensitivity: float
     divisor: float
+    reused: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +40,15 @@ class ReleaseInfo:
 
 @dataclass(eq=False, slots=True)
 class Release:
-    """One run of a compiled backward. `peers` are all releases of the same call of backward(), this one included."""
+    """One run of a compiled backward. `peers` are all releases of the same call of backward(), this one included.
+    `batch` is what `Ledger.batch` was at the forward."""
 
     info: ReleaseInfo
     number: int
     backward: int
     time: float
     peers: list["Release"] = field(repr=False)
+    batch: object = None
 
 
 class Ledger:
@@ -55,14 +59,17 @@ class Ledger:
         self._numbers = itertools.count(1)
         self._last: Release | None = None
         self.epoch = 0
+        self.batch: object = None
+        """What an engine's loader has handed out last."""
 
-    def open(self, info: ReleaseInfo) -> Release:
-        """A new release, listed with those that the running call of backward() has already made."""
-        backward = backward_number()
+    def open(self, info: ReleaseInfo, batch: object = None, *, alone: bool = False) -> Release:
+        """A new release, listed with those that the running call of backward() has already made, unless it is made of
+        earlier ones and stands `alone`."""
+        backward = -1 if alone else backward_number()
         with self._lock:
             last = self._last
             peers = last.peers if last is not None and last.backward == backward != -1 else []
-            release = Release(info, next(self._numbers), backward, time.time(), peers)
+            release = Release(info, next(self._numbers), backward, time.time(), peers, batch)
             release.peers.append(release)
             self._last = release
         return release

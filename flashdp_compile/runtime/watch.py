@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from flashdp_compile.compat import eager_switches, hidden_from_dynamo
-from flashdp_compile.runtime.release import LEDGER, Owed, Release
+from flashdp_compile.runtime.release import LEDGER, Release
 
 
 class Fault(enum.Enum):
@@ -34,19 +34,15 @@ class Fault(enum.Enum):
     VOID = enum.auto()  # receipts were cleared by torch._dynamo.reset()
     GRAPHS = enum.auto()  # one backward ran several compiled graphs
     BACKWARDS = enum.auto()  # the parameters of one step hold releases of several backwards
-    OWED = enum.auto()  # the noise of a micro-batch is owed, and no engine adds it at this step
-    FOREIGN = enum.auto()  # at an engine's step: made by a graph that this engine has not compiled
-    CHANGED = enum.auto()  # changed in place while its noise was owed
+    OWED = enum.auto()  # a sum lacks its noise, and no engine adds it at this step
+    FOREIGN = enum.auto()  # at an engine's step: what it has not compiled, or compiled otherwise
+    REPEATED = enum.auto()  # two backward passes over one forward, while noise is owed
 
 
 class Content:
-    """What is known of one gradient tensor: made by `release`, or at fault; possibly added onto `earlier`.
+    """What is known of one gradient tensor: made by `release`, or at fault; possibly added onto `earlier`."""
 
-    While noise is owed, micro-batches may be added up: `before` are the releases in it but for the last. Such a tensor
-    must stay as it is, so its `version` is kept.
-    """
-
-    __slots__ = ("grad", "release", "fault", "causes", "earlier", "dirty", "epoch", "stepped", "before", "version")
+    __slots__ = ("grad", "release", "fault", "causes", "earlier", "dirty", "epoch", "stepped")
 
     def __init__(self, grad: Tensor, release: Release | None, fault: Fault | None, causes: tuple[str, ...]) -> None:
         self.grad = weakref.ref(grad)
@@ -57,22 +53,6 @@ class Content:
         self.dirty: Tensor | None = None  # a device flag: was the tensor nonzero before the release was added?
         self.epoch = LEDGER.epoch
         self.stepped = False
-        self.before: tuple[Release, ...] = ()
-        self.version = grad._version
-
-    @property
-    def owed(self) -> Owed | None:
-        """The noise that it lacks."""
-        return None if self.release is None else self.release.info.owed
-
-    @property
-    def releases(self) -> tuple[Release, ...]:
-        return self.before if self.release is None else (*self.before, self.release)
-
-    def takes(self, release: Release) -> bool:
-        """Whether the gradients of another micro-batch may be added onto this."""
-        usable = self.fault is None and not self.stepped and self.epoch == LEDGER.epoch
-        return usable and self.owed is not None and self.owed == release.info.owed
 
 
 class Pending:
@@ -88,19 +68,46 @@ class Pending:
         self.dirty = dirty
 
 
+class Held:
+    """Clipped sums that lack their noise: of one parameter, over the backward passes `releases`."""
+
+    __slots__ = ("total", "releases", "fault")
+
+    def __init__(self, total: Tensor, release: Release) -> None:
+        self.total = total.clone() if release.info.owed is not None and release.info.owed.reused else total
+        self.releases = [release]
+        self.fault: Fault | None = None
+
+    def add(self, total: Tensor, release: Release) -> None:
+        self.total = self.total + total  # not in place: a graph may give two parameters one tensor
+        self.releases.append(release)
+        if release.info.owed != self.releases[0].info.owed:
+            self.fault = Fault.FOREIGN
+
+
 class Watch:
     """The hooks and the state of one parameter. Being called as tensor hook, it sees the summed incoming gradient.
 
     Only flashdp's parameters have one: every optimizer that holds a watched parameter is guarded.
     """
 
-    __slots__ = ("name", "pending", "arriving", "content")
+    __slots__ = ("name", "pending", "arriving", "content", "held")
 
     def __init__(self, name: str | None) -> None:
         self.name = name
         self.pending: Pending | None = None
-        self.arriving: Pending | Fault = Fault.PLAIN
+        self.arriving: Pending | Fault | None = Fault.PLAIN  # None: nothing
         self.content: Content | None = None
+        self.held: Held | None = None
+
+    def hold(self, total: Tensor, release: Release, fault: Fault | None) -> None:
+        """Called by the compiled node, which sends nothing to autograd then: a sum without noise is never in p.grad,
+        where anyone could change it or step on it."""
+        if self.held is None:
+            self.held = Held(total, release)
+        else:
+            self.held.add(total, release)
+        self.held.fault = self.held.fault or fault
 
     def announce(self, parameter: Tensor, grad: Tensor, release: Release) -> None:
         """Called by the compiled node: `grad` is `release`'s gradient of `parameter`, not yet accumulated."""
@@ -114,11 +121,6 @@ class Watch:
             content = None
         if content is not None and content.dirty is not None:
             resolve([content])
-        if content is not None and content.takes(release):
-            if content.version != base._version:
-                content.fault = Fault.CHANGED
-            self.pending = Pending(grad, release, content, None)
-            return
         # zero_grad(set_to_none=False) leaves zeros: whether it did is asked on the device and read at the step
         dirty = base.detach().any() if base.layout == torch.strided else torch.ones((), dtype=torch.bool)
         self.pending = Pending(grad, release, content, dirty)
@@ -139,9 +141,11 @@ class Watch:
                     after[key] = after.pop(key)
 
     @hidden_from_dynamo
-    def __call__(self, grad: Tensor) -> None:
+    def __call__(self, grad: Tensor | None) -> None:
         pending, self.pending = self.pending, None
-        if pending is None:
+        if grad is None:  # a sum that lacks its noise was taken away
+            self.arriving = None
+        elif pending is None:
             self.arriving = Fault.PLAIN
         elif pending.grad() is grad and pending.version == grad._version:
             self.arriving = pending
@@ -153,17 +157,15 @@ class Watch:
         """Called after autograd has stored or added the incoming gradient."""
         arriving, self.arriving = self.arriving, Fault.PLAIN
         grad = parameter.grad
+        if arriving is None:
+            return
         if grad is None:  # another hook has taken it away
             self.content = None
         elif isinstance(arriving, Fault):
             self.content = Content(grad, None, arriving, tuple(eager_switches()))
         else:
-            content, earlier = Content(grad, arriving.release, None, ()), arriving.earlier
-            if earlier is not None and arriving.dirty is None:  # one more micro-batch
-                content.before, content.fault = earlier.releases, earlier.fault
-            else:
-                content.earlier, content.dirty = earlier, arriving.dirty
-            self.content = content
+            self.content = content = Content(grad, arriving.release, None, ())
+            content.earlier, content.dirty = arriving.earlier, arriving.dirty
 
     def judge(self, grad: Tensor) -> Content | Fault:
         """The content of p.grad, `grad`, if it is exactly one release; else why it may not be stepped on."""
@@ -176,13 +178,11 @@ class Watch:
             resolve([content])
         if content.fault is not None:
             return content.fault
-        if content.owed is not None and not content.stepped and content.version != grad._version:
-            return Fault.CHANGED
         return Fault.VOID if content.epoch != LEDGER.epoch else content
 
     def forget(self) -> None:
         """Drops all receipts; the parameter stays watched."""
-        self.pending, self.arriving, self.content = None, Fault.PLAIN, None
+        self.pending, self.arriving, self.content, self.held = None, Fault.PLAIN, None, None
 
 
 def resolve(contents: Iterable[Content]) -> None:

@@ -1,5 +1,7 @@
 """One release for each logical batch, however it is cut; and no step of anything else."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -125,19 +127,108 @@ def test_the_class_s_own_step_is_no_way_around():
         torch.optim.SGD.step(optimizer)
 
 
-def test_a_gradient_that_was_changed():
-    its, model, compiled, optimizer = setup()
-    backward(compiled, samples())
-    nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
-    refuses(optimizer, "changed in place", "clip_grad_norm_", model=model)
+def changes():
+    """What loops, trainers and hooks do to gradients between backward and step."""
+
+    def clip(model):
+        nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+
+    def by_data(model):
+        for p in model.parameters():
+            if p.grad is not None:
+                p.grad.data.mul_(100)
+
+    def tensor_hooks(model):
+        for p in model.parameters():
+            p.register_hook(lambda g: None if g is None else g.data.mul_(100) and None)
+
+    def node_hooks(model):
+        for p in model.parameters():
+            node = torch.autograd.graph.get_gradient_edge(p).node
+            model.kept = [*getattr(model, "kept", []), node]
+            node.register_prehook(lambda g: None if g[0] is None else (g[0] * 100,))
+
+    def after_accumulation(model):
+        for p in model.parameters():
+            p.register_post_accumulate_grad_hook(lambda p: None if p.grad is None else p.grad.data.mul_(100))
+
+    return [(tensor_hooks, True), (node_hooks, True), (after_accumulation, True), (clip, False), (by_data, False)]
 
 
-def test_a_sum_that_was_changed_between_two_micro_batches():
+@pytest.mark.parametrize(("change", "before"), changes(), ids=lambda value: getattr(value, "__name__", ""))
+def test_nothing_reaches_a_sum_that_lacks_its_noise(change, before):
     its, model, compiled, optimizer = setup(micro_batches=2)
-    backward(compiled, samples(4))
-    model[0].weight.grad.mul_(2)
-    backward(compiled, samples(4))
-    refuses(optimizer, "changed in place", "0.weight", model=model)
+    start, expected = copies(model), clipped_sum(model, samples())
+    if before:
+        change(model)
+    for part in samples().chunk(2):
+        backward(compiled, part)
+        assert all(p.grad is None for p in model.parameters())
+        if not before:
+            change(model)
+        optimizer.step()
+    for found, truth in zip(moved(model, start), expected, strict=True):
+        assert (found - truth).norm() < 1e-5 * truth.norm()
+
+
+def test_a_scaler_finds_nothing_to_scale():
+    its, model, compiled, optimizer = setup()
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(compiled(samples()).square().sum(1).mean()).backward()
+    with pytest.raises(AssertionError, match="No inf checks"):
+        scaler.step(optimizer)
+
+
+def test_two_backward_passes_over_one_forward():
+    its, model, compiled, optimizer = setup(micro_batches=2)
+    out = compiled(samples())
+    out.square().sum(1).mean().backward(retain_graph=True)
+    out.abs().sum(1).mean().backward()
+    refuses(optimizer, "two backward passes went through one forward", model=model)
+
+
+def test_autograd_grad_gives_nothing():
+    its, model, compiled, optimizer = setup()
+    with pytest.raises(RuntimeError, match="not have been used"):
+        torch.autograd.grad(compiled(samples()).square().sum(1).mean(), list(model.parameters()))
+
+
+def test_optimizers_that_are_staggered_never_share_noise():
+    """Each holds some of the micro-batches of the other's steps: they are steps of their own."""
+    its, model = engine(micro_batches=2, noise_multiplier=1.0), mlp()
+    compiled = its.compile(model)
+    first, second = (its.attach(torch.optim.SGD(layer.parameters(), lr=1.0)) for layer in (model[0], model[2]))
+    steps = 0
+    for k in range(6):
+        backward(compiled, samples(4))
+        first.step()
+        steps += its.stepped
+        if k:
+            second.step()
+            steps += its.stepped
+        else:
+            its._attached[second].clear()
+    assert steps == its.steps_done == 5
+
+
+def test_an_engine_is_not_copied():
+    its, *_ = setup()
+    for copied in (its, its._noise):
+        with pytest.raises(OptionError, match="cannot be copied"):
+            copy.deepcopy(copied)
+
+
+def test_the_optimizer_may_step_in_the_backward():
+    """By hooks, one for each parameter: nothing has arrived in p.grad, and every sum is released once."""
+    its, model = engine(), mlp()
+    compiled, start, expected = its.compile(model), copies(model), clipped_sum(model, samples())
+    for p in model.parameters():
+        own = its.attach(torch.optim.SGD([p], lr=1.0))
+        p.register_post_accumulate_grad_hook(lambda p, own=own: own.step())
+    backward(compiled, samples())
+    for found, truth in zip(moved(model, start), expected, strict=True):
+        assert (found - truth).norm() < 1e-5 * truth.norm()
+    assert its.steps_done == 1
 
 
 @pytest.mark.parametrize("passes", [0, 3])
@@ -145,7 +236,7 @@ def test_too_few_or_too_many_backward_passes(passes):
     its, model, compiled, optimizer = setup(micro_batches=2)
     for _ in range(passes):
         backward(compiled, samples(4))
-    refuses(optimizer, f"hold {passes} backward passes", "made of 2", model=model)
+    refuses(optimizer, f"holds {passes} backward passes", "made of 2", model=model)
     for part in samples().chunk(2):  # and it begins anew
         backward(compiled, part)
         optimizer.step()
@@ -250,6 +341,8 @@ def test_what_cannot_be_attached():
         its.attach(torch.optim.LBFGS(model.parameters()))
     with pytest.raises(OptionError, match="a torch.optim.Optimizer"):
         its.attach(model)
+    with pytest.warns(UserWarning), pytest.raises(OptionError, match="a parameter twice"):
+        its.attach(torch.optim.SGD([*model.parameters(), model[0].weight], lr=1.0))
     optimizer = its.attach(torch.optim.SGD(model.parameters(), lr=1.0))
     assert its.attach(optimizer) is optimizer
     with pytest.raises(OptionError, match="attached to another"):
