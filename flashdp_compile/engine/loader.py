@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from flashdp_compile.checks import integer
@@ -40,21 +40,19 @@ class EngineLoader(PrivateLoader):
 
     def _handed_out(self, batch: Any, size: int) -> Any:
         self.handed_out.append(HandedOut(self._iteration, self.steps_done - self.last, self.last))
-        known: Mapping[int, int] = LEDGER.batch or {}  # type: ignore[assignment]
-        LEDGER.batch = {**known, self._token: len(self.handed_out) - 1}
+        LEDGER.batch = {**LEDGER.batch, self._token: len(self.handed_out) - 1}
         return super()._handed_out(batch, size)
 
     def used_by(self, releases: Sequence[Release], used: int) -> tuple[list[int], str]:
         """The places among `handed_out` of the micro-batches that these backward passes went through, which must be all
         of their logical batch so far; and what is wrong, if anything is. `used` batches are behind the loop."""
-        places = [(release.batch or {}).get(self._token) for release in releases]  # type: ignore[attr-defined]
+        found = [release.batch.get(self._token, -1) for release in releases]
         if self.read_ahead:  # a forward only knows how far the loop had read: passes come in order
-            told, places = places, list(range(used, used + len(releases)))
-            if any(t is None or not at <= t <= at + self.read_ahead for t, at in zip(told, places, strict=True)):
+            told, found = found, list(range(used, used + len(releases)))
+            if any(not at <= t <= at + self.read_ahead for t, at in zip(told, found, strict=True)):
                 return [], self._said(len(self.handed_out) - used)
-        if not places or None in places:
+        if not found or -1 in found:
             return [], self._said(max(len(self.handed_out) - self.read_ahead - used, 0))
-        found = [place for place in places if place is not None]
         expected = self._logical_batch(found[-1])
         if found != expected or len(self.handed_out) - 1 - found[-1] > self.read_ahead:
             return [], self._said(len(self._logical_batch(len(self.handed_out) - 1 - self.read_ahead)))

@@ -223,7 +223,7 @@ class PrivacyEngine:
             if not releases:
                 return
             self._spend(number, releases)
-            owed = logical.owed()
+            owed = releases[0].info.owed
             assert owed is not None
             std = self.noise_multiplier * owed.sensitivity / owed.divisor
 

@@ -69,12 +69,13 @@ def check(optimizer: Optimizer, *, stepped_too: bool = False, closure: bool = Fa
 
 
 class Found(NamedTuple):
-    """The parameters of an optimizer with their watches; by place among these, what is wrong and what is right; and the
-    releases that they hold."""
+    """The parameters of an optimizer with their watches; by place among these, what is wrong, what is right, and which
+    hold sums that lack their noise; and the releases."""
 
     pairs: list[tuple[Tensor, Watch | None]]
     faults: dict[Fault, list[int]]
     clean: list[tuple[int, Content]]
+    holding: list[int]
     releases: list[Release]
 
 
@@ -83,16 +84,19 @@ def examine(optimizer: Optimizer, *, stepped_too: bool = False, held: bool = Fal
     pairs = [(parameter, find(parameter)) for group in optimizer.param_groups for parameter in group["params"]]
     if all(watched is None for _, watched in pairs):
         if _is_public(optimizer, len(pairs)):
-            return Found([], {}, [], [])
+            return Found([], {}, [], [], [])
         pairs = [(parameter, find(parameter)) for parameter, _ in pairs]
     # one optimizer, one rule: what is trained beside a watched parameter must be a release too
     resolve(watched.content for _, watched in pairs if watched is not None and watched.content is not None)
 
     faults: dict[Fault, list[int]] = {}
     clean: list[tuple[int, Content]] = []
+    sums: dict[int, Held] = {}
     for index, (parameter, watched) in enumerate(pairs):
-        if watched is not None and watched.held is not None and (fault := _fault_of(watched.held, held)) is not None:
-            faults.setdefault(fault, []).append(index)
+        if watched is not None and watched.held is not None:
+            sums[index] = watched.held
+            if (fault := watched.held.fault if held else Fault.OWED) is not None:
+                faults.setdefault(fault, []).append(index)
         grad = parameter.grad
         if grad is None:
             continue
@@ -107,24 +111,18 @@ def examine(optimizer: Optimizer, *, stepped_too: bool = False, held: bool = Fal
             faults.setdefault(Fault.STEPPED, []).append(index)
 
     if held:
-        sums = (watched.held for _, watched in pairs if watched is not None and watched.held is not None)
-        releases = list(dict.fromkeys(release for one in sums for release in one.releases))
+        releases = list(dict.fromkeys(release for one in sums.values() for release in one.releases))
     else:
         releases = list(dict.fromkeys(content.release for _, content in clean if content.release is not None))
     if not stepped_too and any(len(release.peers) > 1 for release in releases):
-        holding = [at for at, (_, watched) in enumerate(pairs) if held and watched is not None and watched.held]
-        faults.setdefault(Fault.GRAPHS, []).extend(holding or (index for index, _ in clean))
+        faults.setdefault(Fault.GRAPHS, []).extend(sums if held else (index for index, _ in clean))
         releases = list(dict.fromkeys(peer for release in releases for peer in release.peers))
-    return Found(pairs, faults, clean, releases)
-
-
-def _fault_of(sums: Held, wanted: bool) -> Fault | None:
-    return sums.fault if wanted else Fault.OWED
+    return Found(pairs, faults, clean, list(sums), releases)
 
 
 def refuse(optimizer: Optimizer, found: Found, closure: bool = False) -> NoReturn:
     """Clears the gradients and raises UnprotectedGradientError with all that was found."""
-    pairs, faults, _, releases = found
+    pairs, faults, releases = found.pairs, found.faults, found.releases
     names = list(_names(optimizer, pairs))
     faulty = [pairs[index][1] for indices in faults.values() for index in indices]
     contents = [None if watched is None else watched.content for watched in faulty]

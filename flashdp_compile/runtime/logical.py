@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from flashdp_compile.runtime.check import examine, refuse
-from flashdp_compile.runtime.release import LEDGER, Owed, Release, ReleaseInfo
+from flashdp_compile.runtime.release import LEDGER, Release, ReleaseInfo
 from flashdp_compile.runtime.watch import Content, Fault, Watch, find
 
 Noise = Callable[[int, Tensor], Tensor]
@@ -42,17 +42,11 @@ class LogicalBatch:
         found = examine(optimizer, held=True)
         owed = {release.info.owed for release in found.releases}
         if len(owed) > 1 or any(one is None or one.divisor != self.divisor for one in owed):
-            holding = [at for at, (_, watched) in enumerate(found.pairs) if watched is not None and watched.held]
-            found.faults.setdefault(Fault.FOREIGN, []).extend(holding)
+            found.faults.setdefault(Fault.FOREIGN, []).extend(found.holding)
         if found.faults:
             self.clear()
             refuse(optimizer, found)
         return sorted(found.releases, key=lambda release: release.number)
-
-    def owed(self) -> Owed | None:
-        """The noise that the sums lack, if there are any."""
-        held = (watched.held for _, _, watched in self._watches() if watched.held is not None)
-        return next((one.releases[0].info.owed for one in held), None)
 
     def release(self, label: str, noise: Noise) -> None:
         """Puts the sums, with their noise, into p.grad, as one release."""

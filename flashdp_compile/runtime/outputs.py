@@ -88,7 +88,7 @@ def _refuse_thawed(names: Sequence[str]) -> None:
         )
 
 
-def watch_outputs(outputs: Any, info: ReleaseInfo, since: int, batch: object = None) -> bool:
+def watch_outputs(outputs: Any, info: ReleaseInfo, since: int, batch: Mapping[int, int] | None = None) -> bool:
     """Hooks the compiled autograd node behind `outputs`, a tensor or a sequence; whether there is one. Its releases are
     of `batch`.
 
@@ -114,7 +114,7 @@ def watch_outputs(outputs: Any, info: ReleaseInfo, since: int, batch: object = N
     return found
 
 
-def _hook(node: Any, info: ReleaseInfo, batch: object) -> None:
+def _hook(node: Any, info: ReleaseInfo, batch: Mapping[int, int] | None) -> None:
     """Watches the parameters that `node` sends gradients to, and has each run of it announce them.
 
     Only an nn.Parameter gets receipts: the rewrite clips the gradients of parameters and of nothing else, so a plain
@@ -135,7 +135,7 @@ def _hook(node: Any, info: ReleaseInfo, batch: object) -> None:
 @hidden_from_dynamo
 def _released(
     info: ReleaseInfo,
-    batch: object,
+    batch: Mapping[int, int] | None,
     targets: Sequence[tuple[int, Tensor, Watch]],
     runs: list[Release],
     grad_inputs: Sequence[Tensor | None],

@@ -8,6 +8,7 @@ of a backward owes its noise: the sum over all micro-batches of a logical batch 
 import itertools
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from flashdp_compile.compat import backward_number
@@ -48,7 +49,7 @@ class Release:
     backward: int
     time: float
     peers: list["Release"] = field(repr=False)
-    batch: object = None
+    batch: Mapping[int, int] = field(default_factory=dict)
 
 
 class Ledger:
@@ -59,17 +60,17 @@ class Ledger:
         self._numbers = itertools.count(1)
         self._last: Release | None = None
         self.epoch = 0
-        self.batch: object = None
-        """What an engine's loader has handed out last."""
+        self.batch: Mapping[int, int] = {}
+        """The place of what each loader of an engine has handed out last, by the name of the loader."""
 
-    def open(self, info: ReleaseInfo, batch: object = None, *, alone: bool = False) -> Release:
+    def open(self, info: ReleaseInfo, batch: Mapping[int, int] | None = None, *, alone: bool = False) -> Release:
         """A new release, listed with those that the running call of backward() has already made, unless it is made of
         earlier ones and stands `alone`."""
         backward = -1 if alone else backward_number()
         with self._lock:
             last = self._last
             peers = last.peers if last is not None and last.backward == backward != -1 else []
-            release = Release(info, next(self._numbers), backward, time.time(), peers, batch)
+            release = Release(info, next(self._numbers), backward, time.time(), peers, batch or {})
             release.peers.append(release)
             self._last = release
         return release
