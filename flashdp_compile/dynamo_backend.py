@@ -106,10 +106,15 @@ def _owed(trainable: Mapping[str, torch.Tensor], options: Options) -> guard.Owed
             "float32 under a PrivacyEngine, and compute in bfloat16 by torch.autocast"
         )
     groups = form_groups(list(trainable), options.clipping, options.max_grad_norm)
+    if options.bound_scales is not None and groups:
+        members = [[trainable[name] for name in group.members] for group in groups]
+        options.bound_scales.prepare({group.name: group.bound for group in groups}, members)
     divisor = options.expected_batch_size if options.loss_reduction == "mean" else 1
     assert divisor is not None
     graphs = options.mode in ("reduce-overhead", "max-autotune") or bool(options.inductor.get("triton.cudagraphs"))
-    return guard.Owed(sensitivity(groups) * (1 + MOST_SLACK), float(divisor), reused=graphs)
+    return guard.Owed(
+        sensitivity(groups) * (1 + MOST_SLACK), float(divisor), reused=graphs, bounds=options.bound_scales
+    )
 
 
 def _refuse_foreign_hooks() -> None:

@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar, get_args
 from flashdp_compile.checks import choice, flag, integer, nearest, not_allowed, number, patterns
 from flashdp_compile.compat import GRAPH_HOOKS, inductor_option_names, is_scaler, launch_settings
 from flashdp_compile.errors import OptionError
+from flashdp_compile.runtime.bounds import BoundScales
 
 ClipFn = Literal["hard", "automatic", "normalize"]
 LossReduction = Literal["mean", "sum"]
@@ -38,6 +39,7 @@ PRIVACY = (
     "seed",
     "grad_scaler",
     "noise_at",
+    "bound_scales",
 )
 PERFORMANCE = ("norm_strategy", "autotune", "compiler", "mode", "inductor", "debug")
 
@@ -101,6 +103,9 @@ class Options:
     noise_at: NoiseAt = "backward"
     """"step": gradients leave the backward clipped and without noise, and only a `PrivacyEngine` can make a step of
     them, which adds the noise once for all micro-batches. Its `compile` sets this."""
+
+    bound_scales: Any = None
+    """What a `PrivacyEngine` with bounds that move keeps of them. Its `compile` sets this."""
 
     norm_strategy: NormStrategy = "auto"
     """How per-sample norms are computed. "auto" asks the cost model at each point."""
@@ -166,6 +171,7 @@ class Options:
             "seed": integer("seed", self.seed, 0, optional=True),
             "grad_scaler": self._grad_scaler(),
             "noise_at": choice("noise_at", self.noise_at, get_args(NoiseAt)),
+            "bound_scales": self._bound_scales(),
             "norm_strategy": choice("norm_strategy", self.norm_strategy, get_args(NormStrategy)),
             "autotune": flag("autotune", self.autotune),
             "compiler": choice("compiler", self.compiler, get_args(Compiler)),
@@ -202,6 +208,8 @@ class Options:
             texts["seed"] = "from the operating system"
         if self.grad_scaler is not None:
             texts["grad_scaler"] = "the one given"
+        if self.bound_scales is not None:
+            texts["bound_scales"] = "those of the engine"
         return ", ".join(f"{name}={text}" for name, text in texts.items())
 
     def caveats(self) -> list[str]:
@@ -217,7 +225,8 @@ class Options:
         """Everything that can change the generated graph, as JSON takes it, equal for equal settings: the part of the
         compile cache's key that comes from the options. Mappings become lists of pairs, as their order counts."""
         known = {name: getattr(self, name) for name in (*PRIVACY, *PERFORMANCE) if name != "debug"}
-        known["grad_scaler"] = self.grad_scaler is not None  # which one it is, the pipeline adds
+        for name in ("grad_scaler", "bound_scales"):  # which one it is, the pipeline adds
+            known[name] = getattr(self, name) is not None
         return {name: _canonical(value) for name, value in known.items()}
 
     def _bounds(self) -> float | dict[str, float]:
@@ -271,6 +280,15 @@ class Options:
                 f"back. Make it with growth_interval={NEVER} and change the scale by scaler.update(new_scale)"
             )
         return scaler
+
+    def _bound_scales(self) -> Any:
+        if self.bound_scales is not None and (
+            not isinstance(self.bound_scales, BoundScales) or self.noise_at != "step"
+        ):
+            raise OptionError(
+                "bound_scales is what a PrivacyEngine keeps of bounds that move: give the engine `bounds`"
+            )
+        return self.bound_scales
 
     def _check_noise_at_step(self) -> None:
         if self.grad_scaler is not None:

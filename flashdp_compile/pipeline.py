@@ -17,7 +17,7 @@ import flashdp_compile.kernels
 import flashdp_compile.passes
 from flashdp_compile import autotune
 from flashdp_compile.compat import CustomGraphPass, sort_topologically, versions
-from flashdp_compile.errors import FlashDPError, InternalError
+from flashdp_compile.errors import FlashDPError, InternalError, Refusal
 from flashdp_compile.kernels import tuning
 from flashdp_compile.options import Options
 from flashdp_compile.passes.align_rows import aligned_rows
@@ -45,7 +45,7 @@ from flashdp_compile.passes.strategies.materialize import MATERIALIZE
 from flashdp_compile.passes.unroll import unroll_maps
 from flashdp_compile.passes.vectors import norm_vectors, sum_vectors
 from flashdp_compile.passes.verify import verify
-from flashdp_compile.runtime import clipping, noise, scaling  # noqa: F401  registers the ops that the rewrite inserts
+from flashdp_compile.runtime import bounds, clipping, noise, scaling  # noqa: F401  registers the ops that the rewrite inserts
 from flashdp_compile.tune_tiles import tune_tiles
 
 register_runtime_ops()
@@ -76,6 +76,7 @@ def mechanism_of(options: Options) -> Mechanism:
         options.expected_batch_size,
         options.seed,
         _place(options),
+        None if options.bound_scales is None else options.bound_scales.place,
     )
 
 
@@ -96,6 +97,7 @@ def guarantee_of(options: Options, before: Before, slack: float) -> Guarantee:
         slack=slack,
         seed=options.seed,
         grad_scaler=_place(options),
+        bound_scales=None if options.bound_scales is None else options.bound_scales.place,
     )
 
 
@@ -133,6 +135,7 @@ def run(graph: fx.Graph, record: Record) -> None:
     if record.joint is None or record.plan is None:
         return
     mechanism = mechanism_of(record.options)
+    _check_groups(record.options, record.plan)
     before = Before.of(record.joint, record.axes)
     if record.axes is not None:
         rewrite(record.axes, record.plan, mechanism)
@@ -145,6 +148,19 @@ def run(graph: fx.Graph, record: Record) -> None:
         slack = 0.0
     record.rewritten = True
     record.verified = verify(record.joint, guarantee_of(record.options, before, slack), before)
+
+
+def _check_groups(options: Options, plan: Plan) -> None:
+    """Bounds that move are those of all trainable parameters, so each of them must have a gradient."""
+    if options.bound_scales is None:
+        return
+    found, known = {group.name: group.bound for group in plan.groups}, options.bound_scales.groups
+    if found != known:
+        without = [name for name in known if name not in found]
+        raise Refusal(
+            f"nothing in this step depends on the parameters of {', '.join(without) or 'some groups'}, but bounds that "
+            "move are counted for all that can be trained. Freeze what is not used: requires_grad_(False)"
+        )
 
 
 @contextlib.contextmanager
@@ -188,7 +204,9 @@ class FlashDPPass(CustomGraphPass):
         if self._options.debug or rules is None:
             return None
         described = [(i.name, i.role) for i in self._inputs]
-        policy = [self._options.policy(), _place(self._options)]
+        moving = self._options.bound_scales
+        places = [_place(self._options), None if moving is None else moving.place]
+        policy = [self._options.policy(), *places]
         key = json.dumps([policy, described, rules, sources_digest(), versions()], sort_keys=True)
         return hashlib.sha256(key.encode()).hexdigest()
 

@@ -21,6 +21,7 @@ class Guarantee:
 
     `mean`: what backward was called on is a mean over the samples, so g_bk is B times what arrives from sample b.
     `grad_scaler`: its scale s multiplies that, too; what leaves the graph is s released_k.
+    `bound_scales`: g_bk is divided by the present scale of its group first, and the norms within bounds are counted.
     `slack`: how far rounding may carry a clipped norm beyond its bound, relative to it; the noise is raised by as much.
     """
 
@@ -32,6 +33,7 @@ class Guarantee:
     slack: float
     seed: int | None
     grad_scaler: int | None = None
+    bound_scales: int | None = None
 
     @property
     def deviation(self) -> float:

@@ -5,7 +5,8 @@ per sample, and each member's gradient becomes the weighted sum. `flashdp::add_n
 gradient is no longer an output, so dead-code elimination removes whatever computed only it.
 
 Where a GradScaler scales the loss, weights undo that, so that the sum and its noise are those of plain losses; what is
-released is scaled again, as the scaler expects it.
+released is scaled again, as the scaler expects it. Where bounds move, a group is clipped as if its loss had been scaled
+by how far its bound has, and it is left at that.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ class Mechanism:
     seed: int | None
     grad_scaler: int | None = None
     """The place of the loss's GradScaler in runtime/scaling.py."""
+    bound_scales: int | None = None
+    """The place of bounds that move in runtime/bounds.py."""
 
     @property
     def divides_by_batch(self) -> bool:
@@ -61,7 +64,7 @@ def rewrite(axes: Axes, plan: Plan, mechanism: Mechanism) -> None:
     prepared = [_prepare(emit, axes, plan, group.name) for group in plan.groups]
     norms = [[p.sqnorm for _, p in members if p.sqnorm is not None] for members in prepared]
     scale = _scale(emit, axes.joint, mechanism)
-    for members, weights in zip(prepared, _clip(emit, plan.groups, norms, mechanism, scale), strict=True):
+    for members, weights in zip(prepared, _clip(emit, axes.joint, plan.groups, norms, mechanism, scale), strict=True):
         released += [(g.gradient.position, p.finish(weights)) for g, p in members]
     _release(emit, axes.joint, released, mechanism, mechanism.std(plan.groups, plan.slack), scale)
 
@@ -93,7 +96,7 @@ def rewrite_single(joint: JointGraph, groups: tuple[Group, ...], mechanism: Mech
     released: Released = []
     norms = [[emit(_sqnorm_of_one, private[name].node) for name in group.members] for group in groups]
     scale = _scale(emit, joint, mechanism)
-    for group, weights in zip(groups, _clip(emit, groups, norms, mechanism, scale), strict=True):
+    for group, weights in zip(groups, _clip(emit, joint, groups, norms, mechanism, scale), strict=True):
         released += [(private[n].position, emit(_weigh_one, private[n].node, weights)) for n in group.members]
     _release(emit, joint, released, mechanism, mechanism.std(groups, MATERIALIZE.slack), scale)
 
@@ -126,6 +129,7 @@ def _scale(emit: Emitter, joint: JointGraph, mechanism: Mechanism) -> fx.Node | 
 
 def _clip(
     emit: Emitter,
+    joint: JointGraph,
     groups: tuple[Group, ...],
     norms: list[list[fx.Node]],
     mechanism: Mechanism,
@@ -137,10 +141,26 @@ def _clip(
     others need not wait for it.
     """
     totals = [emit(_added, *members) for members in norms]
-    for number, (group, total) in enumerate(zip(groups, totals, strict=True)):
+    scales = [scale] * len(groups) if mechanism.bound_scales is None else _moved(emit, joint, groups, totals, mechanism)
+    for number, (group, total, own) in enumerate(zip(groups, totals, scales, strict=True)):
         others = [] if number else totals[1:]
-        weights = _weights(group.bound, mechanism, counts=number == 0, scaled=scale is not None)
-        yield emit(weights, total, *others, *([] if scale is None else [scale]))
+        weights = _weights(group.bound, mechanism, counts=number == 0, scaled=own is not None)
+        yield emit(weights, total, *others, *([] if own is None else [own]))
+
+
+def _moved(
+    emit: Emitter, joint: JointGraph, groups: tuple[Group, ...], totals: list[fx.Node], mechanism: Mechanism
+) -> list[fx.Node]:
+    """How far the bound of each group has moved. The first group, which waits for all norms anyway, also has counted
+    who lies within."""
+    place = mechanism.bound_scales
+    scales = emit(lambda anchor: ops.bound_scales(anchor, place), _anchor(joint, totals[0]))
+    counted = emit(lambda s, *norms: ops.count_within(s, norms, mechanism.mean, place), scales, *totals)
+    return [emit(_element(number), scales if number else counted) for number in range(len(groups))]
+
+
+def _element(number: int) -> Callable[[Tensor], Tensor]:
+    return lambda values: values[number]
 
 
 def _added(first: Tensor, *rest: Tensor) -> Tensor:

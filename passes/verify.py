@@ -5,7 +5,8 @@ Nothing is taken over from the rewrite. For every gradient of a parameter the gr
     release    rounding to the parameter's dtype, the scale of the loss, noise, a clipped sum, nothing in between
     noise      the stated deviation, on a stream of its own, from one key that every backward pass draws anew
     sum        over samples, all weighted by one clip_factors node, samples of weight 0 left out (`clipped.py`)
-    weights    bound, clip function, divisor and scale as stated; one node for each group, used by its members only
+    weights    bound, clip function, divisor and scale as stated; one node for each group, used by its members only;
+               where bounds move, each by the scale of its own group, and the norms within are counted
     norms      the squared norms of exactly what the group's members sum, each once (`norms.py`)
     operands   values that the plain gradient was computed from, some at each of its points; no weights, no noise
 
@@ -69,13 +70,21 @@ class _Proof:
         self.joint, self.guarantee, self.before, self.axes = joint, guarantee, before, axes
         self.results = joint.output.args[0]
         added = [n for n in joint.graph.nodes if n not in before.nodes and n.op != "output"]
-        self.clips, self.keys, self.noises, self.scales = (
+        self.clips, self.keys, self.noises, self.scales, self.moved, self.counted = (
             [n for n in added if n.target is op.default]
-            for op in (flashdp.clip_factors, flashdp.draw_key, flashdp.add_noise, flashdp.grad_scale)
+            for op in (
+                flashdp.clip_factors,
+                flashdp.draw_key,
+                flashdp.add_noise,
+                flashdp.grad_scale,
+                flashdp.bound_scales,
+                flashdp.count_within,
+            )
         )
         # a key that does not depend on a tangent could be drawn in the forward pass, once for several backward passes
         self.backward = _downstream(joint.graph, joint.tangents)
-        tainted = _downstream(joint.graph, [*self.clips, *self.keys, *self.noises, *self.scales])
+        random = [*self.clips, *self.keys, *self.noises, *self.scales, *self.moved, *self.counted]
+        tainted = _downstream(joint.graph, random)
         self.streams: dict[int, int] = {}
         self.reader = Reader(Values(joint.graph), tainted, single=joint.batch == 1)
 
@@ -111,6 +120,7 @@ class _Proof:
             if more:
                 raise NotProved(f"the gradients of group {group.name} have several weights: {weights}, {more}")
             self._clips(group, weights, shares[group.name])
+        self._moved_bounds({name: weights for weights, name in owner.items()})
         if len(owner) != len(self.clips):
             raise NotProved("there are clip weights that belong to no group")
         if self.reader.slack > self.guarantee.slack:
@@ -227,7 +237,7 @@ class _Proof:
         stated = [group.bound, self.guarantee.clip_fn, self.guarantee.mean, self.guarantee.expected_batch_size]
         if policy[:4] != stated:  # the next two say which samples are counted, and have no part in the weights
             raise NotProved(f"the weights of group {group.name} have the bound and policy {policy}, not {stated}")
-        if policy[6:] != self.scales:
+        if self.guarantee.bound_scales is None and policy[6:] != self.scales:
             raise NotProved(f"the weights of group {group.name} undo the scale {policy[6:]}, not {self.scales}")
         try:
             found = squared_norms(self.reader, norms)
@@ -238,6 +248,25 @@ class _Proof:
                 f"the weights of group {group.name} come from other norms than those of its gradients: "
                 f"missing {dict(shares - found)}, in excess {dict(found - shares)}"
             )
+
+    def _moved_bounds(self, weights: dict[str, fx.Node]) -> None:
+        """Each group's own scale, of this very backward, and a count of the norms that its weights are made of."""
+        place, groups = self.guarantee.bound_scales, self.guarantee.groups
+        if [len(self.moved), len(self.counted)] != [int(place is not None and bool(groups))] * 2:
+            raise NotProved(f"bounds are moved by {self.moved + self.counted}, which is not what the options say")
+        if place is None or not groups:
+            return
+        (moved,), (counted,) = self.moved, self.counted
+        if moved.args[1] != place or moved.args[0] not in self.backward:
+            raise NotProved("the scales of the bounds are those of another run, or of an earlier backward")
+        norms = [weights[group.name].args[0] for group in groups]
+        if counted.args != (moved, norms, self.guarantee.mean, place):
+            raise NotProved("samples within bounds are not counted by the norms of which weights are made")
+        for number, group in enumerate(groups):
+            _, *policy = weights[group.name].args
+            undone = [s.args for s in policy[6:] if isinstance(s, fx.Node) and s.target is aten.select.int]
+            if undone not in ([(moved, 0, number)], [(counted, 0, number)]):
+                raise NotProved(f"the weights of group {group.name} undo {policy[6:]}, not how far its bound has moved")
 
     def _all_zero(self, sums: dict[int, fx.Node]) -> None:
         """Without samples the sum is zero, whatever the graph would compute."""

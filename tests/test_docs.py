@@ -21,12 +21,14 @@ import sys
 import types
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import flashdp_compile
 from flashdp_compile.options import Options
+from flashdp_compile.passes.axes import registry
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -74,10 +76,17 @@ class Namespace:
 
 @pytest.fixture
 def quick(monkeypatch, tmp_path):
-    """Compilation by interpreter unless a page says otherwise, in an empty folder of the test's own."""
+    """Compilation by interpreter unless a page says otherwise, in an empty folder of the test's own; rules that a page
+    registers are gone afterwards."""
     monkeypatch.setitem(Options.__init__.__kwdefaults__, "compiler", "eager")
     monkeypatch.delenv("FLASHDP_DEBUG", raising=False)
     monkeypatch.chdir(tmp_path)
+    tables: list[Any] = [registry.RULES, registry.LINEAR, registry.UNIFORM, registry.NO_DATA]
+    before = [table.copy() for table in tables]
+    yield
+    for table, entries in zip(tables, before, strict=True):
+        table.clear()
+        table.update(entries)
 
 
 NOT_ON_2_11 = ", not on torch 2.11"

@@ -12,6 +12,7 @@ import torch
 from flashdp_compile import options as options_module
 from flashdp_compile.errors import FlashDPError, OptionError
 from flashdp_compile.options import PERFORMANCE, PRIVACY, Options, first_match
+from flashdp_compile.runtime.bounds import BoundScales
 
 FIELDS = [
     "max_grad_norm",
@@ -25,6 +26,7 @@ FIELDS = [
     "seed",
     "grad_scaler",
     "noise_at",
+    "bound_scales",
     "norm_strategy",
     "autotune",
     "compiler",
@@ -210,6 +212,7 @@ class TestPolicy:
             {"public_inputs": ("mask",)},
             {"seed": 1},
             {"grad_scaler": scaler()},
+            {"noise_at": "step", "expected_batch_size": 8, "bound_scales": BoundScales()},
             {"norm_strategy": "outer"},
             {"autotune": True},
             {"compiler": "eager"},

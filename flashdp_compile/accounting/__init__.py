@@ -6,7 +6,7 @@
 Sampling other than Poisson's goes by name: `sampling=accounting.Fixed(steps_per_epoch=100)`.
 """
 
-from flashdp_compile.accounting.budget import ACCOUNTANTS, epsilon, noise_multiplier
+from flashdp_compile.accounting.budget import ACCOUNTANTS, epsilon, noise_multiplier, schedule
 from flashdp_compile.accounting.sampling import (
     Fixed,
     Poisson,
@@ -26,4 +26,5 @@ __all__ = [
     "WithoutReplacement",
     "epsilon",
     "noise_multiplier",
+    "schedule",
 ]

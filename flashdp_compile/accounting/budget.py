@@ -42,7 +42,7 @@ def epsilon(
     how = _sampling(sampling, sample_rate)
     _delta(delta, how)
     total = _accountant(accountant, how)
-    for sigma, count in how.releases(_schedule(noise_multiplier, steps)):
+    for sigma, count in how.releases(schedule(noise_multiplier, steps)):
         if sigma == 0 and count > 0:
             return math.inf
         if 0 < sigma < FAINTEST:
@@ -101,6 +101,20 @@ def noise_multiplier(
     return math.exp(found)
 
 
+def schedule(noise: float | Schedule, steps: int | None) -> list[tuple[float, int]]:
+    """The noise of a run as pairs (noise multiplier, steps). Raises OptionError if it is not allowed."""
+    if isinstance(noise, Sequence) and not isinstance(noise, str):
+        if not all(isinstance(part, Sequence) and len(part) == 2 for part in noise):
+            raise not_allowed("noise_multiplier", noise, "a number, or a list of pairs (noise multiplier, steps)")
+        found = [(number("noise_multiplier", s, positive=False), integer("steps", n, 0)) for s, n in noise]
+        if steps is not None and steps != sum(n for _, n in found):
+            raise not_allowed("steps", steps, f"None, or {sum(n for _, n in found)}, the steps of the schedule")
+        return found
+    if steps is None:
+        raise OptionError("steps is missing: the number of optimizer steps, each of which is one release")
+    return [(number("noise_multiplier", noise, positive=False), integer("steps", steps, 0))]
+
+
 def _guess(target: float, delta: float, steps: int, how: Sampling) -> float:
     """Near the noise that is looked for, from the accountant that is quick."""
     if not isinstance(how, (Poisson, TruncatedPoisson)):
@@ -115,19 +129,6 @@ def _guess(target: float, delta: float, steps: int, how: Sampling) -> float:
         enough = quick.get_epsilon(delta) <= target
         low, high = (low, middle) if enough else (middle, high)
     return math.exp(high)
-
-
-def _schedule(noise: float | Schedule, steps: int | None) -> list[tuple[float, int]]:
-    if isinstance(noise, Sequence) and not isinstance(noise, str):
-        if not all(isinstance(part, Sequence) and len(part) == 2 for part in noise):
-            raise not_allowed("noise_multiplier", noise, "a number, or a list of pairs (noise multiplier, steps)")
-        found = [(number("noise_multiplier", s, positive=False), integer("steps", n, 0)) for s, n in noise]
-        if steps is not None and steps != sum(n for _, n in found):
-            raise not_allowed("steps", steps, f"None, or {sum(n for _, n in found)}, the steps of the schedule")
-        return found
-    if steps is None:
-        raise OptionError("steps is missing: the number of optimizer steps, each of which is one release")
-    return [(number("noise_multiplier", noise, positive=False), integer("steps", steps, 0))]
 
 
 def _sampling(sampling: Sampling | None, sample_rate: float | None) -> Sampling:

@@ -16,8 +16,8 @@ from flashdp_compile.errors import OptionError, UnprotectedGradientError
 
 _MARK = "_flashdp_engine"
 
-Instead = Callable[[Any, Callable[[], Any]], None]
-"""(the engine, the optimizer's own step): what a step does."""
+Instead = Callable[[Callable[[], Any]], None]
+"""(the optimizer's own step): what a step does."""
 
 
 def check_optimizer(optimizer: Any) -> None:
@@ -54,7 +54,7 @@ def replace_step(optimizer: Optimizer, engine: Any, instead: Instead) -> None:
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        instead(alive, functools.partial(original, **more))
+        instead(functools.partial(original, **more))
         return loss
 
     setattr(step, _MARK, held)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from flashdp_compile import accounting
-from flashdp_compile.accounting import Poisson, Sampling, TruncatedPoisson
+from flashdp_compile.accounting import Poisson, Sampling, Schedule, TruncatedPoisson
 from flashdp_compile.checks import integer, not_allowed, number
 from flashdp_compile.errors import OptionError
 
@@ -19,7 +20,7 @@ class Plan:
 
     sampling: Sampling
     own_sampling: bool
-    noise_multiplier: float
+    noise_multiplier: float | Schedule
     steps: int | None
     delta: float
     target_epsilon: float | None
@@ -30,12 +31,28 @@ class Plan:
         if steps == 0:
             return 0.0
         return accounting.epsilon(
-            noise_multiplier=self.noise_multiplier,
-            steps=steps,
+            noise_multiplier=self._until(steps),
             delta=self.delta if delta is None else delta,
             sampling=self.sampling,
             accountant=self.accountant,
         )
+
+    def sigma(self, step: int) -> float:
+        """The noise multiplier of a step, the first of which is 0."""
+        if isinstance(self.noise_multiplier, float):
+            return self.noise_multiplier
+        return self._until(step + 1)[-1][0]
+
+    def _until(self, steps: int) -> list[tuple[float, int]]:
+        """The schedule of the first `steps` steps."""
+        if isinstance(self.noise_multiplier, float):
+            return [(self.noise_multiplier, steps)]
+        found = []
+        for sigma, count in self.noise_multiplier:
+            if steps > 0 < count:
+                found.append((sigma, min(steps, count)))
+                steps -= count
+        return found
 
 
 def make_plan(
@@ -44,7 +61,7 @@ def make_plan(
     expected_batch_size: int,
     sample_size: int | None,
     target_epsilon: float | None,
-    noise_multiplier: float | None,
+    noise_multiplier: float | Schedule | None,
     epochs: float | None,
     steps: int | None,
     cap: int | None,
@@ -59,6 +76,7 @@ def make_plan(
     if target_epsilon is None and noise_multiplier is None:
         raise OptionError("give target_epsilon, from which the noise is computed, or noise_multiplier")
     limit = _steps(epochs, steps, sample_size, expected_batch_size)
+    sigma: float | Schedule
     shared: dict[str, Any] = {"delta": target_delta, "sampling": how, "accountant": accountant}
     if noise_multiplier is None:
         assert target_epsilon is not None
@@ -66,13 +84,26 @@ def make_plan(
             raise OptionError("target_epsilon needs steps or epochs, over which the budget is spread")
         sigma = accounting.noise_multiplier(target_epsilon=target_epsilon, steps=limit, **shared)
     else:
-        sigma = number("noise_multiplier", noise_multiplier, positive=False)
-        accounting.epsilon(noise_multiplier=max(sigma, 1.0), steps=1, **shared)  # what is not allowed is said now
+        sigma, limit = _noise(noise_multiplier, limit)
+        accounting.epsilon(noise_multiplier=1.0, steps=1, **shared)  # what is not allowed is said now
     plan = Plan(how, own, sigma, limit, target_delta, target_epsilon, accountant)
     if noise_multiplier is None or target_epsilon is None:
         return plan
     number("target_epsilon", target_epsilon, positive=True)
     return Plan(how, own, sigma, _affordable(plan, target_epsilon), target_delta, target_epsilon, accountant)
+
+
+def _noise(noise_multiplier: float | Schedule, limit: int | None) -> tuple[float | Schedule, int | None]:
+    """The noise, and the steps of its schedule if it has one."""
+    if not isinstance(noise_multiplier, Sequence) or isinstance(noise_multiplier, str):
+        return number("noise_multiplier", noise_multiplier, positive=False), limit
+    schedule = accounting.schedule(noise_multiplier, None)
+    total = sum(steps for _, steps in schedule)
+    if limit not in (None, total):
+        raise OptionError(
+            f"noise_multiplier is a schedule of {total} steps, but {limit} are planned by steps or epochs"
+        )
+    return schedule, integer("steps of noise_multiplier", total, 1)
 
 
 def _stated(sampling: Sampling, cap: int | None, sample_size: int | None) -> Sampling:

@@ -4,31 +4,30 @@ from __future__ import annotations
 
 import logging
 import os
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from flashdp_compile.accounting import Poisson, Sampling, TruncatedPoisson
+from flashdp_compile.accounting import Poisson, Sampling, Schedule, TruncatedPoisson
 from flashdp_compile.checks import choice, integer
 from flashdp_compile.data import PoissonSampler
 from flashdp_compile.data.loader import rows
 from flashdp_compile.engine.attach import check_optimizer, replace_step
+from flashdp_compile.engine.bounds import MovingBounds, Quantile
+from flashdp_compile.engine.budget import Budget
 from flashdp_compile.engine.journal import Journal
 from flashdp_compile.engine.loader import EngineLoader
 from flashdp_compile.engine.noise import NOISES
 from flashdp_compile.engine.plan import make_plan
-from flashdp_compile.errors import BudgetExhaustedError, OptionError, UnprotectedGradientError
+from flashdp_compile.engine.steps import Steps
+from flashdp_compile.errors import OptionError
 from flashdp_compile.options import Options
-from flashdp_compile.runtime.logical import LogicalBatch
-from flashdp_compile.runtime.release import Release
 
 FORMAT = 1
 UNLIMITED = 2**31 - 1  # steps of a loader
-STREAMS = 1 << 20  # of one optimizer
 
 _log = logging.getLogger("flashdp_compile")
 
@@ -51,9 +50,11 @@ class PrivacyEngine:
         expected_batch_size: L, samples of a logical batch: exactly, or in the mean under Poisson sampling.
         sample_size: the number of samples.
         target_epsilon: what the run may spend. From it comes the noise, or, if that is given too, the number of steps.
-        noise_multiplier: sigma, the deviation of the noise over C.
+        noise_multiplier: sigma, the deviation of the noise over C; or a schedule of pairs (sigma, steps).
         epochs, steps: how long the run is planned; a step beyond it is refused.
         max_grad_norm, clipping: as in `Options`.
+        bounds: how the clipping bounds move from step to step, each with its noise, max_grad_norm being where they
+            begin: `Quantile(...)`, or a function of the steps done, for what they are multiplied by.
         cap: the most samples of a logical batch; if more are drawn, some are left out at random.
         sampling: for data that no loader of this engine draws: how it is drawn (`accounting.Fixed` and the like).
         micro_batches: without a loader of this engine, how many backward passes, over different samples, make a step.
@@ -74,11 +75,12 @@ class PrivacyEngine:
         expected_batch_size: int,
         sample_size: int | None = None,
         target_epsilon: float | None = None,
-        noise_multiplier: float | None = None,
+        noise_multiplier: float | Schedule | None = None,
         epochs: float | None = None,
         steps: int | None = None,
         max_grad_norm: float | Mapping[str, float] = 1.0,
         clipping: str | Mapping[str, str] = "flat",
+        bounds: Quantile | Callable[[int], float] | None = None,
         cap: int | None = None,
         sampling: Sampling | None = None,
         micro_batches: int = 1,
@@ -103,12 +105,14 @@ class PrivacyEngine:
             sampling=sampling,
             accountant=accountant,
         )
+        self._bounds = None if bounds is None else MovingBounds(bounds, self.expected_batch_size)
         own = {
             "max_grad_norm": max_grad_norm,
             "clipping": clipping,
-            "noise_multiplier": self.plan.noise_multiplier,
+            "noise_multiplier": self.plan.sigma(0),
             "expected_batch_size": self.expected_batch_size,
             "noise_at": "step",
+            "bound_scales": None if self._bounds is None else self._bounds.state,
         }
         if twice := sorted({*own, "seed", "grad_scaler"} & {*(options or {})}):
             raise OptionError(f"options holds {twice[0]!r}, which is the engine's own: give it as an argument")
@@ -118,20 +122,11 @@ class PrivacyEngine:
                 "options holds loss_reduction, but a step is divided by expected_batch_size: call backward on means"
             )
         Options.parse(self._options)  # what is not allowed is said now
-        self.steps_done = 0
-        """Steps that have been taken, or may have been."""
-        self.stepped = False
-        """Whether the last call of an optimizer's step took one, or kept the sum of a micro-batch."""
         self.noise = choice("noise", noise, tuple(NOISES))
-        self._noise = NOISES[self.noise](self.seed)
-        self._attached: weakref.WeakKeyDictionary[Optimizer, LogicalBatch] = weakref.WeakKeyDictionary()
-        self._numbers = 0
-        self._accounted: set[Release] = set()  # the backward passes of the last step
-        self._drawn: set[int] = set()  # the optimizers that have drawn noise in it
-        self._loader: EngineLoader | None = None
-        self._journal = None if journal is None else Journal(journal, self._configuration())
-        if self._journal is not None:
-            self.steps_done = self._journal.spent
+        self._budget = Budget(self.plan, None if journal is None else Journal(journal, self._configuration()))
+        if self._bounds is not None:
+            self._bounds.begin(self._budget.steps_done)
+        self._steps = Steps(self._budget, NOISES[self.noise](self.seed), self.micro_batches, self._bounds)
         if self.noise == "philox":
             _log.warning(
                 "flashdp: noise='philox' is no cryptographic generator: whoever can predict it can subtract it"
@@ -142,18 +137,33 @@ class PrivacyEngine:
             )
 
     @property
-    def noise_multiplier(self) -> float:
-        """sigma."""
+    def noise_multiplier(self) -> float | Schedule:
+        """sigma, or its schedule."""
         return self.plan.noise_multiplier
+
+    @property
+    def steps_done(self) -> int:
+        """Steps that have been taken, or may have been."""
+        return self._budget.steps_done
 
     @property
     def steps_left(self) -> int | None:
         """How many steps the run may still take; None if nothing limits it."""
-        return None if self.plan.steps is None else max(self.plan.steps - self.steps_done, 0)
+        return self._budget.steps_left
+
+    @property
+    def stepped(self) -> bool:
+        """Whether the last call of an optimizer's step took one, or kept the sum of a micro-batch."""
+        return self._steps.stepped
 
     def epsilon(self, delta: float | None = None) -> float:
         """What has been spent so far, at `delta` or at the target's."""
-        return self.plan.epsilon(self.steps_done, delta)
+        return self._budget.epsilon(delta)
+
+    def max_grad_norm(self) -> dict[str, float]:
+        """C_k of the next step, by the name of the clipping group, where bounds move; empty before the first forward.
+        It may be published, as the noise of the counts is accounted for."""
+        return {} if self._bounds is None else self._bounds.present()
 
     def compile(self, model: nn.Module, **settings: Any) -> Any:
         """`torch.compile(model, backend="flashdp")` with the engine's options; `settings` are further arguments of
@@ -191,117 +201,34 @@ class PrivacyEngine:
             seed=self.seed,
         )
         loader = EngineLoader(
-            dataset, sampler, pad=pad, read_ahead=read_ahead, begins=self._begin, **dataloader_options
+            dataset, sampler, pad=pad, read_ahead=read_ahead, begins=self._steps.begin, **dataloader_options
         )
         if sampler.sample_size != how.sample_size:
             raise OptionError(f"dataset has {sampler.sample_size} rows, but sample_size={how.sample_size}")
-        self._loader = loader
+        self._steps.loader = loader
         self._go_on()
         return loader
 
     def _go_on(self) -> None:
         """Lets the loader go on behind the steps that are done."""
-        self._begin()
-        if self._loader is not None:
-            self._loader.load_state_dict({**self._loader.state_dict(), "steps_done": self.steps_done})
+        self._steps.begin()
+        if (loader := self._steps.loader) is not None:
+            loader.load_state_dict({**loader.state_dict(), "steps_done": self.steps_done})
 
     def attach(self, optimizer: Optimizer) -> Optimizer:
         """Lets the step of an optimizer make releases. Gives the same object."""
-        if optimizer in self._attached:
-            return optimizer
-        check_optimizer(optimizer)
-        logical = LogicalBatch(optimizer, self.expected_batch_size)
-        self._attached[optimizer] = logical
-        number, self._numbers = self._numbers, self._numbers + 1
-        replace_step(optimizer, self, lambda engine, original: engine._step(number, logical, original))
+        if optimizer not in self._steps:
+            check_optimizer(optimizer)
+            replace_step(optimizer, self, self._steps.attach(optimizer, self.expected_batch_size))
         return optimizer
-
-    def _step(self, number: int, logical: LogicalBatch, original: Callable[[], Any]) -> None:
-        self.stepped = False
-        try:
-            releases = self._whole(logical)
-            if not releases:
-                return
-            self._spend(number, releases)
-            owed = releases[0].info.owed
-            assert owed is not None
-            std = self.noise_multiplier * owed.sensitivity / owed.divisor
-
-            def noise(index: int, total: Tensor) -> Tensor:
-                assert index < STREAMS
-                return self._noise.add(total, self.steps_done, number * STREAMS + index, std) if std else total
-
-            logical.release(f"step {self.steps_done} of the engine", noise)
-        except BaseException:
-            self._forget(logical)
-            raise
-        original()
-        self.stepped = True
-
-    def _whole(self, logical: LogicalBatch) -> list[Release]:
-        """The backward passes of a logical batch that is complete; none if more are to come.
-
-        Raises UnprotectedGradientError if one is missing, or one too many.
-        """
-        releases = logical.releases()
-        if self._loader is not None:
-            places, wrong = self._loader.used_by(releases, logical.used)
-            whole = bool(places) and self._loader.handed_out[places[-1]].last
-        elif not self.plan.own_sampling:
-            raise UnprotectedGradientError(
-                "the samples of this step were not drawn by a loader of this engine, whose accountant assumes Poisson "
-                "sampling. Iterate engine.data_loader(...), or say by sampling= how samples are drawn"
-            )
-        else:
-            whole, wrong = len(releases) == self.micro_batches, ""
-            if not 0 < len(releases) <= self.micro_batches:
-                wrong = f"a step is made of {self.micro_batches} (micro_batches)"
-        if wrong:
-            raise UnprotectedGradientError(
-                f"this step holds {len(releases)} backward passes through the compiled model, but {wrong}. A trainer "
-                "accumulates nothing itself (gradient_accumulation_steps=1). Nothing was released, and the next "
-                "logical batch begins anew"
-            )
-        if whole and self._loader is not None:
-            logical.used = places[-1] + 1
-        return releases if whole else []
-
-    def _forget(self, logical: LogicalBatch) -> None:
-        """Begins anew with what the loader hands out next."""
-        logical.clear()
-        if self._loader is not None:
-            logical.used = max(len(self._loader.handed_out) - self._loader.read_ahead, logical.used)
-
-    def _spend(self, number: int, releases: Sequence[Release]) -> None:
-        """Counts a step, before its noise is drawn. Optimizers share one if they share its backward passes; each draws
-        once in it."""
-        if number not in self._drawn and set(releases) <= self._accounted:
-            self._drawn.add(number)
-            return
-        if self.steps_left == 0:
-            raise BudgetExhaustedError(
-                f"all {self.plan.steps} steps of this run are taken: epsilon is {self.epsilon():.4g} at delta "
-                f"{self.plan.delta:g}"
-                + ("" if self.plan.target_epsilon is None else f", the target {self.plan.target_epsilon:g}")
-                + ". Nothing was released by this step"
-            )
-        if self._journal is not None:
-            self._journal.reserve(self.steps_done + 1, self.plan.steps)
-        self.steps_done += 1
-        self._accounted, self._drawn = set(releases), {number}
-
-    def _begin(self) -> None:
-        """The loader is iterated: what an iteration before it has left unfinished is drawn anew."""
-        for logical in self._attached.values():
-            logical.clear()
-            logical.used = 0 if self._loader is None else len(self._loader.handed_out)
 
     def _configuration(self) -> dict[str, Any]:
         """What a run that is resumed must have in common with the one that was begun."""
-        names = ("max_grad_norm", "clipping", "noise_multiplier", "expected_batch_size")
-        told = {name: _plain(self._options[name]) for name in names}
+        told = {name: _plain(self._options[name]) for name in ("max_grad_norm", "clipping", "expected_batch_size")}
         return {
             **told,
+            "noise_multiplier": _plain(self.plan.noise_multiplier),
+            "bounds": None if self._bounds is None else self._bounds.told(),
             "sampling": repr(self.plan.sampling),
             "steps": self.plan.steps,
             "noise": self.noise,
@@ -314,9 +241,13 @@ class PrivacyEngine:
         So are noise and samples of a run without a seed after loading: what a process has drawn since this state was
         saved must never be drawn again.
         """
-        if self._journal is not None:
-            self._journal.settle(self.steps_done)
-        return {"format": FORMAT, "configuration": self._configuration(), "steps_done": self.steps_done}
+        self._budget.settle()
+        return {
+            "format": FORMAT,
+            "configuration": self._configuration(),
+            "steps_done": self.steps_done,
+            "bound_scales": None if self._bounds is None else self._bounds.state.saved(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on where `state` was saved. What a journal knows to be spent since stays spent.
@@ -333,8 +264,10 @@ class PrivacyEngine:
                     f"{name} is {here.get(name)!r}, but was {state['configuration'].get(name)!r} in the run that is "
                     "resumed: its guarantee is that of one mechanism"
                 )
-        self.steps_done = max(self.steps_done, integer("steps_done", state["steps_done"], 0))
-        self._noise = NOISES[self.noise](self.seed)
+        self._budget.load(integer("steps_done", state["steps_done"], 0))
+        if self._bounds is not None:
+            self._bounds.load(state["bound_scales"], self.steps_done)
+        self._steps.noise = NOISES[self.noise](self.seed)
         self._go_on()
 
     def __reduce__(self) -> NoReturn:
@@ -344,4 +277,6 @@ class PrivacyEngine:
 
 
 def _plain(value: Any) -> Any:
-    return [[str(k), v] for k, v in value.items()] if isinstance(value, Mapping) else value
+    if isinstance(value, Mapping):
+        return [[str(k), v] for k, v in value.items()]
+    return [list(pair) for pair in value] if isinstance(value, (list, tuple)) else value

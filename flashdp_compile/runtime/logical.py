@@ -12,23 +12,24 @@ from collections.abc import Callable, Iterator
 from torch import Tensor
 from torch.optim import Optimizer
 
+from flashdp_compile.runtime.bounds import BoundScales
 from flashdp_compile.runtime.check import examine, refuse
-from flashdp_compile.runtime.release import LEDGER, Release, ReleaseInfo
+from flashdp_compile.runtime.release import LEDGER, Owed, Release, ReleaseInfo
 from flashdp_compile.runtime.watch import Content, Fault, Watch, find
 
-Noise = Callable[[int, Tensor], Tensor]
-"""(place of the parameter in its optimizer, clipped sum) -> the same with its noise."""
+Noise = Callable[[int, Tensor, Tensor], Tensor]
+"""(place of the parameter in its optimizer, the parameter, its clipped sum) -> the gradient to step on."""
 
 
 class LogicalBatch:
     """What the backward passes since the last release have left for the parameters of one optimizer.
 
-    `divisor` is what their sums must have been divided by. `used` counts the batches of a loader that are behind it,
-    for whoever draws samples.
+    `divisor` is what their sums must have been divided by, `bounds` are those that they must have been clipped to if
+    bounds move. `used` counts the batches of a loader that are behind it, for whoever draws samples.
     """
 
-    def __init__(self, optimizer: Optimizer, divisor: float) -> None:
-        self._optimizer, self.divisor = weakref.ref(optimizer), divisor
+    def __init__(self, optimizer: Optimizer, divisor: float, bounds: BoundScales | None = None) -> None:
+        self._optimizer, self.divisor, self.bounds = weakref.ref(optimizer), divisor, bounds
         self.used = 0
 
     def releases(self) -> list[Release]:
@@ -41,7 +42,7 @@ class LogicalBatch:
         assert optimizer is not None
         found = examine(optimizer, held=True)
         owed = {release.info.owed for release in found.releases}
-        if len(owed) > 1 or any(one is None or one.divisor != self.divisor for one in owed):
+        if len(owed) > 1 or any(one is None or not self._ours(one) for one in owed):
             found.faults.setdefault(Fault.FOREIGN, []).extend(found.holding)
         if found.faults:
             self.clear()
@@ -54,8 +55,11 @@ class LogicalBatch:
         for index, parameter, watched in self._watches():
             held, watched.held = watched.held, None
             if held is not None:
-                parameter.grad = noise(index, held.total)
+                parameter.grad = noise(index, parameter, held.total)
                 watched.content = Content(parameter.grad, release, None, ())
+
+    def _ours(self, owed: Owed) -> bool:
+        return owed.divisor == self.divisor and owed.bounds is self.bounds
 
     def clear(self) -> None:
         """Forgets the sums."""

@@ -150,6 +150,8 @@ def _released(
         for index, parameter, watched in arrived:
             watched.announce(parameter, cast(Tensor, grad_inputs[index]), release)
         return None
+    if info.owed.bounds is not None:
+        release.within = info.owed.bounds.take()
     passed_on = list(grad_inputs)
     for index, _, watched in arrived:
         watched.hold(cast(Tensor, grad_inputs[index]).detach(), release, Fault.REPEATED if runs else None)

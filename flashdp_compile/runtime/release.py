@@ -11,18 +11,22 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from flashdp_compile.compat import backward_number
+from flashdp_compile.runtime.bounds import BoundScales
 
 
 @dataclass(frozen=True)
 class Owed:
     """The noise that clipped sums lack: sigma `sensitivity` / `divisor` is its standard deviation. `sensitivity` bounds
     what one sample adds to the undivided sums of all parameters together. `reused`: the memory of gradients is used
-    again by the next backward, as CUDA graphs do."""
+    again by the next backward, as CUDA graphs do. `bounds`: how far clipping bounds have moved."""
 
     sensitivity: float
     divisor: float
     reused: bool = False
+    bounds: BoundScales | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +46,7 @@ class ReleaseInfo:
 @dataclass(eq=False, slots=True)
 class Release:
     """One run of a compiled backward. `peers` are all releases of the same call of backward(), this one included.
-    `batch` is what `Ledger.batch` was at the forward."""
+    `batch` is what `Ledger.batch` was at the forward, `within` what `BoundScales.take` gave behind it."""
 
     info: ReleaseInfo
     number: int
@@ -50,6 +54,7 @@ class Release:
     time: float
     peers: list["Release"] = field(repr=False)
     batch: Mapping[int, int] = field(default_factory=dict)
+    within: Tensor | None = None
 
 
 class Ledger:

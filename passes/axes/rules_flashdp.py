@@ -41,10 +41,18 @@ def clip_factors(site: Site, norms: Batched, *policy: Any) -> State:
     return Batched(0, weight=site.node.name)
 
 
+def count_within(site: Site, scales: State, norms: Any, *policy: Any) -> State:
+    """The scales again, which hold no sample's data; that samples are counted on the way is the engine's affair."""
+    _leading(norms)
+    return scales
+
+
 def register_runtime_ops() -> None:
     """Enters the ops that the runtime defines; called once they are registered with torch."""
     RULES[torch.ops.flashdp.clip_factors.default] = clip_factors
-    NO_DATA.update([torch.ops.flashdp.draw_key.default, torch.ops.flashdp.grad_scale.default])
+    flashdp = torch.ops.flashdp
+    NO_DATA.update([flashdp.draw_key.default, flashdp.grad_scale.default, flashdp.bound_scales.default])
+    RULES[flashdp.count_within.default] = count_within
 
 
 @rule("flashdp.weighted_matmul", "flashdp.embedding_sum")

@@ -112,7 +112,7 @@ def layer_left_unclipped(add):
 
 def audited(broken, canaries: DiracCanaries, guesses: int, seed: int, noise: str = "secure"):
     its = engine(canaries.count, noise=noise)
-    its._noise.add = broken(its._noise.add)
+    its._steps.noise.add = broken(its._steps.noise.add)
     run = one_run(
         lambda included: canaries.scores(its, included, STEPS), canaries.count, delta=1e-6, guesses=guesses, seed=seed
     )

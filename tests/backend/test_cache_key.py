@@ -8,6 +8,7 @@ from flashdp_compile.options import PERFORMANCE, PRIVACY, Options
 from flashdp_compile.passes.axes import registry
 from flashdp_compile.passes.inputs import Input
 from flashdp_compile.pipeline import FlashDPPass
+from flashdp_compile.runtime.bounds import BoundScales
 
 INPUTS = (Input("x", "sample"), Input("a.weight", "parameter"))
 OTHERS = {
@@ -22,6 +23,7 @@ OTHERS = {
     "seed": 3,
     "grad_scaler": torch.amp.GradScaler("cpu", growth_interval=2**31 - 1),
     "noise_at": "step",
+    "bound_scales": BoundScales(),
     "norm_strategy": "gram",
     "autotune": True,
     "compiler": "eager",
@@ -44,7 +46,8 @@ def test_every_option_is_listed_here():
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_every_option_changes_the_key(name):
-    beside = {"expected_batch_size": 5} if name == "noise_at" else {}  # which it asks for
+    beside = {"expected_batch_size": 5} if name in ("noise_at", "bound_scales") else {}  # which it asks for
+    beside |= {"noise_at": "step"} if name == "bound_scales" else {}
     assert key(**{name: OTHERS[name], **beside}) != key(**beside)
 
 
@@ -103,6 +106,12 @@ def test_entries_of_the_tables_change_the_key(table, monkeypatch):
     fewer.pop() if table == "NO_DATA" else fewer.popitem()
     monkeypatch.setattr(registry, table, fewer)
     assert key() not in (before, None)
+
+
+def test_moving_bounds_count_by_their_place():
+    beside = {"noise_at": "step", "expected_batch_size": 5}
+    one, other = BoundScales(), BoundScales()
+    assert key(bound_scales=one, **beside) == key(bound_scales=one, **beside) != key(bound_scales=other, **beside)
 
 
 def test_a_scaler_counts_by_its_place():

@@ -227,7 +227,7 @@ def test_an_optimizer_that_comes_late_or_steps_now_and_then():
             optimizer.step()
             assert its.stepped
         else:
-            its._attached[optimizer].clear()
+            its._steps._attached[optimizer].clear()
     assert its.steps_done == 3 and late is not None
 
 

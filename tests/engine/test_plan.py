@@ -3,8 +3,9 @@
 import logging
 
 import pytest
+import torch
 
-from engine.runs import engine
+from engine.runs import BATCH, BOUND, engine
 from flashdp_compile import OptionError, PrivacyEngine, accounting
 from flashdp_compile.accounting import Fixed, Poisson, TruncatedPoisson
 
@@ -96,3 +97,41 @@ def test_a_seed_is_said_loudly(caplog):
 def test_settings_of_compile_that_are_the_engine_s(setting):
     with pytest.raises(OptionError, match=setting):
         engine().compile(None, **{setting: None})
+
+
+SCHEDULE = [(2.0, 3), (1.0, 0), (0.5, 4)]
+
+
+def test_a_schedule_of_noise():
+    its = engine(noise_multiplier=SCHEDULE, steps=None)
+    assert its.plan.steps == its.steps_left == 7
+    assert [its.plan.sigma(step) for step in range(7)] == [2.0] * 3 + [0.5] * 4
+    for steps in (1, 3, 5, 7):
+        parts = [(2.0, min(steps, 3)), (0.5, max(steps - 3, 0))]
+        alone = accounting.epsilon(noise_multiplier=parts, delta=1e-5, sampling=accounting.Fixed(10))
+        assert its.plan.epsilon(steps) == alone
+    engine(noise_multiplier=SCHEDULE, steps=7)
+    with pytest.raises(OptionError, match="a schedule of 7 steps, but 8 are planned"):
+        engine(noise_multiplier=SCHEDULE, steps=8)
+    for wrong in ([(1.0, -1)], [1.0], [(1.0, 0)], []):
+        with pytest.raises(OptionError, match="noise_multiplier|steps=-1"):
+            engine(noise_multiplier=wrong, steps=None)
+
+
+def test_a_budget_cuts_a_schedule_short():
+    schedule = [(8.0, 50), (1.0, 50)]
+    how = {"sampling": accounting.Poisson(0.05), "steps": None}
+    whole = engine(noise_multiplier=schedule, **how)
+    cut = engine(noise_multiplier=schedule, target_epsilon=whole.plan.epsilon(60), **how)
+    assert cut.plan.steps == 60
+
+
+def test_each_step_has_the_noise_of_its_place():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3000, 1, bias=False)
+    its = engine(noise_multiplier=[(4.0, 2), (1.0, 1)], steps=None, seed=1)
+    optimizer, compiled = its.attach(torch.optim.SGD(model.parameters(), lr=0.0)), its.compile(model)
+    for sigma in (4.0, 4.0, 1.0):
+        compiled(torch.zeros(BATCH, 3000)).square().sum(1).mean().backward()
+        optimizer.step()
+        assert model.weight.grad.std().item() == pytest.approx(sigma * BOUND / BATCH, rel=0.05)

@@ -50,9 +50,9 @@ def test_a_resumed_run_is_an_unbroken_one():
 def test_without_a_seed_noise_is_drawn_anew_after_loading(noise):
     its = engine(noise_multiplier=1.0, noise=noise)
     total = torch.zeros(100)
-    before = its._noise.add(total, 1, 0, 1.0)
+    before = its._steps.noise.add(total, 1, 0, 1.0)
     its.load_state_dict(its.state_dict())
-    assert not torch.equal(before, its._noise.add(total, 1, 0, 1.0))
+    assert not torch.equal(before, its._steps.noise.add(total, 1, 0, 1.0))
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_without_a_seed_noise_is_drawn_anew_after_loading(noise):
 )
 def test_another_mechanism_is_not_resumed(changed, named, tmp_path):
     its = engine(journal=tmp_path / "run.json")
-    its._journal.reserve(1, None)
+    its._budget._journal.reserve(1, None)
     with pytest.raises(OptionError, match=f"^{named} is"):
         engine(**changed).load_state_dict(its.state_dict())
     del its

@@ -207,13 +207,13 @@ def test_optimizers_that_are_staggered_never_share_noise():
             second.step()
             steps += its.stepped
         else:
-            its._attached[second].clear()
+            its._steps._attached[second].clear()
     assert steps == its.steps_done == 5
 
 
 def test_an_engine_is_not_copied():
     its, *_ = setup()
-    for copied in (its, its._noise):
+    for copied in (its, its._steps.noise):
         with pytest.raises(OptionError, match="cannot be copied"):
             copy.deepcopy(copied)
 

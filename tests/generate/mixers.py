@@ -190,6 +190,8 @@ WRAPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 def apply(x: Tensor, name: str, wrap: str, d: int) -> Tensor:
     """The value with one mixer in it."""
+    if x.is_complex():  # which has no order: its parts have
+        return torch.view_as_complex(OTHERS[name](torch.view_as_real(x.resolve_conj()), d).contiguous())
     if not x.is_floating_point():
         return OTHERS[name](x, d)
     return WRAPS[wrap](x, FLOATS[name](x, d))

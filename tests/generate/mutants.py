@@ -101,13 +101,19 @@ class Data:
 
 def owners(before: Tensor, after: list[Tensor]) -> Tensor:
     """For every element the sample that moves it: -1 for none, -2 for several. `after` [j]: sample j was replaced."""
-    moved = torch.stack([~torch.isclose(before.double(), a.double(), rtol=0, atol=0, equal_nan=True) for a in after])
+    moved = torch.stack([~torch.isclose(_exact(before), _exact(a), rtol=0, atol=0, equal_nan=True) for a in after])
     count = moved.sum(0)
     return torch.where(count == 1, moved.int().argmax(0), torch.where(count == 0, -1, -2))
 
 
+def _exact(values: Tensor) -> Tensor:
+    return values if values.is_complex() else values.double()
+
+
 def axis_of(owner: Tensor, size: int) -> tuple[int, Tensor] | None:
     """The dimension along which the owners change, each having as many places as the others, and the owner of each."""
+    if not owner.numel():
+        return None
     for d in range(owner.dim()):
         n = owner.shape[d]
         if n % size:

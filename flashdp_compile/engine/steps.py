@@ -1,0 +1,136 @@
+"""What a step of an attached optimizer does: one release of a whole logical batch, or nothing yet, or an error."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from flashdp_compile.engine.bounds import MovingBounds
+from flashdp_compile.engine.budget import Budget
+from flashdp_compile.engine.loader import EngineLoader
+from flashdp_compile.errors import UnprotectedGradientError
+from flashdp_compile.runtime.logical import LogicalBatch
+from flashdp_compile.runtime.release import Owed, Release
+
+STREAMS = 1 << 20  # of one optimizer
+COUNTS = STREAMS - 1  # the stream for who lies within a bound
+
+
+class Steps:
+    """The steps of one run. `noise` is one of those in noise.py; without a `loader`, `micro_batches` backward passes
+    make a logical batch. `stepped`: whether the last call took a step, or kept the sum of a micro-batch."""
+
+    def __init__(self, budget: Budget, noise: Any, micro_batches: int, bounds: MovingBounds | None) -> None:
+        self.noise, self.stepped = noise, False
+        self.loader: EngineLoader | None = None
+        self._budget, self._micro_batches, self._bounds = budget, micro_batches, bounds
+        self._attached: weakref.WeakKeyDictionary[Optimizer, LogicalBatch] = weakref.WeakKeyDictionary()
+        self._numbers = 0
+        self._accounted: set[Release] = set()  # the backward passes of the last step
+        self._drawn: set[int] = set()  # the optimizers that have drawn noise in it
+
+    def __contains__(self, optimizer: Optimizer) -> bool:
+        return optimizer in self._attached
+
+    def attach(self, optimizer: Optimizer, divisor: float) -> Callable[[Callable[[], Any]], None]:
+        """What takes the place of the optimizer's own step, and is given that."""
+        self._attached[optimizer] = logical = LogicalBatch(
+            optimizer, divisor, None if self._bounds is None else self._bounds.state
+        )
+        number, self._numbers = self._numbers, self._numbers + 1
+        return lambda original: self._step(number, logical, original)
+
+    def begin(self) -> None:
+        """The loader is iterated: what an iteration before it has left unfinished is drawn anew."""
+        for logical in self._attached.values():
+            logical.clear()
+            logical.used = 0 if self.loader is None else len(self.loader.handed_out)
+
+    def _step(self, number: int, logical: LogicalBatch, original: Callable[[], Any]) -> None:
+        self.stepped = False
+        try:
+            releases = self._whole(logical)
+            if not releases:
+                return
+            self._account(number, releases)
+            owed = releases[0].info.owed
+            assert owed is not None
+            logical.release(f"step {self._budget.steps_done} of the engine", self._released(number, owed))
+        except BaseException:
+            self._forget(logical)
+            raise
+        original()
+        self.stepped = True
+
+    def _released(self, number: int, owed: Owed) -> Callable[[int, Tensor, Tensor], Tensor]:
+        """What becomes of the clipped sum of each parameter."""
+        std = self._sigma_of_gradients() * owed.sensitivity / owed.divisor
+
+        def released(index: int, parameter: Tensor, total: Tensor) -> Tensor:
+            assert index < COUNTS
+            gradient = self._noised(number, index, total, std)
+            return gradient if self._bounds is None else self._bounds.undo(parameter, gradient)
+
+        return released
+
+    def _noised(self, number: int, stream: int, total: Tensor, std: float) -> Tensor:
+        return self.noise.add(total, self._budget.steps_done, number * STREAMS + stream, std) if std else total
+
+    def _sigma(self) -> float:
+        """Of the step that is counted last."""
+        return self._budget.plan.sigma(self._budget.steps_done - 1)
+
+    def _sigma_of_gradients(self) -> float:
+        return self._sigma() if self._bounds is None else self._sigma() / (1 - self._bounds.share) ** 0.5
+
+    def _account(self, number: int, releases: Sequence[Release]) -> None:
+        """Optimizers share a step if they share its backward passes; each draws once in it."""
+        if number not in self._drawn and set(releases) <= self._accounted:
+            self._drawn.add(number)
+            return
+        self._budget.spend()
+        self._accounted, self._drawn = set(releases), {number}
+        if self._bounds is not None:
+
+            def add_noise(votes: Tensor, std: float) -> Tensor:
+                return self._noised(number, COUNTS, votes, std)
+
+            self._bounds.settle(releases, self._budget.steps_done, self._sigma(), add_noise)
+
+    def _whole(self, logical: LogicalBatch) -> list[Release]:
+        """The backward passes of a logical batch that is complete; none if more are to come.
+
+        Raises UnprotectedGradientError if one is missing, or one too many.
+        """
+        releases = logical.releases()
+        if self.loader is not None:
+            places, wrong = self.loader.used_by(releases, logical.used)
+            whole = bool(places) and self.loader.handed_out[places[-1]].last
+        elif not self._budget.plan.own_sampling:
+            raise UnprotectedGradientError(
+                "the samples of this step were not drawn by a loader of this engine, whose accountant assumes Poisson "
+                "sampling. Iterate engine.data_loader(...), or say by sampling= how samples are drawn"
+            )
+        else:
+            whole, wrong = len(releases) == self._micro_batches, ""
+            if not 0 < len(releases) <= self._micro_batches:
+                wrong = f"a step is made of {self._micro_batches} (micro_batches)"
+        if wrong:
+            raise UnprotectedGradientError(
+                f"this step holds {len(releases)} backward passes through the compiled model, but {wrong}. A trainer "
+                "accumulates nothing itself (gradient_accumulation_steps=1). Nothing was released, and the next "
+                "logical batch begins anew"
+            )
+        if whole and self.loader is not None:
+            logical.used = places[-1] + 1
+        return releases if whole else []
+
+    def _forget(self, logical: LogicalBatch) -> None:
+        """Begins anew with what the loader hands out next."""
+        logical.clear()
+        if self.loader is not None:
+            logical.used = max(len(self.loader.handed_out) - self.loader.read_ahead, logical.used)
