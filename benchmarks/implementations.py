@@ -6,15 +6,19 @@ FastDP and FlashDP's review code have no entry: neither is on a registry, and no
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
+from benchmarks.engine_steps import EngineStep
 from benchmarks.settings import Settings
 from benchmarks.steps import FlashDPStep, Step
+from flashdp_compile import Quantile
 from flashdp_compile.kernels import hopper
 
 GRAPHS = "reduce-overhead"
+STILL = Quantile(rate=1e-9)  # the check knows no bounds that move, and the cost is the same
 Make = Callable[[nn.Module, int, Settings], Step]  # model, batch size, settings
 
 
@@ -58,6 +62,13 @@ def _flashdp(clipping: str, mode: str | None = None, triton: bool = False) -> Ma
     return make
 
 
+def _engine(clipping: str, **arguments: Any) -> Make:
+    def make(model: nn.Module, batch_size: int, settings: Settings) -> Step:
+        return EngineStep(model, clipping, batch_size, settings, **arguments)
+
+    return make
+
+
 def _opacus(name: str) -> Make:
     def make(model: nn.Module, batch_size: int, settings: Settings) -> Step:
         from benchmarks import opacus_steps  # late: needs opacus
@@ -79,6 +90,11 @@ _ALL = (
     Implementation(name="compile-graphs", clipping=None, make=_compile(GRAPHS)),
     Implementation(name="flashdp-flat-graphs", clipping="flat", make=_flashdp("flat", GRAPHS)),
     Implementation(name="flashdp-per_layer-graphs", clipping="per_layer", make=_flashdp("per_layer", GRAPHS)),
+    # noise at the step, by a PrivacyEngine
+    Implementation(name="engine-flat", clipping="flat", make=_engine("flat")),
+    Implementation(name="engine-flat-philox", clipping="flat", make=_engine("flat", noise="philox")),
+    Implementation(name="engine-flat-quantile", clipping="flat", make=_engine("flat", bounds=STILL)),
+    Implementation(name="engine-per_layer-quantile", clipping="per_layer", make=_engine("per_layer", bounds=STILL)),
     Implementation(
         name="opacus-hooks", clipping="flat", make=_opacus("OpacusStep"), needs="opacus", batched_positions=True
     ),

@@ -28,6 +28,10 @@ COLOURS = {
     "compile-graphs": "#7f8c99",
     "flashdp-flat-graphs": "#c9632b",
     "flashdp-per_layer-graphs": "#1f4f80",
+    "engine-flat": "#d9a441",
+    "engine-flat-philox": "#e9cf8f",
+    "engine-flat-quantile": "#b98a2e",
+    "engine-per_layer-quantile": "#4a9a9a",
     "opacus-hooks": "#7a9e3d",
     "opacus-ghost": "#a8659b",
 }

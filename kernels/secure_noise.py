@@ -96,25 +96,31 @@ def specialise(grad: Tensor, key: Tensor, stream: int, std: float) -> Spec:
 
 # box_muller(a, b, c, d, cosine, sine): two values, under these names, from four words.
 #
-# odd is converted to float32, whose bits hold both the power of two and the rest m, sqrt(1/2) <= m < sqrt(2):
+# u 2^32 (or 2^64) is made of two words in float32, whose bits hold both the power of two and the rest m,
+# sqrt(1/2) <= m < sqrt(2):
 #     ln u = power ln 2 + ln m,  ln m = 2 artanh(f / (2 + f)),  f = m - 1
-# Where the power is 0, f comes from the integer: its distance to 1. The series is off by 2e-9.
+# Where the power is 0, -f is the distance to 1, which is made of the complements of the words. What is rounded away is
+# 2^-24 of either, and the two bits that k leaves out are less. The series is off by 2e-9. Division and root are those
+# of the hardware, off by two units in the last place: exact ones take as long as the rest.
+#
+# on_grid(total, out): a float32 below 2^23 is rounded to whole numbers by adding 2^23 and taking it away; one above is
+# whole.
 MACROS = f"""\
 {{%- macro box_muller(a, b, c, d, cosine, sine) -%}}
 small = {{{{ a }}}} == 0
-high = tl.where(small, {{{{ b }}}}, {{{{ a }}}}).to(tl.int64)
-low = tl.where(small, {{{{ c }}}}, {{{{ b }}}}).to(tl.int64)
-odd = (high << 31) + (low >> 1) | 1
-bits = odd.to(tl.float32).to(tl.int32, bitcast=True)
+high, low = tl.where(small, {{{{ b }}}}, {{{{ a }}}}), tl.where(small, {{{{ c }}}}, {{{{ b }}}})
+scaled = (high.to(tl.float32) + low.to(tl.float32) * {2.0**-32!r}) + {2.0**-31!r}
+bits = scaled.to(tl.int32, bitcast=True)
 power = (bits - {0x3F3504F3}) >> 23
 rest = (bits - (power << 23)).to(tl.float32, bitcast=True) - 1.0
-power -= tl.where(small, 95, 63)
-f = tl.where(power == 0, (({1 << 62} - odd) + {1 << 62}).to(tl.float32) * {-(2.0**-63)!r}, rest)
-s = tl.div_rn(f, 2.0 + f)
+power -= tl.where(small, 64, 32)
+beside = ((high ^ 0xFFFFFFFF).to(tl.float32) + (low ^ 0xFFFFFFFF).to(tl.float32) * {2.0**-32!r}) + {2.0**-31!r}
+f = tl.where(power == 0, beside * {-(2.0**-32)!r}, rest)
+s = f / (2.0 + f)
 s_2 = s * s
 series = s * (2.0 + s_2 * ({2 / 3!r} + s_2 * ({2 / 5!r} + s_2 * ({2 / 7!r} + s_2 * {2 / 9!r}))))
 log = power.to(tl.float32) * {math.log(2)!r} + series
-radius = tl.sqrt_rn(-2.0 * log)
+radius = tl.sqrt(-2.0 * log)
 {{{{ turned("radius", d, cosine, sine) }}}}
 {{%- endmacro -%}}
 {{%- macro draw_secure_normals(index, shape) -%}}
@@ -129,9 +135,15 @@ cosines = tl.join(tl.join(cosine_0, cosine_2), tl.join(cosine_1, cosine_3))
 sines = tl.join(tl.join(sine_0, sine_2), tl.join(sine_1, sine_3))
 normals = tl.join(cosines, sines).reshape({{{{ shape }}}})
 {{%- endmacro -%}}
+{{%- macro on_grid(total, out) -%}}
+steps = {{{{ total }}}} * tl.full([], per_grid, tl.float32)
+size = tl.abs(steps)
+whole = (size + 8388608.0) - 8388608.0
+rounded = tl.where(steps < 0, -whole, whole) * tl.full([], grid, tl.float32) + 0.0
+{{{{ out }}}} = tl.where(size < 8388608.0, rounded, {{{{ total }}}})
+{{%- endmacro -%}}
 """
 
-# A float32 below 2^23 is rounded to whole numbers by adding 2^23 and taking it away; one above is whole.
 TEMPLATE = (
     chacha.MACROS
     + MACROS
@@ -147,11 +159,7 @@ def kernel(grad_ptr, key_ptr, noise_stream, std, grid, per_grid, out_ptr, N):
     n = 8 * i[:, None] + tl.arange(0, 8)[None, :]
     grad = tl.load(grad_ptr + n, mask=n < N, other=0.0).to(tl.float32)
     total = grad + tl.full([], std, tl.float32) * normals
-    steps = total * tl.full([], per_grid, tl.float32)
-    size = tl.abs(steps)
-    whole = (size + 8388608.0) - 8388608.0
-    rounded = tl.where(steps < 0, -whole, whole) * tl.full([], grid, tl.float32) + 0.0
-    noised = tl.where(size < 8388608.0, rounded, total)
+    {{ on_grid("total", "noised") | indent(4) }}
     out = tl.where(per_grid > 0, noised, grad)  # 0 without noise: adding a zero would lose the sign of -0
     tl.store(out_ptr + n, out.to(out_ptr.dtype.element_ty), mask=n < N)
 """

@@ -92,12 +92,12 @@ class MovingBounds:
             return
         votes = torch.stack([r.within for r in releases if r.within is not None]).sum(0)
         deviation = self._how.deviation(sigma, len(scales))
-        within = (add_noise(votes, deviation) if deviation else votes) / self._batch + 0.5
+        within = add_noise(votes, deviation) / self._batch + 0.5
         scales.mul_(torch.exp(-self._how.rate * (within - self._how.target))).clamp_(1 / FAR, FAR)
 
-    def undo(self, parameter: Tensor, gradient: Tensor) -> Tensor:
-        """What the gradient would be if no scale had divided it."""
-        return gradient * self._in_use[self.state.group_of(parameter)]
+    def in_use(self, parameters: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
+        """The scales [K] that have divided the gradients of this step, and which of them is that of each parameter."""
+        return self._in_use, [self.state.group_of(parameter) for parameter in parameters]
 
     def present(self) -> dict[str, float]:
         """C_k of the next step, by the name of the clipping group; empty before the first forward."""

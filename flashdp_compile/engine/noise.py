@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
 
 import flashdp_compile.kernels  # noqa: F401  the ops
 from flashdp_compile.errors import InternalError, OptionError
+from flashdp_compile.kernels.noise_table import NoiseTable, apart, fits
 from flashdp_compile.kernels.secure_noise import grid, secure_gaussian
 from flashdp_compile.runtime import secure_key
 
@@ -22,53 +24,101 @@ _DOMAIN = "flashdp_compile engine noise 1"
 _TRIED = 4099  # normals of the check of a device: several blocks, the last not whole
 
 
-class SecureNoise:
-    """ChaCha20, tails to 11 deviations, sums rounded to a grid: docs/secure-noise.md. With a `seed` a step draws the
-    same in every process."""
+class Noise:
+    """Adds noise that nobody has seen before. Subclasses say from which key it comes, and by which op."""
+
+    secure: ClassVar[bool]
+    op: ClassVar[Any]
 
     def __init__(self, seed: int | None) -> None:
         self._seed = seed
+        self._tables: dict[Any, NoiseTable] = {}
+
+    def key(self, device: torch.device, step: int) -> Tensor:
+        """Of all draws of a step on a device."""
+        raise NotImplementedError
+
+    def add(
+        self,
+        totals: Sequence[Tensor],
+        step: int,
+        streams: Sequence[int],
+        std: float,
+        factors: Tensor | None = None,
+        groups: Sequence[int] | None = None,
+    ) -> list[Tensor]:
+        """Each of `totals` with noise of this deviation, times the factor of its group, if there are any. Memory may be
+        that of `totals`. No two tensors may have the same stream in a step. A deviation of 0 adds nothing."""
+        added = list(totals)
+        which = [0] * len(added) if groups is None else groups
+        alone, together = list(range(len(added))), dict[torch.device, list[int]]()
+        if std > 0:
+            for at, total in enumerate(added):
+                if total.is_cuda and fits(total):
+                    together.setdefault(total.device, []).append(at)
+        for device, places in together.items():
+            own = [added[at] for at in places]
+            if apart(own):
+                told = tuple((added[at].numel(), streams[at], which[at]) for at in places)
+                if told not in self._tables:
+                    self._tables[told] = NoiseTable(told, self.secure)
+                self._tables[told].add(own, self.key(device, step), std, factors)
+                alone = [at for at in alone if at not in set(places)]
+        for at in alone:
+            total = added[at]
+            if std > 0:
+                total = self.op(total, self.key(total.device, step), streams[at], std)
+            added[at] = total if factors is None else total * factors[which[at]]
+        return added
+
+
+class SecureNoise(Noise):
+    """ChaCha20, tails to 11 deviations, sums rounded to a grid: docs/secure-noise.md. With a `seed` a step draws the
+    same in every process."""
+
+    secure, op = True, staticmethod(torch.ops.flashdp.add_secure_noise)
+
+    def __init__(self, seed: int | None) -> None:
+        super().__init__(seed)
         self._states: dict[torch.device, Tensor] = {}
 
-    def add(self, total: Tensor, step: int, stream: int, std: float) -> Tensor:
-        """`total` with noise of this deviation. No two parameters may have the same stream in a step."""
-        key = self._state(total.device).clone()
-        key[4] = step
-        return torch.ops.flashdp.add_secure_noise(total, key, stream, std)
-
-    def _state(self, device: torch.device) -> Tensor:
+    def key(self, device: torch.device, step: int) -> Tensor:
         if device not in self._states:
             if device.type != "cpu":
                 _try_out(device)
             derived = None if self._seed is None else secure_key.derived(self._seed, f"{_DOMAIN} {device}")
             self._states[device] = secure_key.fresh(device) if derived is None else derived.to(device)
-        return self._states[device]
+        key = self._states[device].clone()
+        key[4:].fill_(step)  # unlike an assignment, it does not wait for the device
+        return key
 
 
 def _try_out(device: torch.device) -> None:
     """Raises InternalError unless the kernel draws on this device what its twin draws on the CPU: wrong noise would be
     seen by nobody."""
     key, std = secure_key.derived(0, "known answer"), 0.75
-    found = torch.ops.flashdp.add_secure_noise(torch.zeros(_TRIED, device=device), key.to(device), 3, std)
     expected = std * secure_gaussian(_TRIED, key, 3)
-    off = (found.cpu() - expected).abs().max().item()
-    if not off <= 0.51 * grid(std):  # half a step of the grid, and rounding
-        raise InternalError(f"secure noise on {device} is off by {off / std} deviations from what it should be")
+    alone = torch.ops.flashdp.add_secure_noise(torch.zeros(_TRIED, device=device), key.to(device), 3, std)
+    tabled = torch.zeros(_TRIED, device=device)
+    if fits(tabled):
+        NoiseTable([(_TRIED, 3, 0)], secure=True).add([tabled], key.to(device), std)
+    for found in (alone, tabled):
+        off = (found.cpu() - expected).abs().max().item()
+        if not off <= 0.51 * grid(std):  # half a step of the grid, and rounding
+            raise InternalError(f"secure noise on {device} is off by {off / std} deviations from what it should be")
 
 
-class PhiloxNoise:
+class PhiloxNoise(Noise):
     """Philox, as in a compiled backward: faster, and not meant to withstand anyone who tries to predict it."""
 
+    secure, op = False, staticmethod(torch.ops.flashdp.add_noise)
+
     def __init__(self, seed: int | None) -> None:
-        self._seed = seed
+        super().__init__(seed)
         self._keys: dict[torch.device, int] = {}
         self._process = os.getpid()
 
-    def add(self, total: Tensor, step: int, stream: int, std: float) -> Tensor:
-        key = torch.tensor([self._key(total.device), step], dtype=torch.int64, device=total.device)
-        return torch.ops.flashdp.add_noise(total, key, stream, std)
-
-    def _key(self, device: torch.device) -> int:
+    def key(self, device: torch.device, step: int) -> Tensor:
         if self._process != os.getpid():  # a child of a fork must not draw what its parent draws
             self._process = os.getpid()
             self._keys.clear()
@@ -76,12 +126,12 @@ class PhiloxNoise:
             told = f"{_DOMAIN}\0{device}\0{self._seed}".encode()
             entropy = os.urandom(8) if self._seed is None else hashlib.sha256(told).digest()[:8]
             self._keys[device] = int.from_bytes(entropy, "little", signed=True)
-        return self._keys[device]
+        return torch.tensor([self._keys[device], step], dtype=torch.int64).to(device, non_blocking=True)
 
 
 def _no_copy(self: Any) -> NoReturn:
     raise OptionError("noise cannot be copied: two of them would draw the same")
 
 
-SecureNoise.__reduce__ = PhiloxNoise.__reduce__ = _no_copy  # type: ignore[method-assign, assignment]
-NOISES: dict[str, Any] = {"secure": SecureNoise, "philox": PhiloxNoise}
+Noise.__reduce__ = _no_copy  # type: ignore[method-assign, assignment]
+NOISES: dict[str, type[Noise]] = {"secure": SecureNoise, "philox": PhiloxNoise}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,8 +13,9 @@ from torch.optim import Optimizer
 from flashdp_compile.engine.bounds import MovingBounds
 from flashdp_compile.engine.budget import Budget
 from flashdp_compile.engine.loader import EngineLoader
+from flashdp_compile.engine.noise import Noise
 from flashdp_compile.errors import UnprotectedGradientError
-from flashdp_compile.runtime.logical import LogicalBatch
+from flashdp_compile.runtime.logical import LogicalBatch, Sum
 from flashdp_compile.runtime.release import Owed, Release
 
 STREAMS = 1 << 20  # of one optimizer
@@ -24,7 +26,7 @@ class Steps:
     """The steps of one run. `noise` is one of those in noise.py; without a `loader`, `micro_batches` backward passes
     make a logical batch. `stepped`: whether the last call took a step, or kept the sum of a micro-batch."""
 
-    def __init__(self, budget: Budget, noise: Any, micro_batches: int, bounds: MovingBounds | None) -> None:
+    def __init__(self, budget: Budget, noise: Noise, micro_batches: int, bounds: MovingBounds | None) -> None:
         self.noise, self.stepped = noise, False
         self.loader: EngineLoader | None = None
         self._budget, self._micro_batches, self._bounds = budget, micro_batches, bounds
@@ -59,26 +61,21 @@ class Steps:
             self._account(number, releases)
             owed = releases[0].info.owed
             assert owed is not None
-            logical.release(f"step {self._budget.steps_done} of the engine", self._released(number, owed))
+            released = functools.partial(self._released, number, owed)
+            logical.release(f"step {self._budget.steps_done} of the engine", released)
         except BaseException:
             self._forget(logical)
             raise
         original()
         self.stepped = True
 
-    def _released(self, number: int, owed: Owed) -> Callable[[int, Tensor, Tensor], Tensor]:
-        """What becomes of the clipped sum of each parameter."""
+    def _released(self, number: int, owed: Owed, sums: Sequence[Sum]) -> list[Tensor]:
+        """What becomes of the clipped sums."""
         std = self._sigma_of_gradients() * owed.sensitivity / owed.divisor
-
-        def released(index: int, parameter: Tensor, total: Tensor) -> Tensor:
-            assert index < COUNTS
-            gradient = self._noised(number, index, total, std)
-            return gradient if self._bounds is None else self._bounds.undo(parameter, gradient)
-
-        return released
-
-    def _noised(self, number: int, stream: int, total: Tensor, std: float) -> Tensor:
-        return self.noise.add(total, self._budget.steps_done, number * STREAMS + stream, std) if std else total
+        assert all(one.place < COUNTS for one in sums)
+        streams, totals = [number * STREAMS + one.place for one in sums], [one.total for one in sums]
+        moved = () if self._bounds is None else self._bounds.in_use([one.parameter for one in sums])
+        return self.noise.add(totals, self._budget.steps_done, streams, std, *moved)
 
     def _sigma(self) -> float:
         """Of the step that is counted last."""
@@ -97,7 +94,8 @@ class Steps:
         if self._bounds is not None:
 
             def add_noise(votes: Tensor, std: float) -> Tensor:
-                return self._noised(number, COUNTS, votes, std)
+                (noised,) = self.noise.add([votes], self._budget.steps_done, [number * STREAMS + COUNTS], std)
+                return noised
 
             self._bounds.settle(releases, self._budget.steps_done, self._sigma(), add_noise)
 

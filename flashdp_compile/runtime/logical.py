@@ -7,7 +7,8 @@ in p.grad, so a loop may clear its gradients whenever it likes, and nothing can 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -17,8 +18,17 @@ from flashdp_compile.runtime.check import examine, refuse
 from flashdp_compile.runtime.release import LEDGER, Owed, Release, ReleaseInfo
 from flashdp_compile.runtime.watch import Content, Fault, Watch, find
 
-Noise = Callable[[int, Tensor, Tensor], Tensor]
-"""(place of the parameter in its optimizer, the parameter, its clipped sum) -> the gradient to step on."""
+
+class Sum(NamedTuple):
+    """The clipped sum of a parameter, which has this place in its optimizer."""
+
+    place: int
+    parameter: Tensor
+    total: Tensor
+
+
+Noise = Callable[[Sequence[Sum]], Sequence[Tensor]]
+"""Gradients to step on, from the clipped sums, whose memory may be used."""
 
 
 class LogicalBatch:
@@ -52,11 +62,15 @@ class LogicalBatch:
     def release(self, label: str, noise: Noise) -> None:
         """Puts the sums, with their noise, into p.grad, as one release."""
         release = LEDGER.open(ReleaseInfo(label=label), alone=True)
-        for index, parameter, watched in self._watches():
+        sums, watches = [], []
+        for place, parameter, watched in self._watches():
             held, watched.held = watched.held, None
             if held is not None:
-                parameter.grad = noise(index, parameter, held.total)
-                watched.content = Content(parameter.grad, release, None, ())
+                sums.append(Sum(place, parameter, held.total))
+                watches.append(watched)
+        for one, watched, gradient in zip(sums, watches, noise(sums), strict=True):
+            one.parameter.grad = gradient
+            watched.content = Content(gradient, release, None, ())
 
     def _ours(self, owed: Owed) -> bool:
         return owed.divisor == self.divisor and owed.bounds is self.bounds

@@ -153,8 +153,13 @@ def _released(
     if info.owed.bounds is not None:
         release.within = info.owed.bounds.take()
     passed_on = list(grad_inputs)
+    taken = set[int]()
     for index, _, watched in arrived:
-        watched.hold(cast(Tensor, grad_inputs[index]).detach(), release, Fault.REPEATED if runs else None)
+        total = cast(Tensor, grad_inputs[index]).detach()
+        if total.data_ptr() in taken:  # a graph may give two parameters one tensor, and noise is added in place
+            total = total.clone()
+        taken.add(total.data_ptr())
+        watched.hold(total, release, Fault.REPEATED if runs else None)
         passed_on[index] = None
     runs.append(release)
     return tuple(passed_on)

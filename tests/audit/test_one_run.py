@@ -94,20 +94,25 @@ def right(add):
 
 
 def no_noise(add):
-    return lambda total, step, stream, std: total
+    return lambda totals, step, streams, std: totals
 
 
 def half_the_deviation(add):
-    return lambda total, step, stream, std: add(total, step, stream, std / 2)
+    return lambda totals, step, streams, std: add(totals, step, streams, std / 2)
 
 
 def drawn_again_in_each_step(add):
-    return lambda total, step, stream, std: add(total, 1, stream, std)
+    return lambda totals, step, streams, std: add(totals, 1, streams, std)
 
 
 def layer_left_unclipped(add):
     """The second parameter's sum as it were if nothing had clipped it: gain for C / sqrt(2) in each coordinate."""
-    return lambda total, step, stream, std: add(total * (1e3 * math.sqrt(2) if stream == 1 else 1.0), step, stream, std)
+
+    def broken(totals, step, streams, std):
+        grown = [t * (1e3 * math.sqrt(2) if s == 1 else 1.0) for t, s in zip(totals, streams, strict=True)]
+        return add(grown, step, streams, std)
+
+    return broken
 
 
 def audited(broken, canaries: DiracCanaries, guesses: int, seed: int, noise: str = "secure"):

@@ -7,7 +7,8 @@ import torch
 from scipy.special import ndtr
 from torch import nn
 
-from engine.runs import engine
+from engine.runs import BATCH, engine
+from flashdp_compile import Quantile
 from flashdp_compile.engine.noise import NOISES, SecureNoise
 from flashdp_compile.kernels.secure_noise import grid
 from flashdp_compile.runtime import secure_key
@@ -38,7 +39,7 @@ def test_a_compiled_run(parts, noise):
 
 
 def test_what_a_device_draws_is_tried_out():
-    assert SecureNoise(None).add(torch.zeros(8, device="cuda"), 1, 0, 1.0).abs().max() > 0.1
+    assert SecureNoise(None).add([torch.zeros(8, device="cuda")], 1, [0], 1.0)[0].abs().max() > 0.1
 
 
 def test_a_hundred_million_draws():
@@ -64,3 +65,52 @@ def test_a_hundred_million_draws():
             - (found[(edges > deviations).nonzero()[0]] - found[(edges < -deviations).nonzero()[-1]]).item() * total
         )
         assert abs(beyond - mean) < 5 * math.sqrt(mean), (deviations, beyond, mean)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("clipping", ["flat", "per_layer"])
+@pytest.mark.parametrize("bounds", [None, Quantile(target=0.3, rate=0.5)], ids=["still", "quantile"])
+def test_sums_of_micro_batches_in_compiled_code(bounds, clipping, mode):
+    """Against the interpreted run on the CPU: gradients and bounds of four steps of two micro-batches."""
+    runs = []
+    for device, options in (("cpu", {"compiler": "eager"}), ("cuda", {"mode": mode})):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 64), nn.Tanh(), nn.Linear(64, 1)).to(device)
+        its = engine(micro_batches=2, bounds=bounds, clipping=clipping, options=options)
+        compiled, optimizer = its.compile(model), its.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+        seen = []
+        for step in range(4):
+            x = torch.randn(BATCH, 3, generator=torch.Generator().manual_seed(step)).to(device)
+            for part in x.chunk(2):
+                optimizer.zero_grad()
+                compiled(part).square().sum(1).mean().backward()
+                optimizer.step()
+            seen.append([p.grad.detach().cpu().clone() for p in model.parameters()])
+        runs.append((seen, its.max_grad_norm()))
+    (expected, expected_bounds), (found, found_bounds) = runs
+    assert found_bounds == pytest.approx(expected_bounds, rel=1e-4)
+    for one, other in zip(expected, found, strict=True):
+        for a, b in zip(one, other, strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_parameters_whose_gradients_are_one_tensor(noise):
+    """Noise is added in place, and to each its own."""
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other = nn.Parameter(torch.zeros(4096, 64)), nn.Parameter(torch.zeros(4096, 64))
+
+        def forward(self, x):
+            return x @ (self.one + self.other)
+
+    model = Both().cuda()
+    its = engine(noise_multiplier=1.0, noise=noise, options={})
+    compiled, optimizer = its.compile(model), its.attach(torch.optim.SGD(model.parameters(), lr=0.0))
+    compiled(torch.zeros(BATCH, 4096, device="cuda")).square().sum(1).mean().backward()
+    optimizer.step()
+    drawn = torch.stack([p.grad.flatten() for p in model.parameters()])
+    assert drawn.std(1).tolist() == pytest.approx([0.5 / 8] * 2, rel=0.01)
+    assert abs(torch.corrcoef(drawn)[0, 1]) < 0.01

@@ -50,9 +50,9 @@ def test_a_resumed_run_is_an_unbroken_one():
 def test_without_a_seed_noise_is_drawn_anew_after_loading(noise):
     its = engine(noise_multiplier=1.0, noise=noise)
     total = torch.zeros(100)
-    before = its._steps.noise.add(total, 1, 0, 1.0)
+    (before,) = its._steps.noise.add([total], 1, [0], 1.0)
     its.load_state_dict(its.state_dict())
-    assert not torch.equal(before, its._steps.noise.add(total, 1, 0, 1.0))
+    assert not torch.equal(before, its._steps.noise.add([total], 1, [0], 1.0)[0])
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def take_steps(path, pipe):
     while True:
         step += 1
         journal.reserve(step, None)
-        draw = noise.add(torch.zeros(8), step, 0, 1.0)
+        (draw,) = noise.add([torch.zeros(8)], step, [0], 1.0)
         os.write(pipe, struct.pack("<q8f", step, *draw.tolist()))
 
 
@@ -129,7 +129,7 @@ def take_steps(path, pipe):
 def test_fifty_kills(tmp_path):
     """Nothing spent is lost and no draw is repeated, whenever the process dies."""
     path, times, record = tmp_path / "run.json", random.Random(0), struct.Struct("<q8f")
-    SecureNoise(None).add(torch.zeros(8), 0, 0, 1.0)  # loads what a child would have to load
+    SecureNoise(None).add([torch.zeros(8)], 0, [0], 1.0)  # loads what a child would have to load
     seen: set[tuple] = set()
     last = taken = 0
     for _ in range(50):

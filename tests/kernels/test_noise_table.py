@@ -1,0 +1,72 @@
+"""One launch for many tensors adds what an op adds to each of them."""
+
+import pytest
+import torch
+
+from flashdp_compile.kernels import gaussian, secure_noise
+from flashdp_compile.kernels.noise_table import NoiseTable, apart, fits
+
+SIZES = [5, 1024, 3001, 8, 0, 1, 1023]
+STD = 0.75
+
+
+def tensors(device):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(size, generator=generator).to(device) for size in SIZES]
+
+
+def key_of(secure, device, step=5):
+    return torch.tensor([1, 2**62, 3, 4, step] if secure else [2**62 + 1, step], device=device)
+
+
+def each(grads, key, secure, factors=None):
+    op = secure_noise.launch if secure else gaussian.launch
+    noised = [op(grad, key, 10 + k, STD) for k, grad in enumerate(grads)]
+    return noised if factors is None else [grad * factors[k % 2] for k, grad in enumerate(noised)]
+
+
+def table(secure):
+    return NoiseTable([(size, 10 + k, k % 2) for k, size in enumerate(SIZES)], secure)
+
+
+@pytest.mark.parametrize("secure", [True, False])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_each_tensor_gets_what_the_op_adds(scaled, secure, device):
+    factors = torch.tensor([2.0, 0.3], device=device) if scaled else None
+    its = table(secure)
+    for step in (1, 2):  # the second time the tensors are elsewhere
+        grads, key = tensors(device), key_of(secure, device, step)
+        expected = each(grads, key, secure, factors)
+        its.add(grads, key, STD, factors)
+        for found, wanted in zip(grads, expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6 if not secure else 0)
+
+
+@pytest.mark.parametrize("secure", [True, False])
+def test_at_the_same_addresses_again(secure, device):
+    its, grads = table(secure), tensors(device)
+    before = [grad.clone() for grad in grads]
+    for step in (1, 2):
+        for grad, first in zip(grads, before, strict=True):
+            grad.copy_(first)
+        its.add(grads, key_of(secure, device, step), STD)
+        for found, wanted in zip(grads, each(before, key_of(secure, device, step), secure), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+
+
+def test_what_does_not_fit(device):
+    zeros = torch.zeros(8, 8, device=device)
+    assert fits(zeros) and not fits(zeros.T[:, :4]) and not fits(zeros.double()) and not fits(zeros.flatten()[1:])
+    its = NoiseTable([(64, 0, 0)], secure=True)
+    for wrong in (zeros.double(), zeros[:4], zeros.flatten()[1:]):
+        with pytest.raises(ValueError, match="tensors that fit"):
+            its.add([wrong], key_of(True, device), STD)
+    for stream in (-1, 2**32):
+        with pytest.raises(ValueError, match="noise stream"):
+            NoiseTable([(64, stream, 0)], secure=True)
+
+
+def test_apart():
+    memory = torch.zeros(64)
+    assert apart([memory[:32], memory[32:]]) and apart([memory[32:], memory[:32]]) and apart([memory])
+    assert not apart([memory, memory[60:]]) and not apart([memory[:32], memory[31:]]) and not apart([memory, memory])
