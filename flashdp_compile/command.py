@@ -2,6 +2,7 @@
 
 flashdp epsilon --noise-multiplier 1.0 --sample-rate 0.01 --steps 1000 --delta 1e-5
 flashdp noise --target-epsilon 8 --sample-rate 0.01 --steps 1000 --delta 1e-5 --json
+flashdp explain train.py --epochs 3
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ from flashdp_compile.errors import OptionError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; 2 for arguments that cannot be, as argparse has it."""
+    """Runs the command; 2 for arguments that cannot be, as argparse has it, 1 for a model that is refused."""
     parser = _parser()
     given = parser.parse_args(arguments)
     try:
         found = given.run(given)
     except OptionError as error:
         parser.exit(2, f"flashdp {given.command}: {error}\n")
+    if given.command == "explain":
+        return _print_explanation(found[0], found[1], given.json)
     if given.json:
         print(json.dumps(found))
         return 0
@@ -48,10 +51,17 @@ def _parser() -> argparse.ArgumentParser:
     noise = commands.add_parser("noise", help="the noise multiplier that keeps a run within an epsilon")
     noise.add_argument("--target-epsilon", type=float, required=True)
     noise.set_defaults(run=_noise)
+    explain = commands.add_parser("explain", help="what flashdp makes of the first model that a script compiles")
+    explain.add_argument("--json", action="store_true", help="for programs")
+    explain.add_argument("script", help="run until then; what it prints goes to stderr")
+    explain.add_argument("arguments", nargs=argparse.REMAINDER, help="of the script")
+    explain.set_defaults(run=_explain)
     for command in (epsilon, noise):
         command.add_argument("--steps", type=int, required=True, help="optimizer steps, each of which is one release")
         command.add_argument("--delta", type=float, required=True)
-        command.add_argument("--accountant", choices=accounting.ACCOUNTANTS, default="pld")
+        command.add_argument(
+            "--accountant", choices=accounting.ACCOUNTANTS, help="the tightest that knows the sampling"
+        )
         command.add_argument("--json", action="store_true", help="for programs")
         how = command.add_argument_group(
             "how samples are drawn: one of --sample-rate and --steps-per-epoch, or the rest"
@@ -88,6 +98,22 @@ def _alone(given: argparse.Namespace, *names: str) -> None:
         raise OptionError(f"--{names[0].replace('_', '-')} and {', '.join(others)} contradict each other")
 
 
+def _explain(given: argparse.Namespace) -> Any:
+    from flashdp_compile.script import explain_script  # late: it loads the compiler
+
+    return explain_script(given.script, given.arguments)
+
+
+def _print_explanation(label: str, explanation: Any, as_json: bool) -> int:
+    if as_json:
+        print(json.dumps({"region": label, **json.loads(explanation.to_json())}))
+    else:
+        console = Console(file=sys.stdout)
+        console.rule(label)
+        console.print(str(explanation), markup=False, highlight=True, soft_wrap=True)
+    return 1 if explanation.refusal is not None else 0
+
+
 def _epsilon(given: argparse.Namespace) -> dict[str, Any]:
     run = _run(given)
     found = accounting.epsilon(noise_multiplier=given.noise_multiplier, **run)
@@ -102,12 +128,9 @@ def _noise(given: argparse.Namespace) -> dict[str, Any]:
 
 def _run(given: argparse.Namespace) -> dict[str, Any]:
     """What both functions are told."""
-    return {
-        "steps": given.steps,
-        "delta": given.delta,
-        "sampling": _sampling(given),
-        "accountant": given.accountant,
-    }
+    sampling = _sampling(given)
+    accountant = given.accountant or sampling.accountants[0]
+    return {"steps": given.steps, "delta": given.delta, "sampling": sampling, "accountant": accountant}
 
 
 def _shown(run: dict[str, Any]) -> dict[str, Any]:

@@ -1,11 +1,13 @@
-"""The debug flag: a folder for every compiled graph, with the result of each pass."""
+"""Who is told what the passes find: the debug flag's folder for every compiled graph, and whoever listens."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from flashdp_compile._version import __version__
@@ -14,6 +16,35 @@ from flashdp_compile.passes import dump
 from flashdp_compile.pipeline import Record
 
 _numbers = itertools.count()
+
+
+Listener = Callable[[str, Record], None]
+"""(the graph in the user's terms, what the passes found in it)"""
+
+_listeners: list[Listener] = []
+
+
+@contextlib.contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Within, `listener` is told of every graph that is compiled. It may raise."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
+def report(folder: Path | None, label: str) -> Callable[[Record], None] | None:
+    """What to call with the record of one graph; None if nobody wants to know."""
+    told: list[Callable[[Record], None]] = [functools.partial(listener, label) for listener in _listeners]
+    if folder is not None:
+        told.insert(0, writer(folder, label))
+
+    def tell(record: Record) -> None:
+        for one in told:
+            one(record)
+
+    return tell if told else None
 
 
 def writer(folder: Path, label: str) -> Callable[[Record], None]:

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from flashdp_compile import compat
-from flashdp_compile.debug import writer
+from flashdp_compile.debug import report
 from flashdp_compile.errors import FlashDPError, InternalError, Refusal
 from flashdp_compile.options import Options
 from flashdp_compile.passes.groups import form_groups, sensitivity
@@ -83,8 +83,7 @@ def _compile(
             noise.prepare(device, options.seed)
     _refuse_foreign_hooks()
     label = compat.graph_label(gm)
-    report = writer(options.debug_folder, label) if options.debug_folder is not None else None
-    rewriting = FlashDPPass(inputs, options, report)
+    rewriting = FlashDPPass(inputs, options, report(options.debug_folder, label))
     if options.compiler == "eager":
         compiled = compat.compile_with_interpreter(gm, example_inputs, rewriting)
     else:

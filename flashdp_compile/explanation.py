@@ -42,12 +42,13 @@ class Explanation:
         mechanism, plan = mechanism_of(self.record.options), self.record.plan
         if plan is None:
             return "nothing is released: no parameter requires a gradient"
+        clipped = f"is clipped per sample to {sensitivity(plan.groups):.6g} in all ({len(plan.groups)} group(s))"
+        if self.record.options.noise_at == "step":
+            moved = "; bounds move from step to step" if mechanism.bound_scales is not None else ""
+            return f"every gradient {clipped}{moved}; the engine adds noise at each step"
         std = mechanism.std(plan.groups, plan.slack)
         over = " over the size of each batch" if mechanism.divides_by_batch else ""
-        return (
-            f"every gradient is clipped per sample to {sensitivity(plan.groups):.6g} in all "
-            f"({len(plan.groups)} group(s)) and gets Gaussian noise of standard deviation {std:.6g}{over}"
-        )
+        return f"every gradient {clipped} and gets Gaussian noise of standard deviation {std:.6g}{over}"
 
     def to_json(self) -> str:
         """The same for programs."""
@@ -56,6 +57,11 @@ class Explanation:
         if record.joint is not None and record.axes is not None and record.plan is not None:
             found |= dump.as_json(record.joint, record.axes, record.gradients, record.plan, record.options.batch_dim)
         return json.dumps(found | {"assumptions": list(self.assumptions)}, indent=1)
+
+
+def explained(record: Record, refusal: FlashDPError | None) -> Explanation:
+    """The report on what the passes have found, as far as they came."""
+    return Explanation(record, _assumptions(record), refusal)
 
 
 def explain(
@@ -78,7 +84,7 @@ def explain(
             analyse(graph, record)
         except FlashDPError as error:
             refusal = error
-        return Explanation(record, _assumptions(record), refusal)
+        return explained(record, refusal)
 
     explanation = on_joint_graph(read, model, *args, public_inputs=settings.public_inputs, **kwargs)
     if not quiet:

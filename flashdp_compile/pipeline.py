@@ -198,10 +198,10 @@ class FlashDPPass(CustomGraphPass):
                 self._report(record)
 
     def uuid(self) -> Any:
-        """The key of compile caches: sources, versions, rules, policy and inputs. None, no caching, while debugging and
-        where rules come from outside."""
+        """The key of compile caches: sources, versions, rules, policy and inputs. None, no caching, where somebody
+        is told what the passes find, and where rules come from outside."""
         rules = fingerprint()
-        if self._options.debug or rules is None:
+        if self._options.debug or self._report is not None or rules is None:
             return None
         described = [(i.name, i.role) for i in self._inputs]
         moving = self._options.bound_scales
