@@ -33,6 +33,7 @@ from flashdp_compile.compat.execution import (
     node_number,
     real_tensors,
     scale_of,
+    steps_within,
 )
 from flashdp_compile.compat.graphs import (
     GradAOTOutput,
@@ -122,6 +123,7 @@ __all__ = [
     "source_name",
     "start_compiled",
     "start_kernel",
+    "steps_within",
     "trace",
     "versions",
     "written_by",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
@@ -107,6 +108,20 @@ def modules_compiled_by(
             in_reach = _modules_of(given, everywhere=True)
             found += _modules_of(given) if any(map(is_known, in_reach)) else in_reach
     return list({id(module): module for module in found}.values())
+
+
+_STEP_WRAPPER = torch.optim.Optimizer.profile_hook_step(lambda self: None).__code__  # all wrappers share it
+
+
+def steps_within(optimizer: torch.optim.Optimizer) -> int:
+    """How many calls of this optimizer's step are running in this thread, one within another, by the wrappers that
+    torch puts around the step of each class. 2.11, 2.13."""
+    found = 0
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:
+        found += frame.f_code is _STEP_WRAPPER and frame.f_locals.get("self") is optimizer
+        frame = frame.f_back
+    return found
 
 
 def eager_switches() -> list[str]:

@@ -24,6 +24,8 @@ def check_optimizer(optimizer: Any) -> None:
     """Raises OptionError unless `optimizer` steps on gradients that are there before, and is nobody's yet."""
     if not isinstance(optimizer, Optimizer):
         raise OptionError(f"optimizer is a {type(optimizer).__name__}; allowed: a torch.optim.Optimizer")
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        raise OptionError("SparseAdam takes sparse gradients, and private ones are dense: take Adam")
     listed = [id(p) for group in optimizer.param_groups for p in group["params"]]
     if len(set(listed)) < len(listed):
         raise OptionError("optimizer lists a parameter twice")

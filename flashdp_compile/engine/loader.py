@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from flashdp_compile.checks import integer
 from flashdp_compile.data import PrivateLoader
 from flashdp_compile.runtime.release import LEDGER, Release
 
+_log = logging.getLogger("flashdp_compile")
 _tokens = itertools.count()  # names of loaders: unlike an id, never used again
 REMEMBERED = 1000  # micro-batches, by the backward that used them
 
@@ -35,6 +37,8 @@ class EngineLoader(PrivateLoader):
         self._users: dict[int, Release] = {}
 
     def __iter__(self) -> Iterator[Any]:
+        if self.steps_done == self.sampler.steps:
+            _log.warning("flashdp: the loader has nothing left: one iteration of it is the whole run, all epochs of it")
         self._begins()
         return super().__iter__()
 

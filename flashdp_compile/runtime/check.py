@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from flashdp_compile.compat import compile_calls, modules_compiled_by
+from flashdp_compile.compat import compile_calls, modules_compiled_by, steps_within
 from flashdp_compile.errors import UnprotectedGradientError
 from flashdp_compile.runtime.messages import parameter_name, refusal
 from flashdp_compile.runtime.release import LEDGER, Release
@@ -18,6 +18,9 @@ BACKEND_MARK = "_flashdp_backend"
 
 # Optimizers found to have nothing to do with flashdp, and the state of the process when that was found.
 _public: weakref.WeakKeyDictionary[Optimizer, tuple[int, int, int]] = weakref.WeakKeyDictionary()
+
+# The release that each optimizer has used last.
+_used: weakref.WeakKeyDictionary[Optimizer, Release] = weakref.WeakKeyDictionary()
 
 
 @torch.compiler.disable
@@ -56,9 +59,11 @@ def _checked(optimizer: Optimizer, closure: Callable[..., Any]) -> Callable[...,
 def check(optimizer: Optimizer, *, stepped_too: bool = False, closure: bool = False) -> None:
     """Raises UnprotectedGradientError and clears the gradients unless they are one release, which is then used up.
 
-    `stepped_too` only asks that every gradient be a release, used or not, and uses up none.
+    `stepped_too` only asks that every gradient be a release, used or not, and uses up none. A step within a step of the
+    same optimizer, as of a class whose step calls super().step(), goes on with the release that the outer one uses.
     """
-    found = examine(optimizer, stepped_too=stepped_too)
+    again = _used.get(optimizer) if steps_within(optimizer) > 1 else None
+    found = examine(optimizer, stepped_too=stepped_too, again=again)
     if not stepped_too and len(found.releases) > 1 and Fault.GRAPHS not in found.faults:
         found.faults.setdefault(Fault.BACKWARDS, []).extend(index for index, _ in found.clean)
     if found.faults:
@@ -66,6 +71,8 @@ def check(optimizer: Optimizer, *, stepped_too: bool = False, closure: bool = Fa
     if not stepped_too:
         for _, content in found.clean:
             content.stepped = True
+        if found.releases:
+            _used[optimizer] = found.releases[0]
 
 
 class Found(NamedTuple):
@@ -79,8 +86,11 @@ class Found(NamedTuple):
     releases: list[Release]
 
 
-def examine(optimizer: Optimizer, *, stepped_too: bool = False, held: bool = False) -> Found:
-    """What the gradients of an optimizer are. `held`: whether sums that lack their noise are what should be found."""
+def examine(
+    optimizer: Optimizer, *, stepped_too: bool = False, held: bool = False, again: Release | None = None
+) -> Found:
+    """What the gradients of an optimizer are. `held`: whether sums that lack their noise are what should be found.
+    `again`: a release that may be used although it has been."""
     pairs = [(parameter, find(parameter)) for group in optimizer.param_groups for parameter in group["params"]]
     if all(watched is None for _, watched in pairs):
         if _is_public(optimizer, len(pairs)):
@@ -103,7 +113,7 @@ def examine(optimizer: Optimizer, *, stepped_too: bool = False, held: bool = Fal
         found = Fault.PLAIN if watched is None else watched.judge(grad)
         if isinstance(found, Content) and held and not found.stepped:
             found = Fault.FOREIGN
-        if isinstance(found, Content) and (stepped_too or not found.stepped):
+        if isinstance(found, Content) and (stepped_too or not found.stepped or found.release is again is not None):
             clean.append((index, found))
         elif isinstance(found, Fault):
             faults.setdefault(found, []).append(index)

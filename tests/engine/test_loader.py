@@ -288,3 +288,14 @@ def test_a_cap():
     assert its.plan.sampling == accounting.TruncatedPoisson(0.5, 5, 40)
     sizes = {len(x) for (x,) in its.data_loader(data())}
     assert max(sizes) == 5
+
+
+def test_a_second_iteration_of_a_finished_run_says_so(caplog):
+    its, model, compiled, optimizer = run()
+    loader = its.data_loader(data())
+    for (x,) in loader:
+        model.zero_grad()
+        backward(compiled, x)
+        optimizer.step()
+    assert "nothing left" not in caplog.text
+    assert list(loader) == [] and "one iteration of it is the whole run" in caplog.text

@@ -339,6 +339,8 @@ def test_what_cannot_be_attached():
     its, model = engine(), mlp()
     with pytest.raises(OptionError, match="evaluates the loss several times"):
         its.attach(torch.optim.LBFGS(model.parameters()))
+    with pytest.raises(OptionError, match="takes sparse gradients"):
+        its.attach(torch.optim.SparseAdam(model.parameters()))
     with pytest.raises(OptionError, match="a torch.optim.Optimizer"):
         its.attach(model)
     with pytest.warns(UserWarning), pytest.raises(OptionError, match="a parameter twice"):

@@ -316,3 +316,33 @@ def test_backward_under_a_compiler_of_other_code():
         optimizer.zero_grad()
         finish(compiled(samples()).sum())
     assert not torch.equal(model[0].weight, before)
+
+
+class Subclass(torch.optim.SGD):
+    """Torch wraps the step of both classes, and each wrapper calls the hook."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("closure", [False, True])
+def test_a_step_that_calls_the_step_of_its_base(closure):
+    torch.optim.SGD([torch.zeros(1)])  # wraps the step of the base, too
+    model = mlp()
+    compiled, optimizer = torch.compile(model, backend=backend), Subclass(model.parameters(), lr=0.1)
+
+    def evaluate():
+        optimizer.zero_grad()
+        loss = compiled(samples()).sum()
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        before = [p.detach().clone() for p in model.parameters()]
+        if closure:
+            optimizer.step(evaluate)
+        else:
+            evaluate()
+            accepted(optimizer)
+        assert not any(torch.equal(a, p) for a, p in zip(before, model.parameters(), strict=True))
+    refused(optimizer, "the release of an earlier step")

@@ -485,3 +485,20 @@ def test_compiled_step():
     with pytest.raises(Exception, match="flashdp refused this optimizer step"):
         step()
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_plain_gradient_made_within_a_step():
+    """A step within a step may use the release of the outer one, and nothing else."""
+    torch.optim.SGD([torch.zeros(1)])
+    model, compiled, _ = setup()
+
+    class Twice(torch.optim.SGD):
+        def step(self, closure=None):
+            self.zero_grad()
+            with torch.enable_grad():
+                model(samples()).sum().backward()
+            return super().step(closure)
+
+    optimizer = Twice(model.parameters(), lr=0.1)
+    compiled(samples()).sum().backward()
+    refused(optimizer, "not made by a backward that flashdp compiled")
