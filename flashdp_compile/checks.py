@@ -70,3 +70,8 @@ def patterns(name: str, table: Mapping[str, Any], holds: str) -> dict[str, Any]:
 def nearest(name: Any, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(str(name), known, n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def first_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+    """The first name under which two configurations have different values, one that only one of them has included."""
+    return next((name for name in {**one, **other} if one.get(name) != other.get(name)), None)

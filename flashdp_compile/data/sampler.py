@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from torch.utils.data import Sampler
 
 from flashdp_compile.accounting.sampling import Poisson, Sampling, TruncatedPoisson, rate
-from flashdp_compile.checks import integer, not_allowed
+from flashdp_compile.checks import first_difference, integer, not_allowed
 from flashdp_compile.data.draw import generator, logical_batch
 from flashdp_compile.errors import OptionError
 
@@ -136,12 +136,11 @@ class PoissonSampler(Sampler[list[int]]):
         missing = [name for name in (_STEPS_DONE, *_SAME, _SEED_CHECK) if name not in state]
         if missing:
             raise OptionError(f"the state has no {', '.join(missing)}: it is not what state_dict() of a sampler gave")
-        for name in _SAME:
-            if state[name] != getattr(self, name):
-                raise OptionError(
-                    f"{name}={getattr(self, name)!r} is not what the state was saved with, {state[name]!r}: the "
-                    "accounting of the run holds for one setting"
-                )
+        if (name := first_difference({n: getattr(self, n) for n in _SAME}, {n: state[n] for n in _SAME})) is not None:
+            raise OptionError(
+                f"{name}={getattr(self, name)!r} is not what the state was saved with, {state[name]!r}: the "
+                "accounting of the run holds for one setting"
+            )
         if state[_SEED_CHECK] != _seed_check(self.seed):
             raise OptionError("seed is not the one that the state was saved with; None and None are the same")
         done = integer(_STEPS_DONE, state[_STEPS_DONE], 0)

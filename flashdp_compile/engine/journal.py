@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from flashdp_compile.checks import first_difference
 from flashdp_compile.errors import OptionError
 
 RESERVED = 16
@@ -30,12 +31,11 @@ class Journal:
                 known, self.spent = held["configuration"], int(held["spent"])
             except (ValueError, KeyError, TypeError) as error:
                 raise OptionError(f"journal={str(self.path)!r} cannot be read as a journal ({error})") from error
-            for name in {**known, **self._configuration}:
-                if known.get(name) != self._configuration.get(name):
-                    raise OptionError(
-                        f"journal={str(self.path)!r} belongs to a run with {name}={known.get(name)!r}, this one has "
-                        f"{self._configuration.get(name)!r}: a run is resumed as it was begun, or has a file of its own"
-                    )
+            if (name := first_difference(known, self._configuration)) is not None:
+                raise OptionError(
+                    f"journal={str(self.path)!r} belongs to a run with {name}={known.get(name)!r}, this one has "
+                    f"{self._configuration.get(name)!r}: a run is resumed as it was begun, or has a file of its own"
+                )
         self._reserved = self.spent
         self._lock = self._locked()
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from flashdp_compile.accounting import Poisson, Sampling, Schedule, TruncatedPoisson
-from flashdp_compile.checks import choice, integer
+from flashdp_compile.checks import choice, first_difference, integer
 from flashdp_compile.data import PoissonSampler
 from flashdp_compile.data.loader import rows
 from flashdp_compile.engine.attach import check_optimizer, replace_step
@@ -257,13 +257,12 @@ class PrivacyEngine:
         """
         if state.get("format") != FORMAT:
             raise OptionError(f"state has the format {state.get('format')!r}; allowed: {FORMAT}")
-        here = self._configuration()
-        for name in {**here, **state["configuration"]}:
-            if here.get(name) != state["configuration"].get(name):
-                raise OptionError(
-                    f"{name} is {here.get(name)!r}, but was {state['configuration'].get(name)!r} in the run that is "
-                    "resumed: its guarantee is that of one mechanism"
-                )
+        here, there = self._configuration(), state["configuration"]
+        if (name := first_difference(here, there)) is not None:
+            raise OptionError(
+                f"{name} is {here.get(name)!r}, but was {there.get(name)!r} in the run that is resumed: its guarantee "
+                "is that of one mechanism"
+            )
         self._budget.load(integer("steps_done", state["steps_done"], 0))
         if self._bounds is not None:
             self._bounds.load(state["bound_scales"], self.steps_done)
