@@ -15,10 +15,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
-from flashdp_compile.checks import choice, flag, integer, nearest, not_allowed, number, patterns
-from flashdp_compile.compat import GRAPH_HOOKS, inductor_option_names, is_scaler, launch_settings
+from flashdp_compile import option_values as values
+from flashdp_compile.checks import choice, flag, integer, nearest, number
 from flashdp_compile.errors import OptionError
-from flashdp_compile.runtime.bounds import BoundScales
 
 ClipFn = Literal["hard", "automatic", "normalize"]
 LossReduction = Literal["mean", "sum"]
@@ -42,8 +41,6 @@ PRIVACY = (
     "bound_scales",
 )
 PERFORMANCE = ("norm_strategy", "autotune", "compiler", "mode", "inductor", "debug")
-
-NEVER = 2**31 - 1  # steps until a scale grows: the largest number that a scaler takes
 
 DEBUG_VARIABLE = "FLASHDP_DEBUG"
 DEBUG_FOLDER = "flashdp_debug"  # where debug=True writes, below the current folder
@@ -160,24 +157,24 @@ class Options:
 
     def __post_init__(self) -> None:
         take = {
-            "max_grad_norm": self._bounds(),
+            "max_grad_norm": values.max_grad_norm(self.max_grad_norm, self.clipping),
             "noise_multiplier": number("noise_multiplier", self.noise_multiplier, positive=False),
-            "clipping": self._clipping(),
+            "clipping": values.clipping(self.clipping),
             "clip_fn": choice("clip_fn", self.clip_fn, get_args(ClipFn)),
             "loss_reduction": choice("loss_reduction", self.loss_reduction, get_args(LossReduction)),
             "expected_batch_size": integer("expected_batch_size", self.expected_batch_size, 1, optional=True),
-            "batch_dim": self._batch_dim(),
-            "public_inputs": self._public_inputs(),
+            "batch_dim": values.batch_dim(self.batch_dim),
+            "public_inputs": values.public_inputs(self.public_inputs),
             "seed": integer("seed", self.seed, 0, optional=True),
-            "grad_scaler": self._grad_scaler(),
+            "grad_scaler": values.grad_scaler(self.grad_scaler),
             "noise_at": choice("noise_at", self.noise_at, get_args(NoiseAt)),
-            "bound_scales": self._bound_scales(),
+            "bound_scales": values.bound_scales(self.bound_scales, self.noise_at),
             "norm_strategy": choice("norm_strategy", self.norm_strategy, get_args(NormStrategy)),
             "autotune": flag("autotune", self.autotune),
             "compiler": choice("compiler", self.compiler, get_args(Compiler)),
             "mode": None if self.mode is None else choice("mode", self.mode, get_args(Mode)),
-            "inductor": self._inductor(),
-            "debug": self._debug(),
+            "inductor": values.inductor(self.inductor),
+            "debug": values.debug(self.debug),
         }
         for name, value in take.items():
             object.__setattr__(self, name, value)  # the dataclass is frozen for everyone else
@@ -229,67 +226,6 @@ class Options:
             known[name] = getattr(self, name) is not None
         return {name: _canonical(value) for name, value in known.items()}
 
-    def _bounds(self) -> float | dict[str, float]:
-        if not isinstance(self.max_grad_norm, Mapping):
-            return number("max_grad_norm", self.max_grad_norm, positive=True)
-        if self.clipping == "flat":
-            raise OptionError(
-                f"max_grad_norm={dict(self.max_grad_norm)!r} states several bounds, but clipping='flat' has one group; "
-                "allowed: a single number, or clipping='per_layer' or {pattern: group}"
-            )
-        pairs = patterns("max_grad_norm", self.max_grad_norm, "bound")
-        return {
-            pattern: number(f"max_grad_norm[{pattern!r}]", bound, positive=True) for pattern, bound in pairs.items()
-        }
-
-    def _clipping(self) -> str | dict[str, str]:
-        if not isinstance(self.clipping, Mapping):
-            return choice("clipping", self.clipping, ("flat", "per_layer"), also="a dict {pattern: group name}")
-        groups = patterns("clipping", self.clipping, "group name")
-        for pattern, group in groups.items():
-            if not isinstance(group, str) or not group:
-                raise not_allowed(f"clipping[{pattern!r}]", group, "the name of a group, a string that is not empty")
-        return groups
-
-    def _batch_dim(self) -> int | dict[str, int]:
-        if not isinstance(self.batch_dim, Mapping):
-            return integer("batch_dim", self.batch_dim, 0)
-        pairs = patterns("batch_dim", self.batch_dim, "dimension")
-        return {pattern: integer(f"batch_dim[{pattern!r}]", dim, 0) for pattern, dim in pairs.items()}
-
-    def _public_inputs(self) -> tuple[str, ...]:
-        allowed = "a sequence of input names or globs, such as ('attention_mask',)"
-        if isinstance(self.public_inputs, str | bytes) or not isinstance(self.public_inputs, Sequence):
-            raise not_allowed("public_inputs", self.public_inputs, allowed)
-        if not all(isinstance(name, str) and name for name in self.public_inputs):
-            raise not_allowed("public_inputs", self.public_inputs, allowed)
-        return tuple(self.public_inputs)
-
-    def _grad_scaler(self) -> Any:
-        scaler = self.grad_scaler
-        if scaler is None:
-            return None
-        if not is_scaler(scaler):
-            raise not_allowed("grad_scaler", scaler, "a torch.amp.GradScaler or None")
-        if not scaler.is_enabled():
-            return None
-        if scaler.get_growth_interval() < NEVER:
-            raise OptionError(
-                f"grad_scaler doubles its scale every {scaler.get_growth_interval()} steps, and nothing would stop it: "
-                "a sample whose gradient overflows contributes zero, so the scaler sees no infinity and never goes "
-                f"back. Make it with growth_interval={NEVER} and change the scale by scaler.update(new_scale)"
-            )
-        return scaler
-
-    def _bound_scales(self) -> Any:
-        if self.bound_scales is not None and (
-            not isinstance(self.bound_scales, BoundScales) or self.noise_at != "step"
-        ):
-            raise OptionError(
-                "bound_scales is what a PrivacyEngine keeps of bounds that move: give the engine `bounds`"
-            )
-        return self.bound_scales
-
     def _check_noise_at_step(self) -> None:
         if self.grad_scaler is not None:
             raise OptionError(
@@ -300,33 +236,6 @@ class Options:
                 "expected_batch_size is missing: with noise_at='step' a logical batch may come in several "
                 "micro-batches, whose sums must have one divisor"
             )
-
-    def _inductor(self) -> dict[str, Any]:
-        if not isinstance(self.inductor, Mapping):
-            raise not_allowed("inductor", self.inductor, "a dict {name in torch._inductor.config: value}")
-        settings = dict(self.inductor)
-        fixed = launch_settings() if settings else {}
-        for name in settings:
-            if name in GRAPH_HOOKS:
-                raise OptionError(f"inductor[{name!r}] could change the graph after flashdp has proved it; not allowed")
-            if name in fixed:
-                raise OptionError(f"inductor[{name!r}] could break the kernels that flashdp launches; not allowed")
-        if settings:
-            known = inductor_option_names()
-            for name in settings:
-                if name not in known:
-                    raise OptionError(
-                        f"inductor has the unknown name {name!r}{nearest(name, known)}; "
-                        "allowed: names in torch._inductor.config"
-                    )
-        return settings
-
-    def _debug(self) -> bool | str:
-        if isinstance(self.debug, bool):
-            return self.debug
-        if isinstance(self.debug, str | os.PathLike) and os.fspath(self.debug):
-            return os.fspath(self.debug)
-        raise not_allowed("debug", self.debug, "True, False or a folder")
 
 
 def first_match(table: Mapping[str, T], name: str) -> T | None:
