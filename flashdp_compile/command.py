@@ -21,7 +21,7 @@ from flashdp_compile.errors import OptionError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; 2 for arguments that cannot be, as argparse has it, 1 for a model that is refused."""
+    """Runs the command; 2 for arguments that cannot be, as argparse has it, 3 for a model that is refused."""
     parser = _parser()
     given = parser.parse_args(arguments)
     try:
@@ -111,7 +111,7 @@ def _print_explanation(label: str, explanation: Any, as_json: bool) -> int:
         console = Console(file=sys.stdout)
         console.rule(label)
         console.print(str(explanation), markup=False, highlight=True, soft_wrap=True)
-    return 1 if explanation.refusal is not None else 0
+    return 3 if explanation.refusal is not None else 0
 
 
 def _epsilon(given: argparse.Namespace) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from typing import Any
 from flashdp_compile.checks import choice, integer, nearest, not_allowed, number, patterns
 from flashdp_compile.compat import GRAPH_HOOKS, inductor_option_names, is_scaler, launch_settings
 from flashdp_compile.errors import OptionError
-from flashdp_compile.runtime.bounds import BoundScales
 
 NEVER = 2**31 - 1  # steps until a scale grows: the largest number that a scaler takes
 
@@ -71,9 +70,9 @@ def grad_scaler(scaler: Any) -> Any:
     return scaler
 
 
-def bound_scales(value: Any, noise_at: Any) -> BoundScales | None:
-    """What a PrivacyEngine gives, or None."""
-    if value is not None and (not isinstance(value, BoundScales) or noise_at != "step"):
+def bound_scales(value: Any, noise_at: Any) -> Any:
+    """What a PrivacyEngine gives, a `runtime.bounds.BoundScales`, or None."""
+    if value is not None and (not isinstance(getattr(value, "place", None), int) or noise_at != "step"):
         raise OptionError("bound_scales is what a PrivacyEngine keeps of bounds that move: give the engine `bounds`")
     return value
 

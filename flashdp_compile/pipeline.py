@@ -31,7 +31,7 @@ from flashdp_compile.passes.dump import graph_text
 from flashdp_compile.passes.fuse_noise import fuse_noise
 from flashdp_compile.passes.fused import take_fused_apart
 from flashdp_compile.passes.group_layers import group_layers
-from flashdp_compile.passes.groups import form_groups
+from flashdp_compile.passes.groups import MovingBounds, form_groups
 from flashdp_compile.passes.guarantee import Guarantee
 from flashdp_compile.passes.inline import inline_kernels
 from flashdp_compile.passes.inputs import Input
@@ -76,8 +76,13 @@ def mechanism_of(options: Options) -> Mechanism:
         options.expected_batch_size,
         options.seed,
         _place(options),
-        None if options.bound_scales is None else options.bound_scales.place,
+        _moving(options),
     )
+
+
+def _moving(options: Options) -> MovingBounds | None:
+    scales = options.bound_scales
+    return None if scales is None else MovingBounds(scales.place, tuple(scales.groups))
 
 
 def _place(options: Options) -> int | None:
@@ -97,7 +102,7 @@ def guarantee_of(options: Options, before: Before, slack: float) -> Guarantee:
         slack=slack,
         seed=options.seed,
         grad_scaler=_place(options),
-        bound_scales=None if options.bound_scales is None else options.bound_scales.place,
+        bounds=_moving(options),
     )
 
 
@@ -204,9 +209,7 @@ class FlashDPPass(CustomGraphPass):
         if self._options.debug or self._report is not None or rules is None:
             return None
         described = [(i.name, i.role) for i in self._inputs]
-        moving = self._options.bound_scales
-        places = [_place(self._options), None if moving is None else moving.place]
-        policy = [self._options.policy(), *places]
+        policy = [self._options.policy(), _place(self._options), _moving(self._options)]
         key = json.dumps([policy, described, rules, sources_digest(), versions()], sort_keys=True)
         return hashlib.sha256(key.encode()).hexdigest()
 

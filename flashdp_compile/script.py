@@ -36,17 +36,20 @@ def explain_script(path: str | os.PathLike[str], arguments: Sequence[str] = ()) 
         found.append((label, explained(record, error if isinstance(error, FlashDPError) else None)))
         raise _Seen
 
-    before, sys.argv = sys.argv, [os.fspath(path), *arguments]
+    before = list(sys.argv), list(sys.path)
+    sys.argv[:] = [os.fspath(path), *arguments]
     sys.path.insert(0, str(Path(path).resolve().parent))
+    said = ""
     try:
-        with listening(listen), contextlib.redirect_stdout(sys.stderr), contextlib.suppress(_Seen, SystemExit):
+        with listening(listen), contextlib.redirect_stdout(sys.stderr), contextlib.suppress(_Seen):
             runpy.run_path(os.fspath(path), run_name="__main__")
+    except SystemExit as end:
+        said = "" if end.code is None or isinstance(end.code, int) else f" ({end.code})"
     finally:
-        sys.argv = before
-        del sys.path[0]
+        sys.argv[:], sys.path[:] = before
     if not found:
         raise OptionError(
-            f"script={os.fspath(path)!r} ended without a backward that flashdp compiled: does it call "
+            f"script={os.fspath(path)!r} ended without a backward that flashdp compiled{said}: does it call "
             'torch.compile(model, backend="flashdp"), or a PrivacyEngine\'s compile, and train?'
         )
     return found[0]

@@ -10,7 +10,7 @@ import fnmatch
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from flashdp_compile.errors import OptionError
 
@@ -24,6 +24,13 @@ class Group:
     name: str
     bound: float
     members: tuple[str, ...]
+
+
+class MovingBounds(NamedTuple):
+    """Bounds that move: their place in runtime/bounds.py, and the names of the groups in the order of its scales."""
+
+    place: int
+    groups: tuple[str, ...]
 
 
 def sensitivity(groups: Sequence[Group]) -> float:

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from flashdp_compile.passes.axes.domain import Size
-from flashdp_compile.passes.groups import Group
+from flashdp_compile.passes.groups import Group, MovingBounds
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Guarantee:
 
     `mean`: what backward was called on is a mean over the samples, so g_bk is B times what arrives from sample b.
     `grad_scaler`: its scale s multiplies that, too; what leaves the graph is s released_k.
-    `bound_scales`: g_bk is divided by the present scale of its group first, and the norms within bounds are counted.
+    `bounds`: g_bk is divided by the present scale of its group first, and the norms within bounds are counted.
     `slack`: how far rounding may carry a clipped norm beyond its bound, relative to it; the noise is raised by as much.
     """
 
@@ -33,7 +33,7 @@ class Guarantee:
     slack: float
     seed: int | None
     grad_scaler: int | None = None
-    bound_scales: int | None = None
+    bounds: MovingBounds | None = None
 
     @property
     def deviation(self) -> float:

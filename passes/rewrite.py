@@ -21,7 +21,7 @@ from flashdp_compile.errors import Refusal
 from flashdp_compile.passes.axes.engine import Axes
 from flashdp_compile.passes.capture import Gradient, JointGraph
 from flashdp_compile.passes.emit import Emitter
-from flashdp_compile.passes.groups import Group, sensitivity
+from flashdp_compile.passes.groups import Group, MovingBounds, sensitivity
 from flashdp_compile.passes.plan import Plan
 from flashdp_compile.passes.points import ParameterGradient
 from flashdp_compile.passes.strategies.base import Prepared, accumulation_dtype, widened
@@ -43,8 +43,7 @@ class Mechanism:
     seed: int | None
     grad_scaler: int | None = None
     """The place of the loss's GradScaler in runtime/scaling.py."""
-    bound_scales: int | None = None
-    """The place of bounds that move in runtime/bounds.py."""
+    bounds: MovingBounds | None = None
 
     @property
     def divides_by_batch(self) -> bool:
@@ -141,7 +140,7 @@ def _clip(
     others need not wait for it.
     """
     totals = [emit(_added, *members) for members in norms]
-    scales = [scale] * len(groups) if mechanism.bound_scales is None else _moved(emit, joint, groups, totals, mechanism)
+    scales = [scale] * len(groups) if mechanism.bounds is None else _moved(emit, joint, groups, totals, mechanism)
     for number, (group, total, own) in enumerate(zip(groups, totals, scales, strict=True)):
         others = [] if number else totals[1:]
         weights = _weights(group.bound, mechanism, counts=number == 0, scaled=own is not None)
@@ -153,10 +152,15 @@ def _moved(
 ) -> list[fx.Node]:
     """How far the bound of each group has moved. The first group, which waits for all norms anyway, also has counted
     who lies within."""
-    place = mechanism.bound_scales
+    assert mechanism.bounds is not None
+    place, names = mechanism.bounds
+    norms = dict(zip((group.name for group in groups), totals, strict=True))
     scales = emit(lambda anchor: ops.bound_scales(anchor, place), _anchor(joint, totals[0]))
-    counted = emit(lambda s, *norms: ops.count_within(s, norms, mechanism.mean, place), scales, *totals)
-    return [emit(_element(number), scales if number else counted) for number in range(len(groups))]
+    counted = emit(
+        lambda s, *norms: ops.count_within(s, norms, mechanism.mean, place), scales, *(norms[name] for name in names)
+    )
+    numbers = [names.index(group.name) for group in groups]
+    return [emit(_element(number), scales if k else counted) for k, number in enumerate(numbers)]
 
 
 def _element(number: int) -> Callable[[Tensor], Tensor]:

@@ -237,7 +237,7 @@ class _Proof:
         stated = [group.bound, self.guarantee.clip_fn, self.guarantee.mean, self.guarantee.expected_batch_size]
         if policy[:4] != stated:  # the next two say which samples are counted, and have no part in the weights
             raise NotProved(f"the weights of group {group.name} have the bound and policy {policy}, not {stated}")
-        if self.guarantee.bound_scales is None and policy[6:] != self.scales:
+        if self.guarantee.bounds is None and policy[6:] != self.scales:
             raise NotProved(f"the weights of group {group.name} undo the scale {policy[6:]}, not {self.scales}")
         try:
             found = squared_norms(self.reader, norms)
@@ -251,22 +251,24 @@ class _Proof:
 
     def _moved_bounds(self, weights: dict[str, fx.Node]) -> None:
         """Each group's own scale, of this very backward, and a count of the norms that its weights are made of."""
-        place, groups = self.guarantee.bound_scales, self.guarantee.groups
-        if [len(self.moved), len(self.counted)] != [int(place is not None and bool(groups))] * 2:
+        moving, groups = self.guarantee.bounds, self.guarantee.groups
+        if [len(self.moved), len(self.counted)] != [int(moving is not None and bool(groups))] * 2:
             raise NotProved(f"bounds are moved by {self.moved + self.counted}, which is not what the options say")
-        if place is None or not groups:
+        if moving is None or not groups:
             return
         (moved,), (counted,) = self.moved, self.counted
-        if moved.args[1] != place or moved.args[0] not in self.backward:
+        if moved.args[1] != moving.place or moved.args[0] not in self.backward:
             raise NotProved("the scales of the bounds are those of another run, or of an earlier backward")
-        norms = [weights[group.name].args[0] for group in groups]
-        if counted.args != (moved, norms, self.guarantee.mean, place):
+        if sorted(moving.groups) != sorted(weights):
+            raise NotProved(f"bounds move for {moving.groups}, not for {tuple(weights)}")
+        norms = [weights[name].args[0] for name in moving.groups]
+        if counted.args != (moved, norms, self.guarantee.mean, moving.place):
             raise NotProved("samples within bounds are not counted by the norms of which weights are made")
-        for number, group in enumerate(groups):
-            _, *policy = weights[group.name].args
+        for number, name in enumerate(moving.groups):
+            _, *policy = weights[name].args
             undone = [s.args for s in policy[6:] if isinstance(s, fx.Node) and s.target is aten.select.int]
             if undone not in ([(moved, 0, number)], [(counted, 0, number)]):
-                raise NotProved(f"the weights of group {group.name} undo {policy[6:]}, not how far its bound has moved")
+                raise NotProved(f"the weights of group {name} undo {policy[6:]}, not how far its bound has moved")
 
     def _all_zero(self, sums: dict[int, fx.Node]) -> None:
         """Without samples the sum is zero, whatever the graph would compute."""

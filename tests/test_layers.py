@@ -1,6 +1,7 @@
 """Imports point one way, so that a kernel can be tried without the compiler and a torch release breaks one file."""
 
 import ast
+import functools
 import sys
 from pathlib import Path
 
@@ -22,7 +23,18 @@ INSIDE = {
     "flashdp_compile.compat": (),
     "flashdp_compile.errors": ("compat",),
     "flashdp_compile.checks": ("errors",),
-    "flashdp_compile.options": ("checks", *SHARED),
+    "flashdp_compile.options": ("checks", "option_values", *SHARED),
+    "flashdp_compile.option_values": ("checks", *SHARED),
+    "flashdp_compile.losses": (),
+    "flashdp_compile.autotune": ("kernels", "passes", *SHARED),
+    "flashdp_compile.tune_tiles": ("autotune", "kernels", *SHARED),
+    "flashdp_compile.pipeline": ("autotune", "kernels", "options", "passes", "runtime", "tune_tiles", *SHARED),
+    "flashdp_compile.debug": ("_version", "passes", "pipeline", *SHARED),
+    "flashdp_compile.dynamo_backend": ("debug", "options", "passes", "pipeline", "runtime", *SHARED),
+    "flashdp_compile.testing": ("passes", "runtime", *SHARED),
+    "flashdp_compile.explanation": ("options", "passes", "pipeline", "testing", *SHARED),
+    "flashdp_compile.script": ("debug", "explanation", "pipeline", *SHARED),
+    "flashdp_compile.command": ("accounting", "script", *SHARED),
     "flashdp_compile.accounting": ("checks", "errors"),
     "flashdp_compile.audit": ("accounting", "checks", "engine", "options", "passes", *SHARED),
     "flashdp_compile.data": ("accounting", "checks", "errors"),
@@ -37,7 +49,11 @@ OUTSIDE = {
     "flashdp_compile.errors": (),
     "flashdp_compile.checks": (),
     "flashdp_compile.options": (),
+    "flashdp_compile.option_values": (),
 }
+# What knows nothing of graphs: neither torch.fx nor what compat has for it.
+NO_GRAPHS = tuple(f"flashdp_compile.{part}" for part in ("runtime", "engine", "data", "accounting"))
+GRAPHS = ("compat.graphs", "compat.compilers")
 # Only compat may use these. torch.fx and torch.library are public; what starts with an underscore is not.
 PRIVATE = ("torch.fx.experimental", "torch.fx.passes", "torch.utils._", "torch._")
 
@@ -96,14 +112,34 @@ def faults(name: str, source: str, is_package: bool = False) -> list[str]:
             found.append(
                 f"{name} imports {target}; allowed: the standard library, {', '.join(outside) or 'nothing else'}"
             )
+        if any(within(name, prefix) for prefix in NO_GRAPHS) and is_of_graphs(target):
+            found.append(f"{name} uses {target}: it knows nothing of graphs")
         if not within(name, "flashdp_compile.compat") and is_private(target):
             found.append(f"{name} uses {target}: torch-private, belongs into flashdp_compile/compat")
     return found
 
 
+def is_of_graphs(target: str) -> bool:
+    return within(target, "torch.fx") or target.removeprefix("flashdp_compile.compat.") in names_of_graphs()
+
+
+@functools.cache
+def names_of_graphs() -> frozenset[str]:
+    """What the package compat has from its modules that deal with graphs."""
+    source = (ROOT / "flashdp_compile/compat/__init__.py").read_text()
+    found = imports("flashdp_compile.compat", source, is_package=True)
+    return frozenset(
+        name.rpartition(".")[2] for name in found if any(within(name, f"flashdp_compile.{part}") for part in GRAPHS)
+    )
+
+
 def is_private(target: str) -> bool:
     """Dunder names (torch.__version__) are public."""
     return any(target.startswith(p) and not target[len("torch.") :].startswith("__") for p in PRIVATE)
+
+
+def test_every_module_has_a_row():
+    assert [name for name, _ in modules() if rule(INSIDE, name) is None] == ["flashdp_compile"]
 
 
 @pytest.mark.parametrize("name, file", [pytest.param(name, file, id=name) for name, file in modules()])
@@ -128,6 +164,11 @@ def test_every_import_follows_the_arrows(name, file):
             "from flashdp_compile.passes import plan",
             ["flashdp_compile.passes.plan"],
         ),
+        ("flashdp_compile.runtime.receipts", "from torch import fx", ["knows nothing of graphs"]),
+        ("flashdp_compile.runtime.receipts", "import torch\ntorch.fx.Node", ["knows nothing of graphs"]),
+        ("flashdp_compile.engine.steps", "from flashdp_compile.compat import trace", ["knows nothing of graphs"]),
+        ("flashdp_compile.engine.steps", "from flashdp_compile.compat import real_tensors", []),
+        ("flashdp_compile.pipeline", "from flashdp_compile.dynamo_backend import backend", ["dynamo_backend"]),
         ("flashdp_compile.backend", "import torch._inductor.config", ["torch-private"]),
         ("flashdp_compile.backend", "import torch\ntorch._dynamo.reset()", ["torch-private"]),
         ("flashdp_compile.backend", "from torch.fx.experimental.proxy_tensor import make_fx", ["torch-private"]),

@@ -45,11 +45,6 @@ def epsilon(
     for sigma, count in how.releases(schedule(noise_multiplier, steps)):
         if sigma == 0 and count > 0:
             return math.inf
-        if 0 < sigma < FAINTEST:
-            raise OptionError(
-                f"noise_multiplier={sigma!r} is less than {FAINTEST}, where epsilon is beyond any use: take 0 for a "
-                "run that is not private"
-            )
         if count > 0:
             total.compose(how.event(sigma), count)
     return float(total.get_epsilon(delta))
@@ -106,13 +101,23 @@ def schedule(noise: float | Schedule, steps: int | None) -> list[tuple[float, in
     if isinstance(noise, Sequence) and not isinstance(noise, str):
         if not all(isinstance(part, Sequence) and len(part) == 2 for part in noise):
             raise not_allowed("noise_multiplier", noise, "a number, or a list of pairs (noise multiplier, steps)")
-        found = [(number("noise_multiplier", s, positive=False), integer("steps", n, 0)) for s, n in noise]
+        found = [(_sigma(s), integer("steps", n, 0)) for s, n in noise]
         if steps is not None and steps != sum(n for _, n in found):
             raise not_allowed("steps", steps, f"None, or {sum(n for _, n in found)}, the steps of the schedule")
         return found
     if steps is None:
         raise OptionError("steps is missing: the number of optimizer steps, each of which is one release")
-    return [(number("noise_multiplier", noise, positive=False), integer("steps", steps, 0))]
+    return [(_sigma(noise), integer("steps", steps, 0))]
+
+
+def _sigma(value: Any) -> float:
+    sigma = number("noise_multiplier", value, positive=False)
+    if 0 < sigma < FAINTEST:
+        raise OptionError(
+            f"noise_multiplier={sigma!r} is less than {FAINTEST}, where epsilon is beyond any use: take 0 for a run "
+            "that is not private"
+        )
+    return sigma
 
 
 def _guess(target: float, delta: float, steps: int, how: Sampling) -> float:

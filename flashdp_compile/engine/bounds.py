@@ -7,7 +7,7 @@ itself as in He et al. 2022 (arXiv 2212.01539). How the count of each step is pa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +27,8 @@ AddNoise = Callable[[Tensor, float], Tensor]
 @dataclass(frozen=True, kw_only=True)
 class Quantile:
     """Bounds follow the norms: a step multiplies C_k by exp(-rate (w_k - target)), where w_k is the share of its
-    samples whose norm was at most C_k, with noise.
+    samples whose norm was at most C_k, with noise. Half of those without a gradient count as such, as they may be
+    padding: where they are a share z of a group's samples, only targets within z / 2 .. 1 - z / 2 can be met.
 
     target   the share of samples that are to stay unclipped
     rate     how far a step may move a bound
@@ -56,60 +57,77 @@ class MovingBounds:
     """The bounds of a run, for a logical batch of `expected_batch_size` samples."""
 
     def __init__(self, how: Quantile | Schedule, expected_batch_size: int) -> None:
-        if not isinstance(how, Quantile) and not callable(how):
+        if not isinstance(how, Quantile) and (not callable(how) or isinstance(how, type)):
             raise not_allowed("bounds", how, "None, Quantile(...), or a function of the number of steps done")
         self._how, self._batch = how, expected_batch_size
         self.state = BoundScales()
-        self._in_use = torch.ones(0)
-        self.begin(0)
 
     @property
     def share(self) -> float:
         """What the counts take of each step's budget."""
         return self._how.share if isinstance(self._how, Quantile) else 0.0
 
-    def begin(self, steps_done: int) -> None:
-        """Where a run begins, or goes on; what follows a quantile goes on where it was."""
-        if not isinstance(self._how, Quantile):
-            self.state.load([self._scheduled(steps_done)])
-
     def told(self) -> str:
         """For a run that is resumed, which must say the same; nobody can tell functions apart."""
         return repr(self._how) if isinstance(self._how, Quantile) else "a schedule"
 
-    def load(self, scales: Sequence[float] | None, steps_done: int) -> None:
-        """Goes on where a run was saved."""
-        if scales is not None:
-            self.state.load(scales)
-        self.begin(steps_done)
-
-    def settle(self, releases: Sequence[Release], steps_done: int, sigma: float, add_noise: AddNoise) -> None:
-        """At a step, which is counted already: keeps the scales that its backward passes had, and moves on."""
-        scales = self.state.scales
-        self._in_use = scales.clone()
+    def begin(self, steps_done: int, scales: Sequence[float] | None = None) -> None:
+        """Where a run begins, or goes on: with the `scales` that were saved, or with those of the schedule."""
         if not isinstance(self._how, Quantile):
-            self.begin(steps_done)
-            return
-        votes = torch.stack([r.within for r in releases if r.within is not None]).sum(0)
-        deviation = self._how.deviation(sigma, len(scales))
-        within = add_noise(votes, deviation) / self._batch + 0.5
-        scales.mul_(torch.exp(-self._how.rate * (within - self._how.target))).clamp_(1 / FAR, FAR)
+            self.state.load([self.scheduled(steps_done)])
+        else:
+            self.state.load([1.0] if scales is None else scales)
 
-    def in_use(self, parameters: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
-        """The scales [K] that have divided the gradients of this step, and which of them is that of each parameter."""
-        return self._in_use, [self.state.group_of(parameter) for parameter in parameters]
+    def scheduled(self, steps_done: int) -> float:
+        """What a schedule says of the step behind so many; 1 without one.
+
+        Raises OptionError if it says nothing that can be.
+        """
+        if isinstance(self._how, Quantile):
+            return 1.0
+        found = self._how(steps_done)
+        try:
+            factor = math.nan if isinstance(found, bool) else float(found)
+        except (TypeError, ValueError):
+            factor = math.nan
+        if not 1 / FAR <= factor <= FAR:
+            raise not_allowed(f"bounds({steps_done})", found, "a number within 2^-60 .. 2^60")
+        return factor
+
+    def wrong(self, releases: Sequence[Release], parameters: Iterable[Tensor]) -> str:
+        """Why these backward passes are no logical batch, in the words of an error; empty if they are one."""
+        if len({release.moved.moves for release in releases if release.moved is not None}) != 1:
+            return "bounds have moved between them: the optimizers of a model step together when bounds move"
+        if any(self.state.group_of(parameter) is None for parameter in parameters):
+            return (
+                "a parameter has taken the place of one that was compiled, and bounds that move know only that: call "
+                "torch.compiler.reset() first"
+            )
+        return ""
+
+    def settle(self, releases: Sequence[Release], factor: float, sigma: float, add_noise: AddNoise) -> None:
+        """At a step that is counted already: moves on, by the votes of its backward passes, each of which is used but
+        once, or to `factor`, which is scheduled for the next."""
+        if not isinstance(self._how, Quantile):
+            self.state.load([factor])
+            return
+        votes = torch.zeros_like(self.state.scales)
+        for release in releases:
+            if release.moved is not None:
+                votes += release.moved.votes
+                release.moved = release.moved._replace(votes=torch.zeros_like(votes))
+        within = add_noise(votes, self._how.deviation(sigma, len(votes))) / self._batch + 0.5
+        self.state.move(torch.exp(-self._how.rate * (within - self._how.target)))
+
+    def undone(self, release: Release, parameters: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
+        """The scales [K] that have divided the gradients of a step, and which of them is that of each parameter."""
+        assert release.moved is not None
+        numbers = [self.state.group_of(parameter) for parameter in parameters]
+        return release.moved.scales, [number for number in numbers if number is not None]
 
     def present(self) -> dict[str, float]:
         """C_k of the next step, by the name of the clipping group; empty before the first forward."""
+        if not self.state.groups:
+            return {}
         scales = self.state.scales.tolist()
-        return (
-            {name: bound * s for (name, bound), s in zip(self.state.groups.items(), scales, strict=True)}
-            if scales
-            else {}
-        )
-
-    def _scheduled(self, steps_done: int) -> float:
-        factor = self._how(steps_done)  # type: ignore[operator]
-        if not isinstance(factor, (int, float)) or not 1 / FAR <= factor <= FAR:
-            raise not_allowed(f"bounds({steps_done})", factor, "a positive number")
-        return float(factor)
+        return {name: bound * s for (name, bound), s in zip(self.state.groups.items(), scales, strict=True)}

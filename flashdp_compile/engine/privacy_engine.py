@@ -265,7 +265,7 @@ class PrivacyEngine:
             )
         self._budget.load(integer("steps_done", state["steps_done"], 0))
         if self._bounds is not None:
-            self._bounds.load(state["bound_scales"], self.steps_done)
+            self._bounds.begin(self.steps_done, state["bound_scales"])
         self._steps.noise = NOISES[self.noise](self.seed)
         self._go_on()
 

@@ -16,7 +16,7 @@ from flashdp_compile.engine.loader import EngineLoader
 from flashdp_compile.engine.noise import Noise
 from flashdp_compile.errors import UnprotectedGradientError
 from flashdp_compile.runtime.logical import LogicalBatch, Sum
-from flashdp_compile.runtime.release import Owed, Release
+from flashdp_compile.runtime.release import Release
 
 STREAMS = 1 << 20  # of one optimizer
 COUNTS = STREAMS - 1  # the stream for who lies within a bound
@@ -59,9 +59,7 @@ class Steps:
             if not releases:
                 return
             self._account(number, releases)
-            owed = releases[0].info.owed
-            assert owed is not None
-            released = functools.partial(self._released, number, owed)
+            released = functools.partial(self._released, number, releases[0])
             logical.release(f"step {self._budget.steps_done} of the engine", released)
         except BaseException:
             self._forget(logical)
@@ -69,12 +67,14 @@ class Steps:
         original()
         self.stepped = True
 
-    def _released(self, number: int, owed: Owed, sums: Sequence[Sum]) -> list[Tensor]:
-        """What becomes of the clipped sums."""
+    def _released(self, number: int, release: Release, sums: Sequence[Sum]) -> list[Tensor]:
+        """What becomes of the clipped sums, to which this release and others have added."""
+        owed = release.info.owed
+        assert owed is not None
         std = self._sigma_of_gradients() * owed.sensitivity / owed.divisor
         assert all(one.place < COUNTS for one in sums)
         streams, totals = [number * STREAMS + one.place for one in sums], [one.total for one in sums]
-        moved = () if self._bounds is None else self._bounds.in_use([one.parameter for one in sums])
+        moved = () if self._bounds is None else self._bounds.undone(release, [one.parameter for one in sums])
         return self.noise.add(totals, self._budget.steps_done, streams, std, *moved)
 
     def _sigma(self) -> float:
@@ -89,6 +89,8 @@ class Steps:
         if number not in self._drawn and set(releases) <= self._accounted:
             self._drawn.add(number)
             return
+        last = self._budget.steps_left == 1  # behind which nothing is scheduled
+        factor = 1.0 if self._bounds is None or last else self._bounds.scheduled(self._budget.steps_done + 1)
         self._budget.spend()
         self._accounted, self._drawn = set(releases), {number}
         if self._bounds is not None:
@@ -97,7 +99,7 @@ class Steps:
                 (noised,) = self.noise.add([votes], self._budget.steps_done, [number * STREAMS + COUNTS], std)
                 return noised
 
-            self._bounds.settle(releases, self._budget.steps_done, self._sigma(), add_noise)
+            self._bounds.settle(releases, factor, self._sigma(), add_noise)
 
     def _whole(self, logical: LogicalBatch) -> list[Release]:
         """The backward passes of a logical batch that is complete; none if more are to come.
@@ -117,6 +119,8 @@ class Steps:
             whole, wrong = len(releases) == self._micro_batches, ""
             if not 0 < len(releases) <= self._micro_batches:
                 wrong = f"a step is made of {self._micro_batches} (micro_batches)"
+        if not wrong and whole and self._bounds is not None:
+            wrong = self._bounds.wrong(releases, logical.parameters())
         if wrong:
             raise UnprotectedGradientError(
                 f"this step holds {len(releases)} backward passes through the compiled model, but {wrong}. A trainer "

@@ -75,6 +75,10 @@ class LogicalBatch:
     def _ours(self, owed: Owed) -> bool:
         return owed.divisor == self.divisor and owed.bounds is self.bounds
 
+    def parameters(self) -> list[Tensor]:
+        """Those for which sums are held."""
+        return [parameter for _, parameter, watched in self._watches() if watched.held is not None]
+
     def clear(self) -> None:
         """Forgets the sums."""
         for _, _, watched in self._watches():

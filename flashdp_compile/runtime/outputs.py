@@ -48,6 +48,8 @@ def wrap(
         if places and torch.is_grad_enabled():
             _refuse_thawed([name for place, name in places.items() if args[place].requires_grad])
         since, batch = next_node_number(), LEDGER.batch
+        if info.owed is not None and info.owed.bounds is not None and torch.is_grad_enabled():
+            info.owed.bounds.forget()
         outputs = compiled(*args)
         if watch_outputs(outputs, info, since, batch):
             _refuse_unseen(broken, sys._getframe(1))
@@ -151,7 +153,7 @@ def _released(
             watched.announce(parameter, cast(Tensor, grad_inputs[index]), release)
         return None
     if info.owed.bounds is not None:
-        release.within = info.owed.bounds.take()
+        release.moved = info.owed.bounds.take()
     passed_on = list(grad_inputs)
     taken = set[int]()
     for index, _, watched in arrived:

@@ -11,10 +11,8 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
 from flashdp_compile.compat import backward_number
-from flashdp_compile.runtime.bounds import BoundScales
+from flashdp_compile.runtime.bounds import BoundScales, Moved
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class ReleaseInfo:
 @dataclass(eq=False, slots=True)
 class Release:
     """One run of a compiled backward. `peers` are all releases of the same call of backward(), this one included.
-    `batch` is what `Ledger.batch` was at the forward, `within` what `BoundScales.take` gave behind it."""
+    `batch` is what `Ledger.batch` was at the forward, `moved` what it had of bounds that move."""
 
     info: ReleaseInfo
     number: int
@@ -54,7 +52,7 @@ class Release:
     time: float
     peers: list["Release"] = field(repr=False)
     batch: Mapping[int, int] = field(default_factory=dict)
-    within: Tensor | None = None
+    moved: Moved | None = None
 
 
 class Ledger:

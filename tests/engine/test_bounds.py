@@ -154,7 +154,7 @@ def test_the_noise_of_both(noise):
         logs.append(after - before)
         before = after.clone()
     assert torch.stack(drawn).mean().item() == pytest.approx(sigma * BOUND / BATCH / math.sqrt(1 - share), rel=0.01)
-    votes = (0.5 - torch.stack(logs) / -rate - 0.5) * -1  # w - 1/2, with target 1/2
+    votes = torch.stack(logs) / -rate  # w - 1/2, with target 1/2
     deviation = how.deviation(sigma, 2) / BATCH
     assert votes.mean().abs() < 4 * deviation / math.sqrt(600)
     assert votes.std().item() == pytest.approx(deviation, rel=0.12)
@@ -278,3 +278,149 @@ def test_two_optimizers_move_bounds_once():
     close(moved(model, start), expected)
     assert its.steps_done == 1
     assert list(its.max_grad_norm().values()) == pytest.approx([BOUND * math.exp(-0.2 * votes / BATCH)], rel=1e-5)
+
+
+def test_votes_are_used_once():
+    """Optimizers of two models under one bound, out of phase: a backward of which one has made a step votes in no
+    other."""
+    its, model, other = engine(bounds=Quantile()), mlp(), mlp(5)
+    compiled, second = its.compile(model), its.compile(other)
+    a, b = (its.attach(torch.optim.SGD(layer.parameters(), lr=0.0)) for layer in (model[0], model[2]))
+    c = its.attach(torch.optim.SGD(other.parameters(), lr=0.0))
+    votes = [
+        torch.where(norms(per_sample(m, samples()), GROUPS["flat"][0]) <= BOUND, 0.5, -0.5).sum().item()
+        for m in (model, other)
+    ]
+    backward(compiled, samples())
+    a.step()
+    backward(second, samples())
+    c.step()
+    b.step()
+    assert its.steps_done == 3
+    logs = (
+        -0.2 * (votes[0] / BATCH),
+        -0.2
+        * torch.where(
+            norms(per_sample(other, samples()), GROUPS["flat"][0]) <= BOUND * math.exp(-0.2 * votes[0] / BATCH),
+            0.5,
+            -0.5,
+        )
+        .sum()
+        .item()
+        / BATCH,
+    )
+    assert list(its.max_grad_norm().values()) == pytest.approx([BOUND * math.exp(sum(logs))], rel=1e-5)
+    assert torch.allclose(model[2].weight.grad.double(), expected_sum(model, samples(), "flat", [1.0])[2])
+
+
+def test_a_logical_batch_between_whose_parts_bounds_have_moved():
+    its, model = engine(bounds=Quantile(), micro_batches=2), mlp()
+    compiled = its.compile(model)
+    a, b = (its.attach(torch.optim.SGD(layer.parameters(), lr=0.0)) for layer in (model[0], model[2]))
+    backward(compiled, samples(4))
+    its._steps._attached[b].clear()  # from here on it is one micro-batch behind
+    a.step()
+    backward(compiled, samples(4))
+    b.step()
+    a.step()
+    assert its.steps_done == 1 and its.stepped
+    backward(compiled, samples(4))
+    with pytest.raises(UnprotectedGradientError, match="bounds have moved between them"):
+        b.step()
+    assert its.steps_done == 1
+
+
+@pytest.mark.parametrize("max_grad_norm", [BOUND, {"a.*": 0.2, "b.*": 0.4}])
+def test_groups_in_another_order(max_grad_norm):
+    """Graphs of one model meet its layers in different orders; each group has its own scale all the same."""
+
+    class Either(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.flipped = nn.Linear(3, 3), nn.Linear(3, 3), False
+
+        def forward(self, x):
+            first, second = (self.b, self.a) if self.flipped else (self.a, self.b)
+            return second(first(x).tanh())
+
+    torch.manual_seed(0)
+    model = Either()
+    its = engine(bounds=Quantile(rate=1.0), clipping="per_layer", max_grad_norm=max_grad_norm)
+    compiled, optimizer = its.compile(model), its.attach(torch.optim.SGD(model.parameters(), lr=0.0))
+    start = {"a": BOUND / math.sqrt(2), "b": BOUND / math.sqrt(2)}
+    bounds = start if max_grad_norm == BOUND else {"a": 0.2, "b": 0.4}
+    for flipped in (False, True, False, True):
+        model.flipped = flipped
+        optimizer.zero_grad()
+        grads = per_sample(model, samples())
+        backward(compiled, samples())
+        optimizer.step()
+        for group in ("a", "b"):
+            lengths = norms(grads, (f"{group}.weight", f"{group}.bias"))
+            weights = (bounds[group] / lengths).clamp(max=1.0)
+            expected = torch.einsum("b,bij->ij", weights, grads[f"{group}.weight"]) / BATCH
+            close([getattr(model, group).weight.grad], [expected])
+            bounds[group] *= math.exp(-((lengths <= bounds[group]).double().mean().item() - 0.5))
+        assert its.max_grad_norm() == pytest.approx(bounds, rel=1e-5)
+
+
+def test_a_parameter_that_was_replaced():
+    its, model, compiled, optimizer = setup(bounds=Quantile(), clipping="per_layer")
+    backward(compiled, samples())
+    optimizer.step()
+    model[0].weight = nn.Parameter(model[0].weight.detach().clone())
+    optimizer = its.attach(torch.optim.SGD(model.parameters(), lr=1.0))
+    backward(compiled, samples())
+    with pytest.raises(UnprotectedGradientError, match="has taken the place of one that was compiled"):
+        optimizer.step()
+    assert its.steps_done == 1
+    optimizer.zero_grad()
+    torch.compiler.reset()
+    backward(compiled, samples())
+    optimizer.step()
+    assert its.steps_done == 2
+
+
+def test_a_schedule_that_ends_with_the_run():
+    table = [1.0, 0.5, 0.25]
+    its, model, compiled, optimizer = setup(bounds=lambda step: table[step], steps=3)
+    for _ in table:
+        backward(compiled, samples())
+        optimizer.step()
+        assert its.stepped
+
+
+def test_a_schedule_that_says_nothing_costs_nothing():
+    its, model, compiled, optimizer = setup(bounds=lambda step: torch.tensor(1.0 if step < 2 else math.inf))
+    for _ in range(2):
+        backward(compiled, samples())
+        if its.steps_done < 1:
+            optimizer.step()
+    optimizer.zero_grad()
+    its._steps._attached[optimizer].clear()
+    backward(compiled, samples())
+    with pytest.raises(OptionError, match=r"bounds\(2\)=.*within 2\^-60"):
+        optimizer.step()
+    assert its.steps_done == 1
+
+
+def test_votes_of_a_backward_that_failed(monkeypatch):
+    from flashdp_compile.runtime import clipping
+
+    its, model, compiled, optimizer = setup(bounds=Quantile())
+    with monkeypatch.context() as broken:
+        broken.setattr(clipping, "release_weights_into", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            backward(compiled, samples())
+    compiled(samples(0)).square().sum().backward()
+    optimizer.step()
+    assert list(its.max_grad_norm().values()) == [BOUND]
+
+
+def test_a_state_from_before_the_first_step():
+    its, model, compiled, optimizer = setup(bounds=Quantile())
+    saved = its.state_dict()
+    backward(compiled, samples())
+    optimizer.step()
+    its.load_state_dict(saved)
+    assert list(its.max_grad_norm().values()) == [BOUND]

@@ -93,7 +93,7 @@ def guarantee(before: Before, clipping: object, bound: object, mechanism: Mechan
         slack=slack,
         seed=mechanism.seed,
         grad_scaler=mechanism.grad_scaler,
-        bound_scales=mechanism.bound_scales,
+        bounds=mechanism.bounds,
     )
 
 

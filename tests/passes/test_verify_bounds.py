@@ -6,12 +6,13 @@ import pytest
 import torch
 from corrupt import NOISY, fails, graph, insert, replace_arg, weights_of
 
+from flashdp_compile.passes.groups import MovingBounds
 from flashdp_compile.runtime.bounds import BoundScales
 
 aten, flashdp = torch.ops.aten, torch.ops.flashdp
 STATE = BoundScales()
 STATE.groups = {"0": 1.0, "2": 1.0}  # as many as the graph's
-MOVING = dataclasses.replace(NOISY, bound_scales=STATE.place)
+MOVING = dataclasses.replace(NOISY, bounds=MovingBounds(STATE.place, ("2", "0")))  # another order than the graph's
 
 
 def the(found, op):
@@ -24,6 +25,8 @@ def the(found, op):
 )
 @pytest.mark.parametrize("clipping", ["flat", "per_layer"])
 def test_a_graph_with_moving_bounds_passes(clipping, mechanism):
+    if clipping == "flat":
+        mechanism = dataclasses.replace(mechanism, bounds=MovingBounds(STATE.place, ("all",)))
     found = graph(clipping=clipping, mechanism=mechanism)
     found.verify()
     assert the(found, flashdp.bound_scales).args[1] == STATE.place
@@ -81,11 +84,11 @@ def test_a_count_of_other_norms(change):
 
 def test_scales_that_nobody_asked_for():
     found = graph(mechanism=MOVING)
-    stated = dataclasses.replace(found.guarantee, bound_scales=None)
+    stated = dataclasses.replace(found.guarantee, bounds=None)
     fails(dataclasses.replace(found, guarantee=stated), "weights of group 0 undo the scale|bounds are moved by")
 
 
 def test_no_scales_where_they_were_asked_for():
     found = graph()
-    stated = dataclasses.replace(found.guarantee, bound_scales=STATE.place)
+    stated = dataclasses.replace(found.guarantee, bounds=MOVING.bounds)
     fails(dataclasses.replace(found, guarantee=stated), "bounds are moved by")
