@@ -1,4 +1,4 @@
-"""The passes in order: fused cells, capture, axes, points, plan, rewrite, verify; and what follows Inductor's own."""
+"""The passes in order: taking apart, capture, axes, points, plan, rewrite, verify; and what follows Inductor's own."""
 
 from __future__ import annotations
 

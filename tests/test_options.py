@@ -4,6 +4,7 @@ import json
 import logging
 from fractions import Fraction
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from flashdp_compile import options as options_module
 from flashdp_compile.errors import FlashDPError, OptionError
 from flashdp_compile.options import PERFORMANCE, PRIVACY, Options, first_match
+from flashdp_compile.passes.strategies.catalogue import NAMES
 from flashdp_compile.runtime.bounds import BoundScales
 
 FIELDS = [
@@ -50,6 +52,10 @@ def test_the_field_list_is_frozen():
     """A new option is a decision: it needs a place in PRIVACY or PERFORMANCE, the README's table and this list."""
     assert list(Options.__dataclass_fields__) == FIELDS
     assert [*PRIVACY, *PERFORMANCE] == FIELDS
+
+
+def test_every_strategy_can_be_asked_for():
+    assert get_args(options_module.NormStrategy) == ("auto", *NAMES)
 
 
 def test_defaults():

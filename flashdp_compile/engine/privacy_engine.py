@@ -65,7 +65,7 @@ class PrivacyEngine:
         options: further options of the backend.
 
     Raises:
-        OptionError: an argument is missing, not allowed, or contradicts another.
+        OptionError: an argument is missing, not allowed, or contradicts another; or this is one process of several.
     """
 
     def __init__(
@@ -90,6 +90,7 @@ class PrivacyEngine:
         journal: str | os.PathLike[str] | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
+        _refuse_ranks()
         self.expected_batch_size = integer("expected_batch_size", expected_batch_size, 1)
         self.micro_batches = integer("micro_batches", micro_batches, 1)
         self.seed = integer("seed", seed, 0, optional=True)
@@ -272,6 +273,15 @@ class PrivacyEngine:
     def __reduce__(self) -> NoReturn:
         raise OptionError(
             "a PrivacyEngine cannot be copied: two of them would draw the same noise. Save its state_dict"
+        )
+
+
+def _refuse_ranks() -> None:
+    ranks = torch.distributed
+    if ranks.is_available() and ranks.is_initialized() and ranks.get_world_size() > 1:
+        raise OptionError(
+            "a PrivacyEngine is made in one of several processes of torch.distributed: each would draw samples and "
+            "noise for itself, and gradients would be added up behind its back. It works in one process"
         )
 
 

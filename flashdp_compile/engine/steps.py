@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -59,8 +58,9 @@ class Steps:
             if not releases:
                 return
             self._account(number, releases)
-            released = functools.partial(self._released, number, releases[0])
-            logical.release(f"step {self._budget.steps_done} of the engine", released)
+            sums = logical.take()
+            gradients = self._released(number, releases[0], sums)
+            logical.put(f"step {self._budget.steps_done} of the engine", sums, gradients)
         except BaseException:
             self._forget(logical)
             raise

@@ -7,7 +7,7 @@ in p.grad, so a loop may clear its gradients whenever it likes, and nothing can 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -25,10 +25,6 @@ class Sum(NamedTuple):
     place: int
     parameter: Tensor
     total: Tensor
-
-
-Noise = Callable[[Sequence[Sum]], Sequence[Tensor]]
-"""Gradients to step on, from the clipped sums, whose memory may be used."""
 
 
 class LogicalBatch:
@@ -59,17 +55,22 @@ class LogicalBatch:
             refuse(optimizer, found)
         return sorted(found.releases, key=lambda release: release.number)
 
-    def release(self, label: str, noise: Noise) -> None:
-        """Puts the sums, with their noise, into p.grad, as one release."""
-        release = LEDGER.open(ReleaseInfo(label=label), alone=True)
-        sums, watches = [], []
+    def take(self) -> list[Sum]:
+        """The sums, which are held no more, and whose memory may be used."""
+        found = []
         for place, parameter, watched in self._watches():
-            held, watched.held = watched.held, None
-            if held is not None:
-                sums.append(Sum(place, parameter, held.total))
-                watches.append(watched)
-        for one, watched, gradient in zip(sums, watches, noise(sums), strict=True):
-            one.parameter.grad = gradient
+            if watched.held is not None:
+                found.append(Sum(place, parameter, watched.held.total))
+                watched.held = None
+        return found
+
+    def put(self, label: str, sums: Sequence[Sum], gradients: Sequence[Tensor]) -> None:
+        """Puts what has become of sums into p.grad, as one release."""
+        release = LEDGER.open(ReleaseInfo(label=label), alone=True)
+        for (_, parameter, _), gradient in zip(sums, gradients, strict=True):
+            watched = find(parameter)
+            assert watched is not None
+            parameter.grad = gradient
             watched.content = Content(gradient, release, None, ())
 
     def _ours(self, owed: Owed) -> bool:

@@ -8,7 +8,8 @@ from flashdp_compile.passes.strategies.linear import GRAM, OUTER, STORE
 from flashdp_compile.passes.strategies.materialize import MATERIALIZE
 
 STRATEGIES: tuple[Strategy, ...] = (GRAM, OUTER, STORE, EMBEDDING, TIED, MATERIALIZE)
-MOST_SLACK = max(strategy.slack for strategy in STRATEGIES)
+NAMES = tuple(dict.fromkeys(strategy.name for strategy in STRATEGIES))  # what the option norm_strategy may ask for
+MOST_SLACK = max(strategy.slack for strategy in STRATEGIES)  # each may be taken where another does not apply
 
 
 def candidates(gradient: ParameterGradient, axes: Axes) -> tuple[Strategy, ...]:

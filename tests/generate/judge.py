@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from flashdp_compile.errors import InternalError, Refusal
+from flashdp_compile.passes.strategies.catalogue import NAMES
 from found import what
 from generate.cases import Drawn
 from reference import bound_between, per_sample_gradients, relative_errors, release
@@ -18,7 +19,7 @@ PLAIN = {"noise_multiplier": 0.0, "compiler": "eager", "loss_reduction": "sum"}
 RESOLVED = 1e-6  # what float32 alone may be off, for a test that allows 1e-5
 CANCELS = 0.1  # the length of a sum, as a part of the lengths of its terms
 CLIPPINGS = ("flat", "per_layer")
-STRATEGIES = ("auto", "auto", "gram", "outer", "store", "materialize")
+STRATEGIES = ("auto", "auto", *NAMES)
 
 
 class Wrong(AssertionError):

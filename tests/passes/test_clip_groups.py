@@ -17,6 +17,7 @@ from flashdp_compile.passes.fuse_noise import fuse_noise
 from flashdp_compile.passes.group_layers import group_layers
 from flashdp_compile.passes.memory import Memory
 from flashdp_compile.passes.rewrite import Mechanism
+from flashdp_compile.passes.strategies.catalogue import NAMES
 from flashdp_compile.passes.vectors import norm_vectors, sum_vectors
 from flashdp_compile.runtime import clipping, noise
 
@@ -66,7 +67,7 @@ def close(graph, inputs, expected, tolerance=1e-5):
         torch.testing.assert_close(got, value, rtol=tolerance, atol=tolerance / 10, equal_nan=True)
 
 
-@pytest.mark.parametrize("strategy", ["gram", "outer", "store", "materialize"])
+@pytest.mark.parametrize("strategy", NAMES)
 @pytest.mark.parametrize("fn", ["hard", "automatic", "normalize"])
 def test_values_stay(strategy, fn):
     mechanism = Mechanism(noise_multiplier=0.5, clip_fn=fn, mean=True, expected_batch_size=7, seed=3)

@@ -27,7 +27,7 @@ from flashdp_compile.passes.dump import expression, plan_table
 from flashdp_compile.passes.groups import Group, form_groups, sensitivity
 from flashdp_compile.passes.plan import TYPICAL_SIZE, evaluate, make_plan
 from flashdp_compile.passes.points import find_points
-from flashdp_compile.passes.strategies.catalogue import STRATEGIES, candidates
+from flashdp_compile.passes.strategies.catalogue import NAMES, STRATEGIES, candidates
 from flashdp_compile.testing import joint_graph
 from zoo import Model
 
@@ -127,7 +127,7 @@ class TestCosts:
 
 
 class TestStrategies:
-    @pytest.mark.parametrize("strategy", ["gram", "outer", "store", "materialize"])
+    @pytest.mark.parametrize("strategy", NAMES)
     def test_a_forced_strategy_is_taken_wherever_it_applies(self, strategy):
         found = chosen(planned(Block(), torch.randn(2, 4, 6), strategy=strategy))
         assert found["up.weight"] == found["down.weight"] == strategy
@@ -138,7 +138,7 @@ class TestStrategies:
             axes = propagate(joint_graph(model, *args))
             return {g.name: [s.name for s in candidates(g, axes)] for g in find_points(axes)}
 
-        products = ["gram", "outer", "store", "materialize"]
+        products = [*NAMES]
         tokens = torch.zeros(2, 4, dtype=torch.int64)
         assert names(twice(), torch.randn(2, 6)) == {"fc.weight": products, "fc.bias": ["materialize"]}
         assert names(padded(), tokens) == {"table.weight": ["gram", "materialize"]}
@@ -158,48 +158,48 @@ class TestStrategies:
         assert planned(convolution(), torch.randn(2, 2, 5, 5)).slack == by_name["materialize"]
 
 
-NAMES = ("emb.weight", "blocks.0.fc.weight", "blocks.0.fc.bias", "blocks.1.fc.weight", "head")
+PARAMETERS = ("emb.weight", "blocks.0.fc.weight", "blocks.0.fc.bias", "blocks.1.fc.weight", "head")
 
 
 class TestGroups:
     def test_flat(self):
-        assert form_groups(NAMES, "flat", 2.0) == (Group("all", 2.0, NAMES),)
+        assert form_groups(PARAMETERS, "flat", 2.0) == (Group("all", 2.0, PARAMETERS),)
 
     def test_per_layer_is_what_one_module_owns(self):
-        groups = form_groups(NAMES, "per_layer", 2.0)
+        groups = form_groups(PARAMETERS, "per_layer", 2.0)
         assert [(g.name, g.members) for g in groups] == [
-            ("emb", NAMES[:1]),
-            ("blocks.0.fc", NAMES[1:3]),
-            ("blocks.1.fc", NAMES[3:4]),
-            ("(root)", NAMES[4:]),
+            ("emb", PARAMETERS[:1]),
+            ("blocks.0.fc", PARAMETERS[1:3]),
+            ("blocks.1.fc", PARAMETERS[3:4]),
+            ("(root)", PARAMETERS[4:]),
         ]
         assert all(g.bound == pytest.approx(1.0) for g in groups)  # 2 / sqrt(4)
         assert sensitivity(groups) == pytest.approx(2.0)
 
     def test_patterns_in_order(self):
-        groups = form_groups(NAMES, {"blocks.*.bias": "biases", "blocks.*": "blocks", "*": "rest"}, 3.0)
+        groups = form_groups(PARAMETERS, {"blocks.*.bias": "biases", "blocks.*": "blocks", "*": "rest"}, 3.0)
         assert {g.name: g.members for g in groups} == {
-            "rest": (NAMES[0], NAMES[4]),
-            "blocks": (NAMES[1], NAMES[3]),
-            "biases": (NAMES[2],),
+            "rest": (PARAMETERS[0], PARAMETERS[4]),
+            "blocks": (PARAMETERS[1], PARAMETERS[3]),
+            "biases": (PARAMETERS[2],),
         }
         assert all(g.bound == pytest.approx(3.0 / math.sqrt(3)) for g in groups)
 
     def test_bounds_by_pattern(self):
-        groups = form_groups(NAMES, {"emb*": "a", "*": "b"}, {"emb*": 3.0, "*": 4.0})
+        groups = form_groups(PARAMETERS, {"emb*": "a", "*": "b"}, {"emb*": 3.0, "*": 4.0})
         assert {g.name: g.bound for g in groups} == {"a": 3.0, "b": 4.0}
         assert sensitivity(groups) == pytest.approx(5.0)
 
     def test_a_missing_pattern(self):
         with pytest.raises(OptionError, match="clipping has no pattern for parameter 'head'") as caught:
-            form_groups(NAMES, {"emb*": "a", "blocks.*": "b"}, 1.0)
+            form_groups(PARAMETERS, {"emb*": "a", "blocks.*": "b"}, 1.0)
         assert "'emb*', 'blocks.*'" in str(caught.value) and "'*' as the last one" in str(caught.value)
         with pytest.raises(OptionError, match="max_grad_norm has no pattern for parameter 'blocks.0.fc.weight'"):
-            form_groups(NAMES, "per_layer", {"emb*": 1.0, "head": 1.0})
+            form_groups(PARAMETERS, "per_layer", {"emb*": 1.0, "head": 1.0})
 
     def test_one_group_with_two_bounds(self):
         with pytest.raises(OptionError, match="gives clipping group 'all' several bounds") as caught:
-            form_groups(NAMES, "flat", {"emb*": 1.0, "*": 2.0})
+            form_groups(PARAMETERS, "flat", {"emb*": 1.0, "*": 2.0})
         assert "emb.weight: 1.0" in str(caught.value)
 
     def test_no_parameters(self):

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from flashdp_compile.errors import Refusal
 from flashdp_compile.passes.groups import Group
 from flashdp_compile.passes.rewrite import Mechanism, rewrite_empty, rewrite_single
+from flashdp_compile.passes.strategies.catalogue import NAMES
 from flashdp_compile.testing import joint_graph
 from zoo import Model
 
@@ -61,7 +62,7 @@ def test_every_strategy_gives_the_same_release(name, clipping):
     assert any((expected[i] - plain[i]).abs().max() > 1e-3 for i in places.values()), "nothing was clipped"
 
 
-@pytest.mark.parametrize("strategy", ["gram", "outer", "store", "materialize"])
+@pytest.mark.parametrize("strategy", NAMES)
 @pytest.mark.parametrize("name", MODELS)
 def test_without_a_bound_it_is_the_plain_gradient(name, strategy):
     plain, found, places = release(name, strategy, "flat", 1e30)

@@ -6,8 +6,10 @@ from corrupt import NOISY, aten, before_noise, fails, flashdp, graph, insert, re
 from pass_support import rewritten
 from torch import nn
 
+from flashdp_compile.passes.strategies.catalogue import NAMES
 
-@pytest.mark.parametrize("strategy", ["gram", "outer", "store", "materialize"])
+
+@pytest.mark.parametrize("strategy", NAMES)
 @pytest.mark.parametrize("clipping", ["flat", "per_layer"])
 def test_what_the_rewrite_makes_passes(strategy, clipping):
     graph(strategy, clipping).verify()

@@ -11,11 +11,12 @@ from flashdp_compile.passes.axes.engine import propagate
 from flashdp_compile.passes.before import Before
 from flashdp_compile.passes.plan import Plan
 from flashdp_compile.passes.rewrite import rewrite_empty, rewrite_single
+from flashdp_compile.passes.strategies.catalogue import NAMES
 from flashdp_compile.passes.strategies.materialize import MATERIALIZE
 from flashdp_compile.testing import joint_graph
 from zoo import Model
 
-STRATEGIES = ["gram", "outer", "store", "materialize"]
+STRATEGIES = NAMES
 
 
 class TestSharedInputs:

@@ -11,6 +11,7 @@ from torch import nn
 
 from flashdp_compile.passes.groups import Group
 from flashdp_compile.passes.rewrite import Mechanism
+from flashdp_compile.passes.strategies.catalogue import NAMES
 
 
 class TestNoise:
@@ -184,7 +185,7 @@ def of_unknown_batch(strategy: str = "gram") -> Rewritten:
 
 
 class TestDivisorAtRunTime:
-    @pytest.mark.parametrize("strategy", ["gram", "outer", "store", "materialize"])
+    @pytest.mark.parametrize("strategy", NAMES)
     def test_what_the_rewrite_makes_passes(self, strategy):
         of_unknown_batch(strategy).verify()
 

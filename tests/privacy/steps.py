@@ -12,9 +12,10 @@ from torch import Tensor, fx, nn
 
 import flashdp_compile.pipeline
 from flashdp_compile.passes.plan import Plan
+from flashdp_compile.passes.strategies.catalogue import NAMES
 
 QUIET = {"compiler": "eager", "noise_multiplier": 0.0}
-STRATEGIES = ("gram", "outer", "store", "materialize", "auto")
+STRATEGIES = (*NAMES, "auto")
 CLIP_FNS = ("hard", "automatic", "normalize")
 # rewrite_single and rewrite_empty have no plan; this is what they raise the noise by
 SINGLE_SLACK, EMPTY_SLACK = 2.0**-20, 0.0
