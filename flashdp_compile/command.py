@@ -2,6 +2,7 @@
 
 flashdp epsilon --noise-multiplier 1.0 --sample-rate 0.01 --steps 1000 --delta 1e-5
 flashdp noise --target-epsilon 8 --sample-rate 0.01 --steps 1000 --delta 1e-5 --json
+flashdp noise --target-epsilon 8 --sample-rate 0.01 --steps 1000 --delta 1e-5 --norm hutchinson --probes 64
 flashdp explain train.py --epochs 3
 """
 
@@ -71,6 +72,11 @@ def _parser() -> argparse.ArgumentParser:
         how.add_argument("--sample-size", type=int, help="number of samples")
         how.add_argument("--cap", type=int, help="Poisson sampling of which a step keeps at most so many")
         how.add_argument("--batch-size", type=int, help="so many of --sample-size, drawn anew in every step")
+        norms = command.add_argument_group("how norms are found, by which samples are clipped")
+        norms.add_argument("--norm", choices=accounting.NORMS, default="exact", help="all but exact are estimates")
+        norms.add_argument("--probes", type=int, help="Gaussian probes of an estimate")
+        norms.add_argument("--groups", type=int, help="clipping groups of equal bounds, each with its own probes")
+        norms.add_argument("--bound", choices=accounting.BOUNDS, default="convex", help="how their risk is bounded")
     return parser
 
 
@@ -130,12 +136,15 @@ def _run(given: argparse.Namespace) -> dict[str, Any]:
     """What both functions are told."""
     sampling = _sampling(given)
     accountant = given.accountant or sampling.accountants[0]
-    return {"steps": given.steps, "delta": given.delta, "sampling": sampling, "accountant": accountant}
+    run = {"steps": given.steps, "delta": given.delta, "sampling": sampling, "accountant": accountant}
+    return {**run, "norm": given.norm, "probes": given.probes, "groups": given.groups, "bound": given.bound}
 
 
 def _shown(run: dict[str, Any]) -> dict[str, Any]:
     sampling = run["sampling"]
-    return {**run, "sampling": str(sampling), "adjacency": sampling.adjacency}
+    of_estimates = ("probes", "groups", "bound") if run["norm"] == "exact" else ()
+    shown = {name: value for name, value in run.items() if name not in of_estimates and value is not None}
+    return {**shown, "sampling": str(sampling), "adjacency": sampling.adjacency}
 
 
 if __name__ == "__main__":

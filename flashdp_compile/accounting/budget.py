@@ -1,7 +1,7 @@
 """Epsilon of a run, and the noise that keeps a run within an epsilon, by Google's dp-accounting.
 
 A run is a number of releases, one for each optimizer step. Its noise may follow a schedule; a schedule of the clipping
-bound changes nothing here, as the noise is a multiple of the bound.
+bound changes nothing here, as the noise is a multiple of the bound. Norms that are only estimated do (`randomized`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 from scipy.optimize import brentq
 
+from flashdp_compile.accounting import randomized
 from flashdp_compile.accounting.sampling import REPLACE, Poisson, Sampling, Schedule, TruncatedPoisson
 from flashdp_compile.checks import choice, integer, not_allowed, number
 from flashdp_compile.errors import OptionError
@@ -30,11 +31,21 @@ def epsilon(
     sample_rate: float | None = None,
     sampling: Sampling | None = None,
     accountant: str = "pld",
+    norm: str = "exact",
+    probes: int | None = None,
+    groups: int | Sequence[float] | None = None,
+    bound: str = "convex",
 ) -> float:
     """The epsilon at `delta` of a run of `steps` steps; infinite where there is none.
 
     `sample_rate` stands for `sampling=Poisson(sample_rate)`. A schedule brings its own steps. "pld" (privacy loss
     distributions) is the tightest; "rdp" (Renyi) is known for more samplings.
+
+    Args:
+        norm: "exact", or "hutchinson" or "hutch++", by which norms are estimated: Poisson sampling and "pld" only.
+        probes: Gaussian probes of the layer that has the fewest, of those that have any; of Hutch++ those of its tail.
+        groups: of clipping, each with probes of its own: their number, if their bounds are equal, or their bounds.
+        bound: "convex", or the paper's "envelope", which asks for a little more noise.
 
     Raises:
         OptionError: a value is not allowed, or two contradict each other.
@@ -42,11 +53,15 @@ def epsilon(
     how = _sampling(sampling, sample_rate)
     _delta(delta, how)
     total = _accountant(accountant, how)
-    for sigma, count in how.releases(schedule(noise_multiplier, steps)):
-        if sigma == 0 and count > 0:
+    norms = randomized.sketched(norm, probes, groups, bound, how, accountant)
+    releases = [(sigma, count) for sigma, count in how.releases(schedule(noise_multiplier, steps)) if count > 0]
+    for sigma, _ in releases:
+        if sigma == 0:
             return math.inf
-        if count > 0:
-            total.compose(how.event(sigma), count)
+    if norms is not None:
+        return randomized.epsilon(releases, norms, delta)
+    for sigma, count in releases:
+        total.compose(how.event(sigma), count)
     return float(total.get_epsilon(delta))
 
 
@@ -58,29 +73,36 @@ def noise_multiplier(
     sample_rate: float | None = None,
     sampling: Sampling | None = None,
     accountant: str = "pld",
+    norm: str = "exact",
+    probes: int | None = None,
+    groups: int | Sequence[float] | None = None,
+    bound: str = "convex",
 ) -> float:
     """The least noise multiplier, to one part in a million and never below it, with which a run of `steps` steps stays
-    within `target_epsilon` at `delta`.
+    within `target_epsilon` at `delta`. The other arguments are those of `epsilon`.
 
     Raises:
         OptionError: a value is not allowed, two contradict each other, or no noise reaches the target.
     """
     number("target_epsilon", target_epsilon, positive=True)
-    run: dict[str, Any] = {"steps": steps, "delta": delta, "sampling": _sampling(sampling, sample_rate)}
-    _delta(delta, run["sampling"])
+    how = _sampling(sampling, sample_rate)
+    _delta(delta, how)
+    norms = randomized.sketched(norm, probes, groups, bound, how, accountant)
     if integer("steps", steps, 0) == 0:
         return 0.0
+    run: dict[str, Any] = {"steps": steps, "delta": delta, "sampling": how, "accountant": accountant}
+    run |= {"norm": norm, "probes": probes, "groups": groups, "bound": bound}
 
     def excess(log_sigma: float) -> float:
         """Logarithm of what is spent over what may be, finite for every noise."""
-        found = epsilon(noise_multiplier=max(math.exp(log_sigma), FAINTEST), accountant=accountant, **run)
+        found = epsilon(noise_multiplier=max(math.exp(log_sigma), FAINTEST), **run)
         return math.log(min(max(found, 1e-12), 1e12) / target_epsilon)
 
-    guess = math.log(_guess(target_epsilon, delta, steps, run["sampling"]))
+    guess = math.log(_guess(target_epsilon, delta, steps, how) * (1.0 if norms is None else norms.inflation))
     faintest = math.log(FAINTEST)
     low, high = max(guess - 0.2, faintest), guess + 0.02
     while excess(high) > 0:
-        low, high = high, high + 1.0
+        low, high = high, high + 2 * (high - low)
         if high > math.log(LOUDEST):
             raise OptionError(
                 f"target_epsilon={target_epsilon!r} cannot be reached in {steps} steps at delta={delta!r}: a noise "
