@@ -85,7 +85,7 @@ class BoundScales:
             return
         self.groups = dict(groups)
         with real_tensors(), torch.inference_mode(False):  # ordinary tensors, whatever mode is on
-            self.scales = torch.ones(len(groups), device=devices.pop())
+            self.scales = torch.ones(len(groups), dtype=torch.float32, device=devices.pop())
             self.within = torch.zeros_like(self.scales)
             self.bounds = torch.tensor([*groups.values()]).to(self.scales)
             self.load(self._first)
@@ -103,7 +103,10 @@ class BoundScales:
                 f"the run that is resumed had {len(scales)} clipping groups, and this model has {len(self.groups)}: "
                 "its bounds were those of another model"
             )
-        self.scales.copy_(torch.tensor(self._first))
+        if len(scales) == 1:
+            self.scales.fill_(scales[0])  # without waiting for the device: a schedule does so at every step
+        else:
+            self.scales.copy_(torch.tensor(self._first))
         self.moves += 1
         self.forget()
 
