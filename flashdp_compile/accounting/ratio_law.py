@@ -101,6 +101,7 @@ def _law_of_groups(probes: int, groups: Groups, bound: str) -> Law:
     cells = min(MOST_CELLS, CELLS_OF_A_GROUP * math.ceil(top / min(w for w, _ in groups)))
     size = next_fast_len(cells + count + 1, real=True)  # a group may reach one point further than w * cells
     spectrum: Any = 1.0
+    all_finite = 0.0  # the logarithm of the chance; what is left of the sum has the rounding of the transforms in it
     for w, n in groups:
         points = np.arange(math.ceil(w * cells), 0, -1)  # of w / u, in units of top / cells
         grid = np.append(0.0, w * cells / top / points)  # of u
@@ -108,9 +109,11 @@ def _law_of_groups(probes: int, groups: Groups, bound: str) -> Law:
         masses = np.zeros(len(grid))
         masses[within] = _chi2_on(grid[within], probes, 0.0 if bound == "convex" else math.inf)
         spectrum = spectrum * rfft(np.append(0.0, masses[:0:-1]), size) ** n
+        all_finite += n * math.log1p(-masses[0])
+    infinite = -math.expm1(all_finite)
     finite = np.maximum(irfft(spectrum, size), 0)[:0:-1]
     values = cells / top / np.arange(size - 1, 0, -1)
-    return Law(np.append(0.0, values), np.append(max(1 - finite.sum(), 0), finite))
+    return Law(np.append(0.0, values), np.append(max(1 - finite.sum(), infinite), finite))
 
 
 def _quantiles_of(law: Law, cells: int) -> Array:

@@ -71,10 +71,11 @@ class MovingBounds:
         """For a run that is resumed, which must say the same; nobody can tell functions apart."""
         return repr(self._how) if isinstance(self._how, Quantile) else "a schedule"
 
-    def begin(self, steps_done: int, scales: Sequence[float] | None = None) -> None:
-        """Where a run begins, or goes on: with the `scales` that were saved, or with those of the schedule."""
+    def begin(self, steps_done: int | None, scales: Sequence[float] | None = None) -> None:
+        """Where a run begins, or goes on: with the `scales` that were saved, or with those of the schedule, which says
+        nothing of what is behind the last step (None)."""
         if not isinstance(self._how, Quantile):
-            self.state.load([self.scheduled(steps_done)])
+            self.state.load([1.0 if steps_done is None else self.scheduled(steps_done)])
         else:
             self.state.load([1.0] if scales is None else scales)
 

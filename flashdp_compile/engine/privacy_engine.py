@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -125,8 +125,7 @@ class PrivacyEngine:
         Options.parse(self._options)  # what is not allowed is said now
         self.noise = choice("noise", noise, tuple(NOISES))
         self._budget = Budget(self.plan, None if journal is None else Journal(journal, self._configuration()))
-        if self._bounds is not None:
-            self._bounds.begin(self._budget.steps_done)
+        self._begin_bounds(None)
         self._steps = Steps(self._budget, NOISES[self.noise](self.seed), self.micro_batches, self._bounds)
         if self.noise == "philox":
             _log.warning(
@@ -210,6 +209,11 @@ class PrivacyEngine:
         self._go_on()
         return loader
 
+    def _begin_bounds(self, scales: Sequence[float] | None) -> None:
+        """Lets bounds go on behind the steps that are done."""
+        if self._bounds is not None:
+            self._bounds.begin(None if self.steps_left == 0 else self.steps_done, scales)
+
     def _go_on(self) -> None:
         """Lets the loader go on behind the steps that are done."""
         self._steps.begin()
@@ -265,8 +269,7 @@ class PrivacyEngine:
                 "is that of one mechanism"
             )
         self._budget.load(integer("steps_done", state["steps_done"], 0))
-        if self._bounds is not None:
-            self._bounds.begin(self.steps_done, state["bound_scales"])
+        self._begin_bounds(state["bound_scales"])
         self._steps.noise = NOISES[self.noise](self.seed)
         self._go_on()
 

@@ -89,7 +89,8 @@ class Steps:
         if number not in self._drawn and set(releases) <= self._accounted:
             self._drawn.add(number)
             return
-        last = self._budget.steps_left == 1  # behind which nothing is scheduled
+        left = self._budget.steps_left
+        last = left is not None and left <= 1  # behind which nothing is scheduled
         factor = 1.0 if self._bounds is None or last else self._bounds.scheduled(self._budget.steps_done + 1)
         self._budget.spend()
         self._accounted, self._drawn = set(releases), {number}

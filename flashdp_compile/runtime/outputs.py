@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from flashdp_compile.compat import COMPILED_BACKWARD, hidden_from_dynamo, left_out, next_node_number, node_number
 from flashdp_compile.errors import FlashDPError, Refusal
+from flashdp_compile.runtime.bounds import BoundScales
 from flashdp_compile.runtime.messages import listed
 from flashdp_compile.runtime.release import LEDGER, Release, ReleaseInfo
 from flashdp_compile.runtime.watch import Fault, Watch, watch
@@ -48,8 +49,6 @@ def wrap(
         if places and torch.is_grad_enabled():
             _refuse_thawed([name for place, name in places.items() if args[place].requires_grad])
         since, batch = next_node_number(), LEDGER.batch
-        if info.owed is not None and info.owed.bounds is not None and torch.is_grad_enabled():
-            info.owed.bounds.forget()
         outputs = compiled(*args)
         if watch_outputs(outputs, info, since, batch):
             _refuse_unseen(broken, sys._getframe(1))
@@ -132,6 +131,14 @@ def _hook(node: Any, info: ReleaseInfo, batch: Mapping[int, int] | None) -> None
     if targets:
         # autograd's own graph holds these parameters as long as it holds the node, so this prolongs nothing
         node.register_hook(functools.partial(_released, info, batch, targets, []))
+        if info.owed is not None and info.owed.bounds is not None:
+            node.register_prehook(functools.partial(_begun, info.owed.bounds))
+
+
+@hidden_from_dynamo
+def _begun(bounds: BoundScales, grad_outputs: Sequence[Tensor | None]) -> None:
+    """Before a compiled node runs: what one that has failed has counted is forgotten."""
+    bounds.forget()
 
 
 @hidden_from_dynamo

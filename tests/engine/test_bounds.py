@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from engine.runs import BATCH, BOUND, backward, copies, engine, mlp, moved, samples, setup
-from flashdp_compile import OptionError, PrivacyEngine, Quantile, Refusal
+from flashdp_compile import BudgetExhaustedError, OptionError, PrivacyEngine, Quantile, Refusal
 from flashdp_compile.errors import UnprotectedGradientError
+from flashdp_compile.runtime import clipping
 
 GROUPS = {
     "flat": [("0.weight", "0.bias", "2.weight", "2.bias")],
@@ -388,6 +389,12 @@ def test_a_schedule_that_ends_with_the_run():
         backward(compiled, samples())
         optimizer.step()
         assert its.stepped
+    backward(compiled, samples())
+    with pytest.raises(BudgetExhaustedError):
+        optimizer.step()
+    again = engine(bounds=lambda step: table[step], steps=3)
+    again.load_state_dict(its.state_dict())
+    assert again.steps_left == 0
 
 
 def test_a_schedule_that_says_nothing_costs_nothing():
@@ -404,15 +411,17 @@ def test_a_schedule_that_says_nothing_costs_nothing():
     assert its.steps_done == 1
 
 
-def test_votes_of_a_backward_that_failed(monkeypatch):
-    from flashdp_compile.runtime import clipping
-
+@pytest.mark.parametrize("ahead", [False, True])
+def test_votes_of_a_backward_that_failed(ahead, monkeypatch):
+    """An empty batch that follows, whose forward may have come before, counts none of them."""
     its, model, compiled, optimizer = setup(bounds=Quantile())
+    loss = compiled(samples()).square().sum(1).mean()
+    empty = compiled(samples(0)).square().sum() if ahead else None
     with monkeypatch.context() as broken:
         broken.setattr(clipping, "release_weights_into", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            backward(compiled, samples())
-    compiled(samples(0)).square().sum().backward()
+            loss.backward()
+    (compiled(samples(0)).square().sum() if empty is None else empty).backward()
     optimizer.step()
     assert list(its.max_grad_norm().values()) == [BOUND]
 
