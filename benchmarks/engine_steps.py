@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import flashdp_compile
 from benchmarks.check import check_noise
 from benchmarks.settings import Settings
-from benchmarks.steps import Observed, Step
+from benchmarks.steps import Observed, PrivateStep
 from benchmarks.workloads import Batch
 from flashdp_compile import PrivacyEngine, accounting
 
@@ -23,7 +23,7 @@ class _Nothing:
         return totals  # the bounds have not moved
 
 
-class EngineStep(Step):
+class EngineStep(PrivateStep):
     """`arguments` are further ones of the engine."""
 
     def __init__(self, model: nn.Module, clipping: str, batch_size: int, settings: Settings, **arguments: Any) -> None:
@@ -41,7 +41,6 @@ class EngineStep(Step):
         self.engine.attach(self.optimizer)
         sigma = self.engine._steps._sigma_of_gradients()  # which also pays for moving bounds
         self.deviation = sigma * settings.max_grad_norm / batch_size
-        self.dropped = 0
 
     def __call__(self, batch: Batch) -> Tensor:
         loss = super().backward(batch)
@@ -78,7 +77,3 @@ class EngineStep(Step):
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         self.optimizer.state.clear()
-
-    def complaint(self) -> str | None:
-        dropped = flashdp_compile.nonfinite_samples() - self.dropped
-        return f"{dropped} samples were dropped as not finite, which saves work" if dropped else None

@@ -72,7 +72,18 @@ class Step:
         return None
 
 
-class FlashDPStep(Step):
+class PrivateStep(Step):
+    """A step of flashdp. `deviation` is that of its noise; `dropped` counts the samples that its check has dropped."""
+
+    deviation: float
+    dropped = 0
+
+    def complaint(self) -> str | None:
+        dropped = flashdp_compile.nonfinite_samples() - self.dropped
+        return f"{dropped} samples were dropped as not finite, which saves work" if dropped else None
+
+
+class FlashDPStep(PrivateStep):
     """torch.compile(model, backend="flashdp") with seeded noise, so that the check can subtract it."""
 
     def __init__(
@@ -90,7 +101,6 @@ class FlashDPStep(Step):
         forward = torch.compile(model, backend="flashdp", fullgraph=True, dynamic=False, options=options)
         super().__init__(model, forward, settings)
         self.deviation = settings.noise_multiplier * settings.max_grad_norm / batch_size
-        self.dropped = 0
 
     def observe(self, batch: Batch) -> Observed:
         """Runs the compiled graph twice with the same noise. The second time the gradient that comes in is NaN, which
@@ -106,7 +116,3 @@ class FlashDPStep(Step):
         check_noise(noise, self.deviation)
         rounding = {name: 2.0**-23 * float(torch.linalg.vector_norm(n)) for name, n in noise.items()}
         return Observed({name: g - noise[name] for name, g in released.items()}, rounding)
-
-    def complaint(self) -> str | None:
-        dropped = flashdp_compile.nonfinite_samples() - self.dropped
-        return f"{dropped} samples were dropped as not finite, which saves work" if dropped else None

@@ -112,7 +112,7 @@ def _explain(given: argparse.Namespace) -> Any:
 
 def _print_explanation(label: str, explanation: Any, as_json: bool) -> int:
     if as_json:
-        print(json.dumps({"region": label, **json.loads(explanation.to_json())}))
+        print(json.dumps({"region": label, **explanation.as_dict()}))
     else:
         console = Console(file=sys.stdout)
         console.rule(label)

@@ -50,13 +50,17 @@ class Explanation:
         over = " over the size of each batch" if mechanism.divides_by_batch else ""
         return f"every gradient {clipped} and gets Gaussian noise of standard deviation {std:.6g}{over}"
 
-    def to_json(self) -> str:
-        """The same for programs."""
+    def as_dict(self) -> dict[str, Any]:
+        """The same for programs, as JSON takes it."""
         record = self.record
         found: dict[str, Any] = {"refusal": str(self.refusal) if self.refusal else None}
         if record.joint is not None and record.axes is not None and record.plan is not None:
             found |= dump.as_json(record.joint, record.axes, record.gradients, record.plan, record.options.batch_dim)
-        return json.dumps(found | {"assumptions": list(self.assumptions)}, indent=1)
+        return found | {"assumptions": list(self.assumptions)}
+
+    def to_json(self) -> str:
+        """`as_dict` as text."""
+        return json.dumps(self.as_dict(), indent=1)
 
 
 def explained(record: Record, refusal: FlashDPError | None) -> Explanation:

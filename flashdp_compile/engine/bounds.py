@@ -123,8 +123,12 @@ class MovingBounds:
     def undone(self, release: Release, parameters: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
         """The scales [K] that have divided the gradients of a step, and which of them is that of each parameter."""
         assert release.moved is not None
-        numbers = [self.state.group_of(parameter) for parameter in parameters]
-        return release.moved.scales, [number for number in numbers if number is not None]
+        numbers = []
+        for parameter in parameters:
+            number = self.state.group_of(parameter)
+            assert number is not None  # `wrong` has refused it
+            numbers.append(number)
+        return release.moved.scales, numbers
 
     def present(self) -> dict[str, float]:
         """C_k of the next step, by the name of the clipping group; empty before the first forward."""

@@ -51,19 +51,19 @@ class Noise:
         that of `totals`. No two tensors may have the same stream in a step. A deviation of 0 adds nothing."""
         added = list(totals)
         which = [0] * len(added) if groups is None else groups
-        alone, together = list(range(len(added))), dict[torch.device, list[int]]()
-        if std > 0:
-            for at, total in enumerate(added):
-                if total.is_cuda and fits(total):
-                    together.setdefault(total.device, []).append(at)
+        alone, together = list[int](), dict[torch.device, list[int]]()
+        for at, total in enumerate(added):
+            fitting = std > 0 and total.is_cuda and fits(total)
+            (together.setdefault(total.device, []) if fitting else alone).append(at)
         for device, places in together.items():
             own = [added[at] for at in places]
-            if apart(own):
-                told = tuple((added[at].numel(), streams[at], which[at]) for at in places)
-                if told not in self._tables:
-                    self._tables[told] = NoiseTable(told, self.secure)
-                self._tables[told].add(own, self.key(device, step), std, factors)
-                alone = [at for at in alone if at not in set(places)]
+            if not apart(own):
+                alone += places
+                continue
+            told = tuple((added[at].numel(), streams[at], which[at]) for at in places)
+            if told not in self._tables:
+                self._tables[told] = NoiseTable(told, self.secure)
+            self._tables[told].add(own, self.key(device, step), std, factors)
         for at in alone:
             total = added[at]
             if std > 0:

@@ -127,7 +127,7 @@ class BoundScales:
 
     def saved(self) -> list[float]:
         """For `load`."""
-        return [float(s) for s in self.scales.tolist()] if self.groups else self._first
+        return list(self.scales.tolist()) if self.groups else self._first
 
     def group_of(self, parameter: Tensor) -> int | None:
         """The number of a parameter's group; None for one that was not compiled."""
