@@ -80,7 +80,7 @@ def _compile(
     for device in devices:
         clipping.prepare(device)
         if options.noise_in_graph > 0:
-            noise.prepare(device, options.seed)
+            noise.KEYS.prepare(device, options.seed)
     _refuse_foreign_hooks()
     label = compat.graph_label(gm)
     rewriting = FlashDPPass(inputs, options, report(options.debug_folder, label))

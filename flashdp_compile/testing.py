@@ -53,7 +53,7 @@ def on_joint_graph(
 
 def replay_noise() -> None:
     """Starts the noise of every seed again, as in a new process. Two runs with one seed then get the same noise."""
-    noise.reset()
+    noise.KEYS.reset()
 
 
 def joint_graph(

@@ -58,7 +58,7 @@ def count(graph, op):
 
 
 def outputs(of, inputs):
-    noise.reset()  # the same key for every run: the mechanism has a seed
+    noise.KEYS.reset()  # the same key for every run: the mechanism has a seed
     return [value for value in run(of, inputs) if isinstance(value, torch.Tensor)]
 
 

@@ -47,7 +47,7 @@ def names(of: fx.Graph) -> list[str]:
 
 
 def outputs(of: fx.Graph, inputs: list[object]) -> list[torch.Tensor]:
-    noise.reset()  # the same key for every run: the mechanism has a seed
+    noise.KEYS.reset()  # the same key for every run: the mechanism has a seed
     return [value for value in run(of, inputs) if isinstance(value, torch.Tensor)]
 
 

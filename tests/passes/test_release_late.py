@@ -35,7 +35,7 @@ def graph(clipping: str, **settings: object) -> fx.Graph:
 
 
 def outputs(of: fx.Graph, inputs: list[object]) -> list[torch.Tensor]:
-    noise.reset()  # the same key for every run: the mechanism has a seed
+    noise.KEYS.reset()  # the same key for every run: the mechanism has a seed
     return [value for value in run(of, inputs) if isinstance(value, torch.Tensor)]
 
 

@@ -33,7 +33,7 @@ def test_training_with_cuda_graphs():
 
 
 def test_draws_and_counts_with_cuda_graphs():
-    noise.prepare("cuda", None)
+    noise.KEYS.prepare("cuda", None)
     clipping.prepare("cuda")
     clipping.reset_nonfinite()
 

@@ -21,7 +21,7 @@ def draw(count, seed=None, anchor=ANCHOR):
 
 @pytest.fixture(autouse=True)
 def fresh_states(monkeypatch):
-    monkeypatch.setattr(noise, "_states", {})
+    monkeypatch.setattr(noise.KEYS, "states", {})
 
 
 @pytest.mark.parametrize("seed", [None, 7])
@@ -42,28 +42,28 @@ def test_what_was_drawn_does_not_change():
 
 def test_seeds_replay_after_a_reset():
     drawn = draw(5, 7)
-    noise.reset()
+    noise.KEYS.reset()
     assert draw(5, 7) == drawn
 
 
 def test_unseeded_keys_are_new_after_a_reset():
     drawn = draw(5)
-    noise.reset()
+    noise.KEYS.reset()
     assert {key for key, _ in drawn}.isdisjoint(key for key, _ in draw(5))
 
 
 def test_reset_keeps_the_address():
     """Captured graphs refer to it."""
     draw(1, 7)
-    address = next(iter(noise._states.values())).data_ptr()
-    noise.reset()
-    assert next(iter(noise._states.values())).data_ptr() == address
+    address = next(iter(noise.KEYS.states.values())).data_ptr()
+    noise.KEYS.reset()
+    assert next(iter(noise.KEYS.states.values())).data_ptr() == address
 
 
 def test_preparing_again_does_not_start_again():
-    noise.prepare("cpu", 7)
+    noise.KEYS.prepare("cpu", 7)
     drawn = draw(2, 7)
-    noise.prepare(torch.device("cpu"), 7)
+    noise.KEYS.prepare(torch.device("cpu"), 7)
     assert not set(drawn) & set(draw(2, 7))
 
 
@@ -72,7 +72,7 @@ def test_seeds_and_devices_differ():
     keys = {draw(1, seed)[0] for seed in seeds}
     assert len({key for key, _ in keys}) == len({step for _, step in keys}) == len(seeds)
     devices = [torch.device(name) for name in ("cpu", "cuda:0", "cuda:1")]
-    assert len({tuple(noise._fresh(device, 7).tolist()) for device in devices}) == 3
+    assert len({tuple(noise.KEYS.fresh(device, 7).tolist()) for device in devices}) == 3
 
 
 def test_seeded_keys_are_pinned():
@@ -81,7 +81,7 @@ def test_seeded_keys_are_pinned():
 
 
 def test_keys_use_all_bits():
-    drawn = [noise._fresh(torch.device("cpu"), None).tolist() for _ in range(200)]
+    drawn = [noise.KEYS.fresh(torch.device("cpu"), None).tolist() for _ in range(200)]
     for word, bits in ((0, 64), (1, 62)):
         for bit in range(bits):
             assert {(pair[word] >> bit) & 1 for pair in drawn} == {0, 1}, (word, bit)
@@ -121,11 +121,11 @@ def test_draws_are_neither_merged_nor_dropped_to_one():
 
 
 def test_compiled_draws_advance():
-    noise.prepare("cpu", 7)
+    noise.KEYS.prepare("cpu", 7)
     compiled = torch.compile(lambda anchor: draw_key(anchor, 7) + 0, backend="aot_eager", fullgraph=True)
     drawn = {tuple(compiled(ANCHOR).tolist()) for _ in range(5)}
     assert len(drawn) == 5
-    noise.reset()
+    noise.KEYS.reset()
     assert drawn == set(draw(5, 7))
 
 
@@ -134,9 +134,9 @@ def test_prepared_under_fake_tensors_and_inference_mode():
     from torch._subclasses import FakeTensorMode
 
     with FakeTensorMode():
-        noise.prepare("cpu", 7)
+        noise.KEYS.prepare("cpu", 7)
     with torch.inference_mode():
-        noise.prepare("cpu", 8)
+        noise.KEYS.prepare("cpu", 8)
     assert len({*draw(2, 7), *draw(2, 8)}) == 4
 
 
@@ -146,7 +146,7 @@ def test_the_operator_is_declared_correctly():
 
 @pytest.mark.gpu
 def test_captured_draws_advance():
-    noise.prepare("cuda", None)
+    noise.KEYS.prepare("cuda", None)
     anchor = torch.zeros(1, device="cuda")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
