@@ -18,7 +18,7 @@ from typing import Any
 
 import jinja2
 
-from flashdp_compile.kernels import operands, philox, several
+from flashdp_compile.kernels import halves, operands, philox, several
 from flashdp_compile.kernels.family import Family, Template
 from flashdp_compile.kernels.hopper import scaffold
 
@@ -52,7 +52,7 @@ _rendered: dict[tuple[str, Any], str] = {}
 @functools.cache
 def source(family: Family | Template, spec: Any) -> str:
     """The Triton source of one specialisation, headed by the names of both."""
-    macros = MACROS + operands.MACROS + philox.MACROS + several.MACROS + scaffold.MACROS
+    macros = MACROS + operands.MACROS + philox.MACROS + halves.MACROS + several.MACROS + scaffold.MACROS
     body = _environment.from_string(macros + family.template).render(**asdict(spec))
     settings = ", ".join(f"{key}={value!r}" for key, value in asdict(spec).items())
     body = body.strip().replace("def kernel(", f"def {_name(family)}(")
