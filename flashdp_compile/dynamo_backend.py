@@ -16,7 +16,7 @@ from flashdp_compile.passes.groups import form_groups, sensitivity
 from flashdp_compile.passes.inputs import describe_inputs
 from flashdp_compile.passes.strategies.catalogue import MOST_SLACK
 from flashdp_compile.pipeline import FlashDPPass, LastPass
-from flashdp_compile.runtime import clipping, guard, noise
+from flashdp_compile.runtime import clipping, guard, noise, probe_keys
 
 
 @guard.mark_backend
@@ -81,6 +81,8 @@ def _compile(
         clipping.prepare(device)
         if options.noise_in_graph > 0:
             noise.KEYS.prepare(device, options.seed)
+        if options.norm != "exact":
+            probe_keys.KEYS.prepare(device, options.seed)
     _refuse_foreign_hooks()
     label = compat.graph_label(gm)
     rewriting = FlashDPPass(inputs, options, report(options.debug_folder, label))

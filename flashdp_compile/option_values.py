@@ -8,6 +8,7 @@ from flashdp_compile.checks import choice, integer, nearest, not_allowed, number
 from flashdp_compile.compat import GRAPH_HOOKS, inductor_option_names, is_scaler, launch_settings
 from flashdp_compile.errors import OptionError
 
+PROBES = (16, 32, 64, 128, 256)
 NEVER = 2**31 - 1  # steps until a scale grows: the largest number that a scaler takes
 
 
@@ -41,6 +42,15 @@ def batch_dim(value: Any) -> int | dict[str, int]:
         return integer("batch_dim", value, 0)
     pairs = patterns("batch_dim", value, "dimension")
     return {pattern: integer(f"batch_dim[{pattern!r}]", dim, 0) for pattern, dim in pairs.items()}
+
+
+def probes(value: Any) -> int:
+    """A power of two: how many probes a norm is estimated from."""
+    if isinstance(value, bool) or not isinstance(value, int) or value not in PROBES:
+        raise not_allowed(
+            "probes", value, f"one of {', '.join(map(str, PROBES))}, the same for all data and steps; they are Gaussian"
+        )
+    return value
 
 
 def public_inputs(value: Any) -> tuple[str, ...]:

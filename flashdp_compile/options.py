@@ -21,6 +21,7 @@ from flashdp_compile.errors import OptionError
 
 ClipFn = Literal["hard", "automatic", "normalize"]
 LossReduction = Literal["mean", "sum"]
+Norm = Literal["exact", "auto", "hutchinson", "hutch++"]
 NoiseAt = Literal["backward", "step"]
 Compiler = Literal["inductor", "eager"]
 NormStrategy = Literal["auto", "gram", "outer", "store", "materialize"]
@@ -39,6 +40,9 @@ PRIVACY = (
     "grad_scaler",
     "noise_at",
     "bound_scales",
+    "norm",
+    "probes",
+    "norm_groups",
 )
 PERFORMANCE = ("norm_strategy", "autotune", "compiler", "mode", "inductor", "debug")
 
@@ -103,6 +107,17 @@ class Options:
 
     bound_scales: Any = None
     """What a `PrivacyEngine` with bounds that move keeps of them. Its `compile` sets this."""
+
+    norm: Norm = "exact"
+    """"hutchinson", "hutch++": the norms of large linear layers are estimated from Gaussian probes, for which the noise
+    has to be raised (docs/randomized_clipping.md). "auto": where that is faster."""
+
+    probes: int = 64
+    """From how many probes: a power of two from 16 to 256. The accountant must be told."""
+
+    norm_groups: int | None = None
+    """How many clipping groups the accountant was told of. A `PrivacyEngine` sets this; a step with more or fewer is
+    refused."""
 
     norm_strategy: NormStrategy = "auto"
     """How per-sample norms are computed. "auto" asks the cost model at each point."""
@@ -169,6 +184,9 @@ class Options:
             "grad_scaler": values.grad_scaler(self.grad_scaler),
             "noise_at": choice("noise_at", self.noise_at, get_args(NoiseAt)),
             "bound_scales": values.bound_scales(self.bound_scales, self.noise_at),
+            "norm": choice("norm", self.norm, get_args(Norm)),
+            "probes": values.probes(self.probes),
+            "norm_groups": integer("norm_groups", self.norm_groups, 1, optional=True),
             "norm_strategy": choice("norm_strategy", self.norm_strategy, get_args(NormStrategy)),
             "autotune": flag("autotune", self.autotune),
             "compiler": choice("compiler", self.compiler, get_args(Compiler)),
@@ -216,6 +234,11 @@ class Options:
             found.append("noise_multiplier=0: no noise is added, so NOTHING about this training is private")
         if self.seed is not None:
             found.append(f"seed={self.seed}: whoever knows the seed can subtract the noise; give none outside tests")
+        if self.norm != "exact" and self.noise_at == "backward":
+            found.append(
+                f"norm={self.norm!r}: norms are estimated, so epsilon is that of accounting.epsilon(norm=..., "
+                f"probes={self.probes}), which is more than that of exact ones"
+            )
         return found
 
     def policy(self) -> dict[str, Any]:

@@ -45,7 +45,7 @@ from flashdp_compile.passes.strategies.materialize import MATERIALIZE
 from flashdp_compile.passes.unroll import unroll_maps
 from flashdp_compile.passes.vectors import norm_vectors, sum_vectors
 from flashdp_compile.passes.verify import verify
-from flashdp_compile.runtime import bounds, clipping, noise, scaling  # noqa: F401  registers the ops that the rewrite inserts
+from flashdp_compile.runtime import bounds, clipping, noise, probe_keys, scaling  # noqa: F401  registers the ops that the rewrite inserts
 from flashdp_compile.tune_tiles import tune_tiles
 
 register_runtime_ops()
@@ -77,6 +77,7 @@ def mechanism_of(options: Options) -> Mechanism:
         options.seed,
         _place(options),
         _moving(options),
+        options.noise_at == "step",
     )
 
 
@@ -103,6 +104,9 @@ def guarantee_of(options: Options, before: Before, slack: float) -> Guarantee:
         seed=options.seed,
         grad_scaler=_place(options),
         bounds=_moving(options),
+        norm=options.norm,
+        probes=options.probes,
+        held_probes=options.noise_at == "step",
     )
 
 
@@ -130,7 +134,14 @@ def analyse(graph: fx.Graph, record: Record) -> None:
             tune_tiles(gradient.gradient.node.meta["val"].device, sources_digest())
         timed = autotune.timer(sources_digest())
     record.plan = make_plan(
-        record.gradients, record.axes, options.clipping, options.max_grad_norm, options.norm_strategy, timed
+        record.gradients,
+        record.axes,
+        options.clipping,
+        options.max_grad_norm,
+        options.norm_strategy,
+        timed,
+        options.norm,
+        options.probes,
     )
 
 
@@ -156,7 +167,14 @@ def run(graph: fx.Graph, record: Record) -> None:
 
 
 def _check_groups(options: Options, plan: Plan) -> None:
-    """Bounds that move are those of all trainable parameters, so each of them must have a gradient."""
+    """Bounds that move are those of all trainable parameters, so each of them must have a gradient. Where norms are
+    estimated, the accountant was told how many groups there are."""
+    if options.norm_groups not in (None, len(plan.groups)):
+        raise Refusal(
+            f"epsilon was computed for norms that are estimated in {options.norm_groups} clipping group(s), and this "
+            f"step has {len(plan.groups)}: {', '.join(g.name for g in plan.groups[:5])}... Give the engine "
+            f"groups={len(plan.groups)}"
+        )
     if options.bound_scales is None:
         return
     found, known = {group.name: group.bound for group in plan.groups}, options.bound_scales.groups

@@ -9,9 +9,9 @@ not accepted; an op that a new strategy sums with gets a line in `_SUMS`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -39,6 +39,15 @@ Share = tuple[Part, ...]
 """What one sample adds to one gradient: the sum of its parts."""
 
 
+class Drawn(NamedTuple):
+    """Probes that a norm is estimated from: the node that says so, their key, the streams and how many there are."""
+
+    by: fx.Node
+    key: fx.Node
+    streams: tuple[Any, ...]
+    probes: Any
+
+
 class NotProved(Exception):
     """An expression that cannot be read as what it must be; the text says what it is instead."""
 
@@ -54,11 +63,13 @@ class Reader:
     """Reads one graph. `tainted`: nodes that depend on clip weights or noise, which no share may.
 
     `single`: the graph is for a batch of one sample, whose share is the whole gradient, without a batch dimension.
-    `slack` grows to the largest slack of the strategies whose norms were read.
+    `slack` grows to the largest slack of the strategies whose norms were read, and `drawn` by the probes of those that
+    are estimated.
     """
 
     def __init__(self, values: Values, tainted: set[fx.Node], single: bool) -> None:
         self.values, self.single, self.slack = values, single, 0.0
+        self.drawn: list[Drawn] = []
         self._tainted = tainted
 
     def clipped_sum(self, node: fx.Node) -> tuple[fx.Node, Share]:
@@ -84,6 +95,9 @@ class Reader:
             if operand in self._tainted:
                 raise NotProved(f"{operand}, of which a sum is made, depends on clip weights or noise")
         return Part(form, tuple(self.values[n] for n in operands))
+
+    def estimated(self, by: fx.Node, key: fx.Node, streams: Sequence[Any], probes: Any) -> None:
+        self.drawn.append(Drawn(by, key, tuple(streams), probes))
 
     def rounded(self, slack: float) -> None:
         self.slack = max(self.slack, slack)

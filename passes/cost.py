@@ -160,6 +160,15 @@ def outer_cost(gradient: ParameterGradient, axes: Axes) -> Cost:
     return Cost(4 * s.B * s.T * s.d * s.p, 2 * _factors(s) + 4 * s.d * s.p, _factors(s), kernels)
 
 
+def sketch_cost(gradient: ParameterGradient, axes: Axes, probes: int) -> Cost:
+    """Both factors once through products with so many columns, in two halves each; then the weighted product."""
+    s = linear_sizes(gradient, axes)
+    device = device_of(gradient)
+    norm = Kernel("sketch_sqnorm", 4 * s.B * s.T * probes * (s.d + s.p), _factors(s) + 8 * s.B * s.T * probes)
+    weighted = linear_kernels(s, device)["outer"][1]
+    return Cost(norm.flops + weighted.flops, norm.moved + _factors(s) + weighted.moved, _factors(s), (norm, weighted))
+
+
 def store_cost(gradient: ParameterGradient, axes: Axes) -> Cost:
     """The product once, written and read back."""
     s = linear_sizes(gradient, axes)
@@ -202,6 +211,16 @@ def tied_cost(gradient: ParameterGradient, axes: Axes) -> Cost:
         lookup.held + head.held,
         (*lookup.kernels, *head.kernels, cross),
     )
+
+
+def tied_sketch_cost(gradient: ParameterGradient, axes: Axes, probes: int) -> Cost:
+    """Both parts' rows once through products with so many columns, and the sums of both with weights."""
+    (_, total), head = embedding_cost(gradient, axes).kernels, sketch_cost(gradient, axes, probes)
+    B, T, d, item = _embedding_sizes(gradient, axes)
+    rows = Kernel("sketch_sqnorm", 4 * B * T * probes * d, B * T * d * item)
+    kernels = (*head.kernels, rows, total)
+    flops, moved = (sum(getattr(k, name) for k in kernels) for name in ("flops", "moved"))
+    return Cost(flops, moved, B * T * d * item + head.held, kernels)
 
 
 @dataclass(frozen=True)

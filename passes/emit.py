@@ -31,6 +31,7 @@ class Emitter:
         self._traces: dict[_Key, fx.GraphModule] = {}
         values = [n.meta["val"] for n in graph.nodes if n.op == "placeholder"]
         self._fake_mode = detect_fake_mode(values)
+        self.probe_key: fx.Node | None = None  # of the probes of this release, if norms are estimated
 
     def __call__(self, function: Callable[..., Any], *operands: fx.Node, key: _Key | None = None) -> Any:
         """The nodes of `function(*operands)`. Calls with equal `key` and equal operand metadata share one trace."""

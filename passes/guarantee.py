@@ -22,6 +22,8 @@ class Guarantee:
     `mean`: what backward was called on is a mean over the samples, so g_bk is B times what arrives from sample b.
     `grad_scaler`: its scale s multiplies that, too; what leaves the graph is s released_k.
     `bounds`: g_bk is divided by the present scale of its group first, and the norms within bounds are counted.
+    `norm`: "exact", or clip_fn sees estimates of the norms of some g_bk, from at least `probes` Gaussian probes that
+    every release draws anew, no two of its gradients sharing any. `held_probes`: a release is a whole logical batch.
     `slack`: how far rounding may carry a clipped norm beyond its bound, relative to it; the noise is raised by as much.
     """
 
@@ -34,6 +36,9 @@ class Guarantee:
     seed: int | None
     grad_scaler: int | None = None
     bounds: MovingBounds | None = None
+    norm: str = "exact"
+    probes: int = 0
+    held_probes: bool = False
 
     @property
     def deviation(self) -> float:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from flashdp_compile.kernels.guard import gamma
+from flashdp_compile.kernels.guard import SLACK, gamma
 from flashdp_compile.passes.clipped import WIDE, NotProved, Reader, Share, arguments, share_of
 from flashdp_compile.passes.strategies.embedding import EMBEDDING, TIED
 from flashdp_compile.passes.strategies.linear import GRAM, OUTER, STORE
@@ -95,6 +95,32 @@ def _squares(reader: Reader, node: fx.Node) -> list[Share]:
     return [share_of(reader.part("tensor", value))]
 
 
+def _sketched(reader: Reader, node: fx.Node) -> list[Share]:
+    """An estimate of the sum of the squared norms of several products, from probes of each."""
+    x, gs, key, streams, probes = arguments(node, 5)
+    if len(streams) != len(gs):
+        raise NotProved(f"{node} has {len(streams)} streams of probes for {len(gs)} products")
+    reader.estimated(node, key, streams, probes)
+    reader.rounded(SLACK)
+    return [share_of(reader.part("product", x, g)) for g in gs]
+
+
+def _tied_sketch(reader: Reader, node: fx.Node) -> list[Share]:
+    ids, ge, x, gl, key, stream, probes = arguments(node, 7)
+    reader.estimated(node, key, [stream], probes)
+    reader.rounded(SLACK)
+    return [share_of(reader.part("rows", ids, ge), reader.part("product", gl, x))]
+
+
+def _hutchpp(reader: Reader, node: fx.Node) -> list[Share]:
+    x, g, key, streams, probes = arguments(node, 5)
+    if len(streams) != 2:
+        raise NotProved(f"{node} has {len(streams)} streams of probes, not one for its basis and one for the rest")
+    reader.estimated(node, key, streams, probes)
+    reader.rounded(SLACK)
+    return [share_of(reader.part("product", x, g))]
+
+
 def _guarded(reader: Reader, node: fx.Node) -> list[Share]:
     """max(est, what rounding may have hidden) with est = |e|^2 + |l|^2 + 2 <e, l> of an embedding e and a product l."""
     estimate, bound = arguments(node, 2)
@@ -132,6 +158,9 @@ _NORMS: dict[Any, Callable[[Reader, fx.Node], list[Share]]] = {
     flashdp.gram_sqnorm.default: _gram_sqnorm,
     flashdp.outer_sqnorm.default: _outer_sqnorm,
     flashdp.embedding_sqnorm.default: _embedding_sqnorm,
+    flashdp.sketch_sqnorm.default: _sketched,
+    flashdp.tied_sketch_sqnorm.default: _tied_sketch,
+    flashdp.hutchpp_sqnorm.default: _hutchpp,
     operator.getitem: _stored_sqnorm,
     aten.sum.dim_IntList: _squares,
     aten.sum.default: _squares,

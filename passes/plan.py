@@ -13,8 +13,8 @@ from flashdp_compile.passes.cost import Cost, Factors, device_of, linear_factors
 from flashdp_compile.passes.groups import Group, form_groups
 from flashdp_compile.passes.points import ParameterGradient
 from flashdp_compile.passes.strategies.base import Strategy
-from flashdp_compile.passes.strategies.catalogue import candidates
-from flashdp_compile.passes.strategies.linear import GRAM, is_linear
+from flashdp_compile.passes.strategies.catalogue import candidates, estimates
+from flashdp_compile.passes.strategies.linear import is_linear
 from flashdp_compile.passes.strategies.shared import SharedInput, same_input
 from flashdp_compile.passes.values import Values
 
@@ -41,7 +41,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Plan:
-    """Groups in order, the choices of each group's members, and which of these share one Gram matrix of an input."""
+    """Groups in order, the choices of each group's members, and which of these share an input and are measured once."""
 
     groups: tuple[Group, ...]
     choices: dict[str, tuple[Choice, ...]]
@@ -52,6 +52,11 @@ class Plan:
         """How far rounding may carry a released norm beyond its bound, over all strategies in use."""
         return max((c.strategy.slack for chosen in self.choices.values() for c in chosen), default=0.0)
 
+    @property
+    def estimates(self) -> bool:
+        """Whether some norm is estimated from probes."""
+        return any(c.strategy.probes is not None for chosen in self.choices.values() for c in chosen)
+
 
 def make_plan(
     gradients: Sequence[ParameterGradient],
@@ -60,8 +65,13 @@ def make_plan(
     max_grad_norm: float | Mapping[str, float],
     norm_strategy: str = "auto",
     timed: Timer | None = None,
+    norm: str = "exact",
+    probes: int = 0,
 ) -> Plan:
     """A choice for every gradient. A strategy that is asked for is taken wherever it applies.
+
+    `norm`: whether norms may be estimated, from so many `probes`: "auto" where that is faster, "hutchinson" or
+    "hutch++" wherever a layer is large enough, "exact" nowhere.
 
     `timed` measures what the cost model would predict: seconds of a strategy on factors, None where it cannot tell.
     """
@@ -72,12 +82,19 @@ def make_plan(
     hints = _hints(axes)
     members = {group.name: [g for name in group.members for g in by_name.pop(name, [])] for group in groups}
     choices = {
-        name: tuple(_choose(g, axes, norm_strategy, hints, _waits(own), timed) for g in own)
+        name: tuple(
+            _choose(g, axes, norm_strategy, hints, _waits(own), timed, norm, estimates(norm, probes, g, axes))
+            for g in own
+        )
         for name, own in members.items()
     }
     values = Values(axes.joint.graph)
     shared = {
-        name: same_input([c.gradient for c in chosen if c.strategy is GRAM], axes, values)
+        name: tuple(
+            run
+            for strategy in dict.fromkeys(c.strategy for c in chosen if c.strategy.together is not None)
+            for run in same_input([c.gradient for c in chosen if c.strategy is strategy], axes, values)
+        )
         for name, chosen in choices.items()
     }
     return Plan(groups, choices, shared)
@@ -114,16 +131,19 @@ def _choose(
     hints: Mapping[sympy.Symbol, int],
     waits: bool,
     timed: Timer | None,
+    norm: str,
+    estimated: tuple[Strategy, ...],
 ) -> Choice:
     """The strategy asked for, or the fastest; of those that hold few bytes, where they are held."""
     device = device_of(gradient)
-    options = [(s, s.cost(gradient, axes)) for s in candidates(gradient, axes)]
+    options = [(s, s.cost(gradient, axes)) for s in (*candidates(gradient, axes), *estimated)]
     held = {s.name: evaluate(c.held, hints) for s, c in options}
     seconds = {s.name: evaluate(device.seconds(c.kernels), hints) for s, c in options}
     if timed is not None and is_linear(gradient, axes):
         factors = linear_factors(gradient, axes, lambda size: round(evaluate(size, hints)))
         seconds |= {s.name: found for s, _ in options if (found := timed(s, factors)) is not None}
-    asked = [o for o in options if o[0].name == norm_strategy]
+    asked = [o for o in options if o[0].name == norm_strategy or o[0].name == norm]
+    asked.sort(key=lambda o: o[0].name != norm)
     kept = [o for o in options if not waits or held[o[0].name] <= HOLD_AT_MOST * min(held.values())]
     strategy, cost = asked[0] if asked else min(kept, key=lambda o: seconds[o[0].name])
     return Choice(gradient, strategy, cost, seconds)

@@ -44,6 +44,8 @@ class Mechanism:
     grad_scaler: int | None = None
     """The place of the loss's GradScaler in runtime/scaling.py."""
     bounds: MovingBounds | None = None
+    held_probes: bool = False
+    """Whether all backward passes of a logical batch estimate norms by the same probes."""
 
     @property
     def divides_by_batch(self) -> bool:
@@ -60,6 +62,9 @@ def rewrite(axes: Axes, plan: Plan, mechanism: Mechanism) -> None:
     """Replaces every parameter gradient of the joint graph, in place."""
     emit = Emitter(axes.joint)
     released: Released = []
+    if plan.estimates:
+        anchor = _anchor(axes.joint, private_gradients(axes.joint)[0].node)
+        emit.probe_key = emit(lambda a: ops.draw_probe_key(a, mechanism.seed, mechanism.held_probes), anchor)
     prepared = [_prepare(emit, axes, plan, group.name) for group in plan.groups]
     norms = [[p.sqnorm for _, p in members if p.sqnorm is not None] for members in prepared]
     scale = _scale(emit, axes.joint, mechanism)
@@ -73,8 +78,10 @@ def _prepare(emit: Emitter, axes: Axes, plan: Plan, group: str) -> list[tuple[Pa
     choices = {c.gradient.name: c for c in plan.choices[group]}
     prepared: list[tuple[ParameterGradient, Prepared]] = []
     for run in plan.shared.get(group, ()):
-        gradients = [choices.pop(name).gradient for name in run.names]
-        prepared += zip(gradients, prepare_shared(emit, axes, gradients, run.sides), strict=True)
+        chosen = [choices.pop(name) for name in run.names]
+        gradients, together = [c.gradient for c in chosen], chosen[0].strategy.together
+        assert together is not None
+        prepared += zip(gradients, prepare_shared(emit, axes, together, gradients, run.sides), strict=True)
     return prepared + [(c.gradient, c.strategy.prepare(emit, axes, c.gradient)) for c in choices.values()]
 
 

@@ -8,6 +8,7 @@ Nothing is taken over from the rewrite. For every gradient of a parameter the gr
     weights    bound, clip function, divisor and scale as stated; one node for each group, used by its members only;
                where bounds move, each by the scale of its own group, and the norms within are counted
     norms      the squared norms of exactly what the group's members sum, each once (`norms.py`)
+    probes     where norms are estimated: as many as stated, of one key that is drawn anew, and no two norms share any
     operands   values that the plain gradient was computed from, some at each of its points; no weights, no noise
 
 and that no node of the model was changed. The axes pass runs a second time over the result: it proves that samples
@@ -70,7 +71,7 @@ class _Proof:
         self.joint, self.guarantee, self.before, self.axes = joint, guarantee, before, axes
         self.results = joint.output.args[0]
         added = [n for n in joint.graph.nodes if n not in before.nodes and n.op != "output"]
-        self.clips, self.keys, self.noises, self.scales, self.moved, self.counted = (
+        self.clips, self.keys, self.noises, self.scales, self.moved, self.counted, self.probes = (
             [n for n in added if n.target is op.default]
             for op in (
                 flashdp.clip_factors,
@@ -79,11 +80,12 @@ class _Proof:
                 flashdp.grad_scale,
                 flashdp.bound_scales,
                 flashdp.count_within,
+                flashdp.draw_probe_key,
             )
         )
         # a key that does not depend on a tangent could be drawn in the forward pass, once for several backward passes
         self.backward = _downstream(joint.graph, joint.tangents)
-        random = [*self.clips, *self.keys, *self.noises, *self.scales, *self.moved, *self.counted]
+        random = [*self.clips, *self.keys, *self.noises, *self.scales, *self.moved, *self.counted, *self.probes]
         tainted = _downstream(joint.graph, random)
         self.streams: dict[int, int] = {}
         self.reader = Reader(Values(joint.graph), tainted, single=joint.batch == 1)
@@ -121,6 +123,7 @@ class _Proof:
                 raise NotProved(f"the gradients of group {group.name} have several weights: {weights}, {more}")
             self._clips(group, weights, shares[group.name])
         self._moved_bounds({name: weights for weights, name in owner.items()})
+        self._probes()
         if len(owner) != len(self.clips):
             raise NotProved("there are clip weights that belong to no group")
         if self.reader.slack > self.guarantee.slack:
@@ -269,6 +272,24 @@ class _Proof:
             undone = [s.args for s in policy[6:] if isinstance(s, fx.Node) and s.target is aten.select.int]
             if undone not in ([(moved, 0, number)], [(counted, 0, number)]):
                 raise NotProved(f"the weights of group {name} undo {policy[6:]}, not how far its bound has moved")
+
+    def _probes(self) -> None:
+        """Norms are estimated where the options allow it: from enough probes, drawn anew, no two from the same ones."""
+        drawn, guarantee = {d.by: d for d in self.reader.drawn}, self.guarantee
+        if drawn and guarantee.norm == "exact":
+            raise NotProved(f"{', '.join(map(str, drawn))}: norms are estimated, and the options ask for exact ones")
+        if len(self.probes) != bool(drawn):
+            raise NotProved(f"probes are drawn by {self.probes}, for the norms {list(drawn)}")
+        for key in self.probes:
+            if key.args[1:] != (guarantee.seed, guarantee.held_probes) or key.args[0] not in self.backward:
+                raise NotProved("probes are those of another run, or of an earlier release")
+        if any([d.key] != self.probes for d in drawn.values()):
+            raise NotProved("norms are estimated from other numbers than the probes of this release")
+        if any(type(d.probes) is not int or d.probes < guarantee.probes for d in drawn.values()):
+            raise NotProved(f"norms are estimated from fewer than {guarantee.probes} probes")
+        streams = [stream for d in drawn.values() for stream in d.streams]
+        if not all(type(s) is int and 0 <= s < 2**32 for s in streams) or len(set(streams)) < len(streams):
+            raise NotProved(f"norms are estimated from probes that are not their own: {streams}")
 
     def _all_zero(self, sums: dict[int, fx.Node]) -> None:
         """Without samples the sum is zero, whatever the graph would compute."""

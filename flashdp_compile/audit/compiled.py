@@ -26,6 +26,11 @@ class CompiledStep:
     def __init__(self, model: nn.Module, loss: Loss, options: Mapping[str, Any]) -> None:
         if options.get("grad_scaler") is not None:
             raise OptionError("grad_scaler is among the options: audit the unscaled loss, and leave it out")
+        if options.get("norm", "exact") != "exact":
+            raise OptionError(
+                f"norm={options['norm']!r} is among the options: norms that are estimated bound a gradient in "
+                "distribution, not each one. Audit with norm='exact'"
+            )
         settings = {**options, "noise_multiplier": 0.0, "noise_at": "backward"}
         self.options = Options.parse(settings)
         self.model = copy.deepcopy(model)

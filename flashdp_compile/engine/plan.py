@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from flashdp_compile import accounting
@@ -16,7 +16,7 @@ from flashdp_compile.errors import OptionError
 @dataclass(frozen=True)
 class Plan:
     """`steps` is the last step that the run may take; None if nothing limits it. `own_sampling`: whether the user draws
-    the samples, and not a loader of the engine."""
+    the samples, and not a loader of the engine. `norms`: what the accountant is told about norms that are estimated."""
 
     sampling: Sampling
     own_sampling: bool
@@ -25,6 +25,7 @@ class Plan:
     delta: float
     target_epsilon: float | None
     accountant: str
+    norms: Mapping[str, Any] = field(default_factory=dict)
 
     def epsilon(self, steps: int, delta: float | None = None) -> float:
         """What a run of so many steps has spent."""
@@ -35,6 +36,7 @@ class Plan:
             delta=self.delta if delta is None else delta,
             sampling=self.sampling,
             accountant=self.accountant,
+            **self.norms,
         )
 
     def sigma(self, step: int) -> float:
@@ -67,6 +69,7 @@ def make_plan(
     cap: int | None,
     sampling: Sampling | None,
     accountant: str,
+    norms: Mapping[str, Any],
 ) -> Plan:
     """Raises OptionError where arguments are missing, contradict each other, or cannot be met."""
     own = sampling is not None
@@ -77,7 +80,7 @@ def make_plan(
         raise OptionError("give target_epsilon, from which the noise is computed, or noise_multiplier")
     limit = _steps(epochs, steps, sample_size, expected_batch_size)
     sigma: float | Schedule
-    shared: dict[str, Any] = {"delta": target_delta, "sampling": how, "accountant": accountant}
+    shared: dict[str, Any] = {"delta": target_delta, "sampling": how, "accountant": accountant, **norms}
     if noise_multiplier is None:
         assert target_epsilon is not None
         if limit is None:
@@ -86,11 +89,11 @@ def make_plan(
     else:
         sigma, limit = _noise(noise_multiplier, limit)
         accounting.epsilon(noise_multiplier=1.0, steps=1, **shared)  # what is not allowed is said now
-    plan = Plan(how, own, sigma, limit, target_delta, target_epsilon, accountant)
+    plan = Plan(how, own, sigma, limit, target_delta, target_epsilon, accountant, norms)
     if noise_multiplier is None or target_epsilon is None:
         return plan
     number("target_epsilon", target_epsilon, positive=True)
-    return Plan(how, own, sigma, _affordable(plan, target_epsilon), target_delta, target_epsilon, accountant)
+    return Plan(how, own, sigma, _affordable(plan, target_epsilon), target_delta, target_epsilon, accountant, norms)
 
 
 def _noise(noise_multiplier: float | Schedule, limit: int | None) -> tuple[float | Schedule, int | None]:

@@ -21,6 +21,7 @@ from flashdp_compile.engine.budget import Budget
 from flashdp_compile.engine.journal import Journal
 from flashdp_compile.engine.loader import EngineLoader
 from flashdp_compile.engine.noise import NOISES
+from flashdp_compile.engine.norms import accounted_norms
 from flashdp_compile.engine.plan import make_plan
 from flashdp_compile.engine.steps import Steps
 from flashdp_compile.errors import OptionError
@@ -28,6 +29,17 @@ from flashdp_compile.options import Options
 
 FORMAT = 1
 UNLIMITED = 2**31 - 1  # steps of a loader
+OWN = (  # options that follow from arguments
+    "max_grad_norm",
+    "clipping",
+    "noise_multiplier",
+    "expected_batch_size",
+    "noise_at",
+    "bound_scales",
+    "norm_groups",
+    "seed",
+    "grad_scaler",
+)
 
 _log = logging.getLogger("flashdp_compile")
 
@@ -62,6 +74,8 @@ class PrivacyEngine:
         noise: "secure" (docs/secure-noise.md), or "philox", which is faster and can be predicted by whoever breaks it.
         seed: for tests. Noise and samples are then the same in every run, and known to whoever knows the number.
         journal: a file that keeps count of the steps even if the process dies.
+        groups: how many clipping groups the model has, if norms are estimated (options={"norm": "hutchinson"}) and
+            clipping is not "flat": the noise depends on it.
         options: further options of the backend.
 
     Raises:
@@ -88,12 +102,23 @@ class PrivacyEngine:
         noise: str = "secure",
         seed: int | None = None,
         journal: str | os.PathLike[str] | None = None,
+        groups: int | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
         _refuse_ranks()
         self.expected_batch_size = integer("expected_batch_size", expected_batch_size, 1)
         self.micro_batches = integer("micro_batches", micro_batches, 1)
         self.seed = integer("seed", seed, 0, optional=True)
+        if twice := sorted({*OWN} & {*(options or {})}):
+            raise OptionError(f"options holds {twice[0]!r}, which is the engine's own: give it as an argument")
+        self._options = {
+            **(options or {}),
+            "max_grad_norm": max_grad_norm,
+            "clipping": clipping,
+            "expected_batch_size": self.expected_batch_size,
+            "noise_at": "step",
+        }
+        norms = accounted_norms(Options.parse(self._options), groups, bounds)  # what is not allowed is said now
         self.plan = make_plan(
             target_delta=target_delta,
             expected_batch_size=self.expected_batch_size,
@@ -105,24 +130,19 @@ class PrivacyEngine:
             cap=cap,
             sampling=sampling,
             accountant=accountant,
+            norms=norms,
         )
         self._bounds = None if bounds is None else MovingBounds(bounds, self.expected_batch_size)
-        own = {
-            "max_grad_norm": max_grad_norm,
-            "clipping": clipping,
+        self._options |= {
             "noise_multiplier": self.plan.sigma(0),
-            "expected_batch_size": self.expected_batch_size,
-            "noise_at": "step",
             "bound_scales": None if self._bounds is None else self._bounds.state,
+            "norm_groups": norms.get("groups"),
         }
-        if twice := sorted({*own, "seed", "grad_scaler"} & {*(options or {})}):
-            raise OptionError(f"options holds {twice[0]!r}, which is the engine's own: give it as an argument")
-        self._options = {**(options or {}), **own}
         if (options or {}).get("loss_reduction", "mean") != "mean":
             raise OptionError(
                 "options holds loss_reduction, but a step is divided by expected_batch_size: call backward on means"
             )
-        Options.parse(self._options)  # what is not allowed is said now
+        Options.parse(self._options)
         self.noise = choice("noise", noise, tuple(NOISES))
         self._budget = Budget(self.plan, None if journal is None else Journal(journal, self._configuration()))
         self._begin_bounds(None)
@@ -236,6 +256,7 @@ class PrivacyEngine:
             "bounds": None if self._bounds is None else self._bounds.told(),
             "sampling": repr(self.plan.sampling),
             "steps": self.plan.steps,
+            "norms": _plain(self.plan.norms),
             "noise": self.noise,
             "seed": self.seed,
         }

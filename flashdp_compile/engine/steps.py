@@ -14,6 +14,7 @@ from flashdp_compile.engine.budget import Budget
 from flashdp_compile.engine.loader import EngineLoader
 from flashdp_compile.engine.noise import Noise
 from flashdp_compile.errors import UnprotectedGradientError
+from flashdp_compile.runtime import probe_keys
 from flashdp_compile.runtime.logical import LogicalBatch, Sum
 from flashdp_compile.runtime.release import Release
 
@@ -93,6 +94,7 @@ class Steps:
         last = left is not None and left <= 1  # behind which nothing is scheduled
         factor = 1.0 if self._bounds is None or last else self._bounds.scheduled(self._budget.steps_done + 1)
         self._budget.spend()
+        probe_keys.KEYS.advance()  # norms of the next release are estimated from other probes
         self._accounted, self._drawn = set(releases), {number}
         if self._bounds is not None:
 

@@ -28,6 +28,13 @@ def sqnorm(site: Site, *operands: Any) -> State:
     return _SAMPLES
 
 
+@rule("flashdp.sketch_sqnorm", "flashdp.tied_sketch_sqnorm", "flashdp.hutchpp_sqnorm")
+def estimated_sqnorm(site: Site, *operands: Any) -> State:
+    """One number per sample, from probes that hold no sample's data."""
+    _leading(*operands)
+    return _SAMPLES
+
+
 @rule("flashdp.outer_store")
 def outer_store(site: Site, x: State, g: State) -> tuple[State, State]:
     """Every sample's product and its squared norm."""
@@ -51,7 +58,8 @@ def register_runtime_ops() -> None:
     """Enters the ops that the runtime defines; called once they are registered with torch."""
     RULES[torch.ops.flashdp.clip_factors.default] = clip_factors
     flashdp = torch.ops.flashdp
-    NO_DATA.update([flashdp.draw_key.default, flashdp.grad_scale.default, flashdp.bound_scales.default])
+    without = (flashdp.draw_key, flashdp.draw_probe_key, flashdp.grad_scale, flashdp.bound_scales)
+    NO_DATA.update(op.default for op in without)
     RULES[flashdp.count_within.default] = count_within
 
 

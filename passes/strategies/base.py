@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,12 +28,18 @@ class Prepared:
     finish: Callable[[fx.Node], fx.Node]
 
 
+Together = Callable[[Emitter, Axes, Sequence[ParameterGradient]], tuple[Callable[..., Tensor], tuple[fx.Node, ...]]]
+"""(norm, more): `norm(x, gs, *more)` is the squared norm [B] of x^T g over all these gradients together."""
+
+
 @dataclass(frozen=True)
 class Strategy:
     """`applies` says which gradients it can treat, `prepare` writes it into the graph.
 
     `slack`: the norm of what is released may exceed the bound by this factor, at most, from rounding; the noise is
     raised by as much. `trial(x, g, weights)` runs both halves on factors x [B, T, d] and g [B, T, p], to be timed.
+    `together` tells how to measure linear layers that share an operand at once. `probes`: how many Gaussian probes the
+    norm is estimated from, None for a norm that is exact; `emit.probe_key` is then their key.
     """
 
     name: str
@@ -42,6 +48,8 @@ class Strategy:
     cost: Callable[[ParameterGradient, Axes], Cost]
     slack: float
     trial: Callable[[Tensor, Tensor, Tensor], object] | None = None
+    together: Together | None = None
+    probes: int | None = None
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

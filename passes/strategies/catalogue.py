@@ -1,17 +1,30 @@
 """All strategies. To add one: write it beside the others and enter it here; plan and tests find it from this list."""
 
+from flashdp_compile.kernels.guard import SLACK
 from flashdp_compile.passes.axes.engine import Axes
 from flashdp_compile.passes.points import ParameterGradient
 from flashdp_compile.passes.strategies.base import Strategy
 from flashdp_compile.passes.strategies.embedding import EMBEDDING, TIED
 from flashdp_compile.passes.strategies.linear import GRAM, OUTER, STORE
 from flashdp_compile.passes.strategies.materialize import MATERIALIZE
+from flashdp_compile.passes.strategies.sketch import hutchinson, hutchplusplus, pays, tied_hutchinson
 
 STRATEGIES: tuple[Strategy, ...] = (GRAM, OUTER, STORE, EMBEDDING, TIED, MATERIALIZE)
 NAMES = tuple(dict.fromkeys(strategy.name for strategy in STRATEGIES))  # what the option norm_strategy may ask for
-MOST_SLACK = max(strategy.slack for strategy in STRATEGIES)  # each may be taken where another does not apply
+MOST_SLACK = max(SLACK, *(strategy.slack for strategy in STRATEGIES))  # each may be taken where another does not apply
 
 
 def candidates(gradient: ParameterGradient, axes: Axes) -> tuple[Strategy, ...]:
     """The strategies that can treat a gradient; never empty, since materialising treats all."""
     return tuple(s for s in STRATEGIES if s.applies(gradient, axes))
+
+
+def estimates(norm: str, probes: int, gradient: ParameterGradient, axes: Axes) -> tuple[Strategy, ...]:
+    """The strategies that may estimate a gradient's norm under the option `norm`; none for a small layer."""
+    found = {
+        "exact": (),
+        "auto": (hutchinson(probes), tied_hutchinson(probes)),
+        "hutchinson": (hutchinson(probes), tied_hutchinson(probes)),
+        "hutch++": (hutchplusplus(probes),),
+    }[norm]
+    return tuple(s for s in found if s.applies(gradient, axes) and pays(gradient, axes, probes))

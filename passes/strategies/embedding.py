@@ -7,10 +7,12 @@ al. 2024, phantom clipping).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from flashdp_compile.kernels.guard import SLACK, gamma, guarded
 from flashdp_compile.passes.axes.engine import Axes
@@ -40,7 +42,7 @@ def _only_embedding(gradient: ParameterGradient, axes: Axes) -> bool:
     return _all_embeddings(gradient, axes) and len(embedding_terms(gradient)) == len(gradient.terms or ())
 
 
-def _tied(gradient: ParameterGradient, axes: Axes) -> bool:
+def is_tied(gradient: ParameterGradient, axes: Axes) -> bool:
     lookups, products = embedding_terms(gradient), linear_terms(gradient)
     whole = len(lookups) + len(products) == len(gradient.terms or ())
     return (
@@ -71,19 +73,32 @@ def _lengths(x: Tensor) -> Tensor:
     return widened(x).square().sum(-1).sqrt()
 
 
-def _prepare_tied(emit: Emitter, axes: Axes, gradient: ParameterGradient) -> Prepared:
-    lookups, products = embedding_operands(gradient, axes), linear_operands(gradient, axes)
-    shape, count = gradient.shape, len(lookups.leaves)
+@dataclass(frozen=True)
+class TiedOperands:
+    """Graph values that a tied table's gradient is made of; `view(B, *values)` gives ids [B, T] and ge [B, T, d] of the
+    embedding, x [B, S, d] and gl [B, S, V] of the head."""
 
-    def sqnorm(batch: Any, *values: Tensor) -> Tensor:
-        ids, ge = lookups.view(batch, *values[:count])
+    leaves: tuple[fx.Node, ...]
+    view: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+
+
+def tied_operands(gradient: ParameterGradient, axes: Axes) -> TiedOperands:
+    """What a table that is embedding and head receives its gradient from."""
+    lookups, products = embedding_operands(gradient, axes), linear_operands(gradient, axes)
+    count = len(lookups.leaves)
+
+    def view(batch: Any, *values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         left, right = products.view(batch, *values[count:])
         gl, x = (left, right) if not products.relabelling else (right, left)
-        own = ops.embedding_sqnorm(ids, ge) + ops.gram_sqnorm(x, [gl], [False])
-        # e and l may cancel, so the sum of the three parts carries the guard of kernels/guard.py as a whole
-        lengths = _lengths(ge).sum(1) + (_lengths(x) * _lengths(gl)).sum(1)
-        est = own + 2 * ops.tied_cross(ids, ge, x, gl)
-        return guarded(est, gamma(est.dtype, sum(shape)) * lengths.square())
+        return *lookups.view(batch, *values[:count]), x, gl
+
+    return TiedOperands((*lookups.leaves, *products.leaves), view)
+
+
+def tied_sum(emit: Emitter, axes: Axes, gradient: ParameterGradient) -> Callable[[fx.Node], fx.Node]:
+    """The second half of every strategy for a tied table."""
+    lookups, products = embedding_operands(gradient, axes), linear_operands(gradient, axes)
+    shape, count = gradient.shape, len(lookups.leaves)
 
     def weighted(batch: Any, *given: Tensor) -> Tensor:
         *values, weights = given
@@ -91,9 +106,22 @@ def _prepare_tied(emit: Emitter, axes: Axes, gradient: ParameterGradient) -> Pre
         product = ops.weighted_matmul(*products.view(batch, *values[count:]), weights)
         return embedded + relabelled(product, products.relabelling, shape)
 
-    leaves = (*lookups.leaves, *products.leaves)
-    return Prepared(emit.per_sample(sqnorm, *leaves), lambda weights: emit.per_sample(weighted, *leaves, weights))
+    return lambda weights: emit.per_sample(weighted, *lookups.leaves, *products.leaves, weights)
+
+
+def _prepare_tied(emit: Emitter, axes: Axes, gradient: ParameterGradient) -> Prepared:
+    operands, shape = tied_operands(gradient, axes), gradient.shape
+
+    def sqnorm(batch: Any, *values: Tensor) -> Tensor:
+        ids, ge, x, gl = operands.view(batch, *values)
+        own = ops.embedding_sqnorm(ids, ge) + ops.gram_sqnorm(x, [gl], [False])
+        # e and l may cancel, so the sum of the three parts carries the guard of kernels/guard.py as a whole
+        lengths = _lengths(ge).sum(1) + (_lengths(x) * _lengths(gl)).sum(1)
+        est = own + 2 * ops.tied_cross(ids, ge, x, gl)
+        return guarded(est, gamma(est.dtype, sum(shape)) * lengths.square())
+
+    return Prepared(emit.per_sample(sqnorm, *operands.leaves), tied_sum(emit, axes, gradient))
 
 
 EMBEDDING = Strategy("gram", _only_embedding, _prepare_embedding, embedding_cost, slack=SLACK)
-TIED = Strategy("gram", _tied, _prepare_tied, tied_cost, slack=SLACK)
+TIED = Strategy("gram", is_tied, _prepare_tied, tied_cost, slack=SLACK)

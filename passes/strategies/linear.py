@@ -5,7 +5,7 @@ Sample i has x [T, d] and g [T, p]; its gradient is x^T g. Formulas and costs: d
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from flashdp_compile.passes.axes.engine import Axes
 from flashdp_compile.passes.cost import Cost, gram_cost, outer_cost, store_cost
 from flashdp_compile.passes.emit import Emitter
 from flashdp_compile.passes.points import ParameterGradient
-from flashdp_compile.passes.strategies.base import Prepared, Strategy
+from flashdp_compile.passes.strategies.base import Prepared, Strategy, Together
 from flashdp_compile.passes.strategies.operands import linear_operands, linear_terms, relabelled, same_relabelling
 
 ops = torch.ops.flashdp
@@ -70,16 +70,26 @@ def _try_store(x: Tensor, g: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _of_factors(
-    name: str, norm: Callable[[Tensor, Tensor], Tensor], cost: Callable[..., Cost], slack: float
+    name: str,
+    norm: Callable[[Tensor, Tensor], Tensor],
+    cost: Callable[..., Cost],
+    slack: float,
+    together: Together | None = None,
 ) -> Strategy:
     """A strategy that keeps the factors until the weights are there."""
 
     def trial(x: Tensor, g: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         return norm(x, g), ops.weighted_matmul(x, g, weights)
 
-    return Strategy(name, is_linear, _prepare(norm), cost, slack, trial)
+    return Strategy(name, is_linear, _prepare(norm), cost, slack, trial, together)
 
 
-GRAM = _of_factors("gram", lambda x, g: ops.gram_sqnorm(x, [g], [False]), gram_cost, SLACK)
+def _one_gram_matrix(emit: Emitter, axes: Axes, gradients: Sequence[ParameterGradient]) -> Any:
+    """The squared norms add up to <A, sum_l G_l>, where A is the Gram matrix of the shared operand and G_l those of the
+    others: one kernel computes A once for all of them."""
+    return (lambda x, gs: ops.gram_sqnorm(x, gs, [False] * len(gs))), ()
+
+
+GRAM = _of_factors("gram", lambda x, g: ops.gram_sqnorm(x, [g], [False]), gram_cost, SLACK, _one_gram_matrix)
 OUTER = _of_factors("outer", lambda x, g: ops.outer_sqnorm(x, g), outer_cost, 2.0**-16)
 STORE = Strategy("store", is_linear, _prepare_store, store_cost, 2.0**-16, _try_store)

@@ -1,7 +1,6 @@
 """Linear layers of one clipping group that read the same input (q, k, v; gate and up) as one layer.
 
-Their squared norms add up to <A, sum_l G_l>, where A is the Gram matrix of the shared x and G_l those of the output
-gradients: one kernel computes A once for all of them.
+The squares of their norms add up, and one kernel measures them together, as `Strategy.together` says.
 """
 
 from __future__ import annotations
@@ -10,13 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from flashdp_compile.passes.axes.engine import Axes
 from flashdp_compile.passes.emit import Emitter
 from flashdp_compile.passes.points import ParameterGradient, contracted_axes
-from flashdp_compile.passes.strategies.base import Prepared
+from flashdp_compile.passes.strategies.base import Prepared, Together
 from flashdp_compile.passes.strategies.linear import weighted_product
 from flashdp_compile.passes.strategies.operands import linear_operands, linear_terms
 from flashdp_compile.passes.values import Values
@@ -48,19 +46,21 @@ def same_input(gradients: Sequence[ParameterGradient], axes: Axes, values: Value
 
 
 def prepare_shared(
-    emit: Emitter, axes: Axes, run: Sequence[ParameterGradient], sides: tuple[int, ...]
+    emit: Emitter, axes: Axes, together: Together, run: Sequence[ParameterGradient], sides: tuple[int, ...]
 ) -> list[Prepared]:
     """The gradients of a run; the first one's squared norms are those of all together."""
     all_operands = [linear_operands(g, axes) for g in run]
+    norm, more = together(emit, axes, run)
 
-    def sqnorm(batch: Any, *values: Tensor) -> Tensor:
+    def sqnorm(batch: Any, *given: Tensor) -> Tensor:
+        own, values = given[: len(more)], given[len(more) :]
         pairs = [o.view(batch, *values[2 * i : 2 * i + 2]) for i, o in enumerate(all_operands)]
         others = [pair[1 - side] for pair, side in zip(pairs, sides, strict=True)]
-        return torch.ops.flashdp.gram_sqnorm(pairs[0][sides[0]], others, [False] * len(others))
+        return norm(pairs[0][sides[0]], others, *own)
 
-    together = emit.per_sample(sqnorm, *[leaf for o in all_operands for leaf in o.leaves])
+    measured = emit.per_sample(sqnorm, *more, *[leaf for o in all_operands for leaf in o.leaves])
     return [
-        Prepared(together if i == 0 else None, weighted_product(emit, axes, gradient)) for i, gradient in enumerate(run)
+        Prepared(measured if i == 0 else None, weighted_product(emit, axes, gradient)) for i, gradient in enumerate(run)
     ]
 
 

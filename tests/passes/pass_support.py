@@ -82,7 +82,15 @@ def columns(text: str, *names: str) -> str:
     return table(cells[0], cells[1:])
 
 
-def guarantee(before: Before, clipping: object, bound: object, mechanism: Mechanism, slack: float) -> Guarantee:
+def guarantee(
+    before: Before,
+    clipping: object,
+    bound: object,
+    mechanism: Mechanism,
+    slack: float,
+    norm: str = "exact",
+    probes: int = 0,
+) -> Guarantee:
     """What verify() is to find behind these settings."""
     return Guarantee(
         groups=form_groups([g.name for g in before.released.values()], clipping, bound),
@@ -94,6 +102,9 @@ def guarantee(before: Before, clipping: object, bound: object, mechanism: Mechan
         seed=mechanism.seed,
         grad_scaler=mechanism.grad_scaler,
         bounds=mechanism.bounds,
+        norm=norm,
+        probes=probes,
+        held_probes=mechanism.held_probes,
     )
 
 
@@ -131,12 +142,15 @@ def rewritten(
     clipping: str = "flat",
     bound: float = 1.0,
     mechanism: Mechanism = SILENT,
+    norm: str = "exact",
+    probes: int = 0,
     **options: object,
 ) -> Rewritten:
     """All passes but the last on a model."""
     axes = propagate(joint_graph(model, *args, **options))
     gradients = find_points(axes)
-    plan = make_plan(gradients, axes, clipping, bound, strategy)
+    plan = make_plan(gradients, axes, clipping, bound, strategy, None, norm, probes)
     before = Before.of(axes.joint, axes)
     rewrite(axes, plan, mechanism)
-    return Rewritten(axes.joint, plan, before, gradients, guarantee(before, clipping, bound, mechanism, plan.slack))
+    promised = guarantee(before, clipping, bound, mechanism, plan.slack, norm, probes)
+    return Rewritten(axes.joint, plan, before, gradients, promised)

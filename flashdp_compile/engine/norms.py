@@ -1,0 +1,44 @@
+"""What the accountant of a run is told about the norms by which its samples are clipped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from flashdp_compile.checks import integer
+from flashdp_compile.engine.bounds import Quantile
+from flashdp_compile.errors import OptionError
+from flashdp_compile.options import Options
+
+
+def accounted_norms(options: Options, groups: int | None, bounds: Any) -> dict[str, Any]:
+    """Arguments of `accounting.epsilon`; none for exact norms. `groups`: how many the user says there are.
+
+    Raises:
+        OptionError: nothing is known about such norms, or not enough.
+    """
+    integer("groups", groups, 1, optional=True)
+    if options.norm == "exact":
+        if groups is not None:
+            raise OptionError(f"groups={groups} has no use with norm='exact': leave it out")
+        return {}
+    if isinstance(bounds, Quantile):
+        raise OptionError(
+            f"norm={options.norm!r} beside bounds=Quantile(...): what estimates do to the count of the norms has no "
+            "accountant. Take norm='exact', or bounds that stay or follow a schedule"
+        )
+    if isinstance(options.max_grad_norm, Mapping):
+        raise OptionError(
+            f"max_grad_norm states a bound for each pattern, but with norm={options.norm!r} only groups of equal "
+            "bounds are accounted for: give one number, which the groups share"
+        )
+    if options.clipping == "flat":
+        groups = 1 if groups is None else groups
+    if groups is None:
+        raise OptionError(
+            f"groups is missing: with norm={options.norm!r} the noise depends on how many clipping groups the model "
+            "has, each with probes of its own. flashdp_compile.explain(...) shows their number, and a step with any "
+            "other is refused"
+        )
+    norm = "hutchinson" if options.norm == "auto" else options.norm  # some are estimated, others cost nothing more
+    return {"norm": norm, "probes": options.probes, "groups": groups}

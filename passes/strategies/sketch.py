@@ -1,0 +1,107 @@
+"""Norms that are estimated by Gaussian probes (docs/randomized_clipping.md): linear layers, and a tied embedding.
+
+These are strategies only where the option `norm` asks for them, as the noise has to pay for what an estimate misses.
+Each gradient has streams of its own under the one key of the release, so that no two share probes.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashdp_compile.kernels.guard import SLACK
+from flashdp_compile.passes.axes.engine import Axes
+from flashdp_compile.passes.cost import Cost, linear_sizes, sketch_cost, tied_sketch_cost
+from flashdp_compile.passes.emit import Emitter
+from flashdp_compile.passes.points import ParameterGradient
+from flashdp_compile.passes.strategies.base import Prepared, Strategy
+from flashdp_compile.passes.strategies.embedding import is_tied, tied_operands, tied_sum
+from flashdp_compile.passes.strategies.linear import is_linear, weighted_product
+from flashdp_compile.passes.strategies.operands import linear_operands
+
+ops = torch.ops.flashdp
+
+
+def streams(axes: Axes, gradient: ParameterGradient) -> tuple[int, int]:
+    """The two streams of probes that belong to a gradient alone."""
+    number = axes.joint.gradients.index(gradient.gradient)
+    return 2 * number, 2 * number + 1
+
+
+def pays(gradient: ParameterGradient, axes: Axes, probes: int) -> bool:
+    """Whether an estimate takes less than half of the multiplications that the layer's products take."""
+    s = linear_sizes(gradient, axes)
+    return bool(2 * probes * (s.d + s.p) < s.d * s.p)
+
+
+@cache
+def hutchinson(probes: int) -> Strategy:
+    """|M P|^2 in the place of |M|^2, for the product M of a layer, or of several that share an input."""
+
+    def norm(x: Tensor, gs: list[Tensor], key: Tensor, numbers: list[int]) -> Tensor:
+        return ops.sketch_sqnorm(x, gs, key, numbers, probes)
+
+    def prepare(emit: Emitter, axes: Axes, gradient: ParameterGradient) -> Prepared:
+        operands, (stream, _) = linear_operands(gradient, axes), streams(axes, gradient)
+
+        def sqnorm(batch: Any, key: Tensor, *values: Tensor) -> Tensor:
+            x, g = operands.view(batch, *values)
+            return norm(*_narrow_and_wide(x, g), key, [stream])
+
+        found = emit.per_sample(sqnorm, emit.probe_key, *operands.leaves)
+        return Prepared(found, weighted_product(emit, axes, gradient))
+
+    def cost(gradient: ParameterGradient, axes: Axes) -> Cost:
+        return sketch_cost(gradient, axes, probes)
+
+    def together(emit: Emitter, axes: Axes, gradients: list[ParameterGradient]) -> Any:
+        own = [streams(axes, gradient)[0] for gradient in gradients]
+        return (lambda x, gs, key: norm(x, gs, key, own)), (emit.probe_key,)
+
+    return Strategy("hutchinson", is_linear, prepare, cost, SLACK, probes=probes, together=together)
+
+
+def _narrow_and_wide(x: Tensor, g: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The wider side is the one that is projected: it is read in longer rows."""
+    return (x, [g]) if x.shape[2] <= g.shape[2] else (g, [x])
+
+
+@cache
+def tied_hutchinson(probes: int) -> Strategy:
+    """A table that is embedding and head: the products of both with the same probes are added up, then squared."""
+
+    def prepare(emit: Emitter, axes: Axes, gradient: ParameterGradient) -> Prepared:
+        operands, (stream, _) = tied_operands(gradient, axes), streams(axes, gradient)
+
+        def sqnorm(batch: Any, key: Tensor, *values: Tensor) -> Tensor:
+            return ops.tied_sketch_sqnorm(*operands.view(batch, *values), key, stream, probes)
+
+        found = emit.per_sample(sqnorm, emit.probe_key, *operands.leaves)
+        return Prepared(found, tied_sum(emit, axes, gradient))
+
+    def cost(gradient: ParameterGradient, axes: Axes) -> Cost:
+        return tied_sketch_cost(gradient, axes, probes)
+
+    return Strategy("hutchinson", is_tied, prepare, cost, SLACK, probes=probes)
+
+
+@cache
+def hutchplusplus(probes: int) -> Strategy:
+    """The norm of what lies in a space found by one sketch, exactly, and an estimate of the rest by another."""
+
+    def prepare(emit: Emitter, axes: Axes, gradient: ParameterGradient) -> Prepared:
+        operands, own = linear_operands(gradient, axes), streams(axes, gradient)
+
+        def sqnorm(batch: Any, key: Tensor, *values: Tensor) -> Tensor:
+            return ops.hutchpp_sqnorm(*operands.view(batch, *values), key, list(own), probes)
+
+        found = emit.per_sample(sqnorm, emit.probe_key, *operands.leaves)
+        return Prepared(found, weighted_product(emit, axes, gradient))
+
+    def cost(gradient: ParameterGradient, axes: Axes) -> Cost:
+        return sketch_cost(gradient, axes, 4 * probes)
+
+    return Strategy("hutch++", is_linear, prepare, cost, SLACK, probes=probes)

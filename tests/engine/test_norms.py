@@ -1,0 +1,127 @@
+"""An engine whose samples are clipped by estimated norms: its noise, its probes, and what it refuses."""
+
+import pytest
+import torch
+from torch import nn
+
+from engine.runs import backward, copies, moved
+from flashdp_compile import OptionError, PrivacyEngine, Refusal, accounting
+from flashdp_compile.engine.bounds import Quantile
+from flashdp_compile.runtime import probe_keys
+
+RUN = {"target_delta": 1e-5, "expected_batch_size": 8, "sample_size": 800, "steps": 50}
+ESTIMATED = {"options": {"norm": "hutchinson", "probes": 16, "compiler": "eager"}}
+
+
+def wide() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(90, 96), nn.Tanh(), nn.Linear(96, 1))
+
+
+def samples() -> torch.Tensor:
+    return torch.randn(8, 90, generator=torch.Generator().manual_seed(1))
+
+
+def silent(micro_batches: int = 1, **settings):
+    """Without noise and without a loader: sums can be compared. Estimates ask for Poisson sampling."""
+    own = {"noise_multiplier": 0.0, "sampling": accounting.Poisson(0.01, 800), "micro_batches": micro_batches}
+    engine = PrivacyEngine(**{**RUN, "max_grad_norm": 0.1, **own, **ESTIMATED, **settings})
+    model = wide()
+    optimizer = engine.attach(torch.optim.SGD(model.parameters(), lr=1.0))
+    return engine, model, engine.compile(model), optimizer
+
+
+def test_the_noise_pays_for_what_estimates_miss():
+    plain, estimated = (PrivacyEngine(**RUN, target_epsilon=2.0, **more) for more in ({}, ESTIMATED))
+    run = {"target_epsilon": 2.0, "delta": 1e-5, "steps": 50, "sample_rate": 0.01}
+    assert estimated.noise_multiplier == accounting.noise_multiplier(**run, norm="hutchinson", probes=16)
+    assert estimated.noise_multiplier > 1.2 * plain.noise_multiplier
+    assert estimated.plan.epsilon(50) <= 2.0 < estimated.plan.epsilon(51)
+
+
+def test_groups_have_probes_of_their_own():
+    grouped = PrivacyEngine(**RUN, target_epsilon=2.0, clipping="per_layer", groups=2, **ESTIMATED)
+    run = {"target_epsilon": 2.0, "delta": 1e-5, "steps": 50, "sample_rate": 0.01, "norm": "hutchinson", "probes": 16}
+    assert grouped.noise_multiplier == accounting.noise_multiplier(**run, groups=2)
+
+
+def test_auto_is_accounted_for_as_if_all_were_estimated():
+    runs = [{"norm": norm, "probes": 16, "compiler": "eager"} for norm in ("auto", "hutchinson", "hutch++")]
+    found = {PrivacyEngine(**RUN, target_epsilon=2.0, options=options).noise_multiplier for options in runs}
+    assert len(found) == 1
+
+
+def test_the_probes_of_a_logical_batch_are_the_same_in_every_micro_batch():
+    steps = []
+    for parts in (1, 4):
+        engine, model, compiled, optimizer = silent(parts)
+        torch.manual_seed(0)
+        probe_keys.KEYS.prepare("cpu", None)
+        probe_keys.KEYS.states[torch.device("cpu"), None].copy_(torch.tensor([7, 9]))
+        before = copies(model)
+        for rows in samples().tensor_split(parts):
+            backward(compiled, rows)
+            optimizer.step()
+        steps.append(torch.cat([change.flatten() for change in moved(model, before)]))
+        assert probe_keys.KEYS.states[torch.device("cpu"), None].tolist() == [7, 10], "one step has been taken"
+    # each part's mean is over fewer samples, and backward is called on means
+    torch.testing.assert_close(steps[0], steps[1], rtol=1e-4, atol=1e-7)
+
+
+def test_the_next_step_has_other_probes():
+    engine, model, compiled, optimizer = silent()
+    changes = []
+    for _ in range(2):
+        before = copies(model)
+        backward(compiled, samples())
+        optimizer.step()
+        optimizer.zero_grad()
+        changes.append(torch.cat([change.flatten() for change in moved(model, before)]))
+        with torch.no_grad():
+            for p, start in zip(model.parameters(), before, strict=True):
+                p.copy_(start)
+    assert engine.steps_done == 2
+    assert not torch.allclose(changes[0], changes[1], rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"clipping": "per_layer"}, "groups is missing"),
+        ({"clipping": "per_layer", "groups": 2, "max_grad_norm": {"*": 1.0}}, "a bound for each pattern"),
+        ({"bounds": Quantile()}, "has no accountant"),
+        ({"accountant": "rdp"}, "Renyi divergences are infinite"),
+        ({"cap": 20}, "not covered"),
+        ({"sampling": accounting.WithoutReplacement(8, 800)}, "not covered"),
+        ({"options": {"norm": "exact"}, "groups": 2}, "no use with norm='exact'"),
+        ({"options": {"norm_groups": 2}}, "the engine's own"),
+    ],
+)
+def test_what_has_no_accountant_is_refused(settings, words):
+    with pytest.raises(OptionError, match=words):
+        PrivacyEngine(**{**RUN, "target_epsilon": 2.0, **ESTIMATED, **settings})
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_another_number_of_groups_is_refused(groups):
+    engine, _, compiled, _ = silent(clipping="per_layer", groups=groups)
+    with pytest.raises(Refusal, match=f"estimated in {groups} clipping group.*this step has 2.*groups=2"):
+        backward(compiled, samples())
+
+
+def test_a_run_does_not_go_on_by_other_norms():
+    engine, *_ = silent()
+    exact = PrivacyEngine(
+        **{**RUN, "max_grad_norm": 0.1, "noise_multiplier": 0.0, "sampling": accounting.Poisson(0.01, 800)}
+    )
+    with pytest.raises(OptionError, match="norms is"):
+        exact.load_state_dict(engine.state_dict())
+
+
+def test_a_schedule_of_bounds_goes_with_estimates():
+    engine, model, compiled, optimizer = silent(bounds=lambda step: 2.0)
+    before = copies(model)
+    backward(compiled, samples())
+    optimizer.step()
+    length = torch.cat([change.flatten() for change in moved(model, before)]).norm()
+    assert 0 < length < 0.2 * 2
