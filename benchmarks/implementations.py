@@ -24,13 +24,21 @@ Make = Callable[[nn.Module, int, Settings], Step]  # model, batch size, settings
 
 @dataclass(frozen=True, kw_only=True)
 class Implementation:
-    """`clipping` is "flat", "per_layer" or None (not private); `needs` names a module that must be importable."""
+    """`clipping` is "flat", "per_layer" or None (not private); `needs` names a module that must be importable.
+    `probes`: how many norms are estimated from, None for exact ones."""
 
     name: str
     clipping: str | None
     make: Make
     needs: str | None = None
     batched_positions: bool = False
+    probes: int | None = None
+
+    @property
+    def leeway(self) -> float:
+        """How far clipped sums may be from those by exact norms: five deviations of the estimate of a gradient of rank
+        one, whose squared norm is off by sqrt(2 / probes)."""
+        return 0.0 if self.probes is None else 2.5 * (2 / self.probes) ** 0.5
 
     def missing(self) -> str | None:
         """Why it cannot run here, or None."""
@@ -53,11 +61,11 @@ def _compile(mode: str | None = None) -> Make:
     return make
 
 
-def _flashdp(clipping: str, mode: str | None = None, triton: bool = False) -> Make:
+def _flashdp(clipping: str, mode: str | None = None, triton: bool = False, **options: Any) -> Make:
     def make(model: nn.Module, batch_size: int, settings: Settings) -> Step:
         if triton:
             hopper.available = lambda device: False  # each implementation has a process of its own
-        return FlashDPStep(model, clipping, batch_size, settings, mode)
+        return FlashDPStep(model, clipping, batch_size, settings, mode, **options)
 
     return make
 
@@ -90,6 +98,11 @@ _ALL = (
     Implementation(name="compile-graphs", clipping=None, make=_compile(GRAPHS)),
     Implementation(name="flashdp-flat-graphs", clipping="flat", make=_flashdp("flat", GRAPHS)),
     Implementation(name="flashdp-per_layer-graphs", clipping="per_layer", make=_flashdp("per_layer", GRAPHS)),
+    # norms estimated from 64 Gaussian probes
+    Implementation(name="flashdp-flat-probes", clipping="flat", make=_flashdp("flat", norm="hutchinson"), probes=64),
+    Implementation(
+        name="flashdp-per_layer-probes", clipping="per_layer", make=_flashdp("per_layer", norm="hutchinson"), probes=64
+    ),
     # noise at the step, by a PrivacyEngine
     Implementation(name="engine-flat", clipping="flat", make=_engine("flat")),
     Implementation(name="engine-flat-philox", clipping="flat", make=_engine("flat", noise="philox")),

@@ -48,7 +48,7 @@ def prepare(workload: str, implementation: str, settings: Settings) -> Prepared:
     step = maker.make(model, its.batch, settings)
     seconds = _seconds(lambda: step.backward(batches[0]), settings)
     observed = step.observe(batches[0])
-    error = check(observed.gradients, expected, observed.rounding, settings.tolerance, plain)
+    error = check(observed.gradients, expected, observed.rounding, max(settings.tolerance, maker.leeway), plain)
     return Prepared(step, batches, seconds, *error)
 
 

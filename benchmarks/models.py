@@ -1,4 +1,4 @@
-"""The models that are timed: plain nn code, no dropout, no tied weights, the loss of each sample inside the module.
+"""The models that are timed: plain nn code, no dropout, the loss of each sample inside the module.
 
 GPT and Llama take tokens [B, T] and targets [B, T], ViT takes images [B, 3, H, W] and classes [B]; all give losses [B].
 """
@@ -6,6 +6,7 @@ GPT and Llama take tokens [B, T] and targets [B, T], ViT takes images [B, 3, H, 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class Attention(nn.Module):
@@ -65,38 +66,59 @@ class GPT(nn.Module):
 
 
 class LlamaBlock(nn.Module):
-    """RMSNorm, rotary attention without grouped heads, gated MLP; no biases."""
+    """RMSNorm, rotary attention with `groups` heads of keys and values, gated MLP; no biases."""
 
-    def __init__(self, width: int, heads: int, mlp: int) -> None:
+    def __init__(self, width: int, heads: int, mlp: int, groups: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.groups = heads, groups
         self.norm_1 = nn.RMSNorm(width, eps=1e-5)
-        self.q, self.k, self.v, self.o = (nn.Linear(width, width, bias=False) for _ in range(4))
+        narrow = width // heads * groups
+        self.q, self.k, self.v, self.o = (nn.Linear(width, out, bias=False) for out in (width, narrow, narrow, width))
         self.norm_2 = nn.RMSNorm(width, eps=1e-5)
         self.gate, self.up = (nn.Linear(width, mlp, bias=False) for _ in range(2))
         self.down = nn.Linear(mlp, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm_1(x)
-        q, k, v = (split_heads(layer(y), self.heads) for layer in (self.q, self.k, self.v))
+        q = split_heads(self.q(y), self.heads)
+        k, v = (split_heads(layer(y), self.groups) for layer in (self.k, self.v))
+        if self.groups < self.heads:
+            k, v = (t.repeat_interleave(self.heads // self.groups, 1) for t in (k, v))
         x = x + self.o(join_heads(F.scaled_dot_product_attention(rotated(q), rotated(k), v, is_causal=True)))
         y = self.norm_2(x)
         return x + self.down(F.silu(self.gate(y)) * self.up(y))
 
 
 class Llama(nn.Module):
-    def __init__(self, *, layers: int, heads: int, width: int, mlp: int, vocabulary: int) -> None:
+    """`groups` are the heads of keys and values, all by default. `tied`: the head's weight is that of the embedding.
+    `checkpoint`: each block keeps its input alone for the backward."""
+
+    def __init__(
+        self,
+        *,
+        layers: int,
+        heads: int,
+        width: int,
+        mlp: int,
+        vocabulary: int,
+        groups: int | None = None,
+        tied: bool = False,
+        checkpoint: bool = False,
+    ) -> None:
         super().__init__()
+        self.checkpoint = checkpoint
         self.tokens = nn.Embedding(vocabulary, width)
-        self.blocks = nn.ModuleList(LlamaBlock(width, heads, mlp) for _ in range(layers))
+        self.blocks = nn.ModuleList(LlamaBlock(width, heads, mlp, groups or heads) for _ in range(layers))
         self.norm = nn.RMSNorm(width, eps=1e-5)
         self.head = nn.Linear(width, vocabulary, bias=False)
+        if tied:
+            self.head.weight = self.tokens.weight
         self.apply(initialise)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         x = self.tokens(tokens)
         for block in self.blocks:
-            x = block(x)
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpoint else block(x)
         return token_losses(self.head(self.norm(x)), targets)
 
 

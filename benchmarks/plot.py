@@ -28,6 +28,8 @@ COLOURS = {
     "compile-graphs": "#7f8c99",
     "flashdp-flat-graphs": "#c9632b",
     "flashdp-per_layer-graphs": "#1f4f80",
+    "flashdp-flat-probes": "#e86a8f",
+    "flashdp-per_layer-probes": "#6a7fd9",
     "engine-flat": "#d9a441",
     "engine-flat-philox": "#e9cf8f",
     "engine-flat-quantile": "#b98a2e",

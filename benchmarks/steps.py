@@ -87,7 +87,13 @@ class FlashDPStep(PrivateStep):
     """torch.compile(model, backend="flashdp") with seeded noise, so that the check can subtract it."""
 
     def __init__(
-        self, model: nn.Module, clipping: str, batch_size: int, settings: Settings, mode: str | None = None
+        self,
+        model: nn.Module,
+        clipping: str,
+        batch_size: int,
+        settings: Settings,
+        mode: str | None = None,
+        **further: Any,
     ) -> None:
         options: Any = {
             "clipping": clipping,
@@ -97,6 +103,7 @@ class FlashDPStep(PrivateStep):
             "compiler": settings.compiler,
             "mode": mode if settings.compiler == "inductor" else None,
             "seed": 1,
+            **further,
         }
         forward = torch.compile(model, backend="flashdp", fullgraph=True, dynamic=False, options=options)
         super().__init__(model, forward, settings)

@@ -21,7 +21,7 @@ class Workload:
     family: str
     batch: int
     length: int
-    size: Mapping[str, int]
+    size: Mapping[str, Any]
 
     def model(self, *, batched_positions: bool = False, device: str = "cpu", seed: int = 0) -> nn.Module:
         """The same weights for the same seed and device. `batched_positions` matters to GPT alone."""
@@ -56,7 +56,7 @@ def _gpt(name: str, batch: int, length: int, *, layers: int, heads: int, width: 
     return Workload(name=name, family="gpt", batch=batch, length=length, size=size)
 
 
-def _llama(name: str, batch: int, length: int, **size: int) -> Workload:
+def _llama(name: str, batch: int, length: int, **size: Any) -> Workload:
     return Workload(name=name, family="llama", batch=batch, length=length, size=size)
 
 
@@ -67,6 +67,8 @@ def _vit(name: str, batch: int, **size: int) -> Workload:
 _SMALL = {"layers": 12, "heads": 12, "width": 768}
 _LARGE = {"layers": 36, "heads": 20, "width": 1280}
 _BILLION = {"layers": 16, "heads": 32, "width": 2048, "vocabulary": 32000}
+_LLAMA_3 = {"layers": 16, "heads": 32, "groups": 8, "width": 2048, "mlp": 8192, "checkpoint": True}
+_LENGTHS = {4096: 8, 8192: 4, 16384: 2, 32768: 2}  # tokens: samples
 _TINY = {"layers": 1, "heads": 2, "width": 32}
 
 _ALL = (
@@ -77,10 +79,23 @@ _ALL = (
     _llama("llama-1b", 4, 1024, **_BILLION, mlp=5632),
     _llama("llama-1b-wide", 4, 1024, **_BILLION, mlp=8192),
     _llama("llama-1b-long", 2, 4096, **_BILLION, mlp=5632),
+    *(
+        _llama(
+            f"llama-3.2-1b-{length // 1024}k{'-tied' if tied else ''}",
+            batch,
+            length,
+            **_LLAMA_3,
+            vocabulary=128256,
+            tied=tied,
+        )
+        for tied in (False, True)
+        for length, batch in _LENGTHS.items()
+    ),
     _vit("vit-b16", 64, **_SMALL, image=224, patch=16, classes=1000),
     # for tests on a CPU
     _gpt("tiny-gpt", 4, 16, **_TINY, vocabulary=61),
     _llama("tiny-llama", 4, 16, **_TINY, mlp=48, vocabulary=61),
+    _llama("tiny-llama-tied", 4, 16, **_TINY, mlp=48, vocabulary=61, groups=1, tied=True, checkpoint=True),
     _vit("tiny-vit", 4, **_TINY, image=16, patch=8, classes=7),
 )
 WORKLOADS = {workload.name: workload for workload in _ALL}

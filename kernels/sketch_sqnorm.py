@@ -37,6 +37,7 @@ from flashdp_compile.kernels.operands import argument, layout
 from flashdp_compile.kernels.probes import LEAST, MOST, probe_matrix
 
 DEPTH = 64  # what tensor cores sum by themselves
+SKETCHED = 128, 4, 3  # rows of a tile, warps, stages
 RUN = 1024  # tokens of a program, or more where there are many
 RUNS = 8  # at most
 
@@ -174,7 +175,7 @@ class Sketching:
     h: str
     exact: bool
     probes: int
-    rows: int = 128
+    rows: int
     depth: int = DEPTH
 
 
@@ -191,13 +192,13 @@ def kernel({{ operand("x", x) }}, {{ operand("h", h) }}, y_ptr, part_ptr, T, D, 
     b, run = number // RUNS, number % RUNS
     d = (tl.program_id(0) % TILES) * {{ rows }}
     acc = tl.zeros([{{ rows }}, {{ probes }}], tl.float32)
-    squares = tl.zeros([{{ rows }}], tl.float32)
+    squares = tl.zeros([{{ depth }}, {{ rows }}], tl.float32)  # one sum at the end: threads would wait for each other
     for t in range(run * RUN, tl.minimum(run * RUN + RUN, T), {{ depth }}):
         b_x = {{ tile("x", x, "b", "t", depth, "T", "d", rows, "D") }}
         b_h_hi = {{ tile("h", h, "b", "t", depth, "T", "0", probes, probes) }}
         b_h_lo = {{ tile("h", h, "b", "t", depth, "T", probes, probes, 2 * probes) }}
         wide = b_x.to(tl.float32)
-        squares += tl.sum(wide * wide, 0)
+        squares += wide * wide
 {% if exact %}
         left_hi = tl.trans(b_x)
 {% else %}
@@ -220,13 +221,28 @@ def sketch(x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     How tokens are cut into runs depends on their number alone, so that samples have the same bits in every batch.
     """
     (B, T, D), probes = x.shape, h.shape[2] // 2
-    spec = Sketching(layout(x), layout(h), _exact([x]), probes)
+    rows, warps, stages = SKETCHED
+    spec = Sketching(layout(x), layout(h), _exact([x]), probes, rows)
     run = max(RUN, cdiv(cdiv(T, RUNS), DEPTH) * DEPTH)
     tiles, runs = cdiv(D, spec.rows), cdiv(T, run)
     y = x.new_empty((B, runs, D, probes), dtype=torch.float32)
     parts = x.new_empty((B, runs * tiles), dtype=torch.float32)
     operands = *argument(x, spec.x, spec.depth, spec.rows), *argument(h, spec.h, spec.depth, probes)
-    start(kernel(SKETCH, spec), B * runs * tiles, x, *operands, y, parts, T, D, tiles, runs, run)
+    start(
+        kernel(SKETCH, spec),
+        B * runs * tiles,
+        x,
+        *operands,
+        y,
+        parts,
+        T,
+        D,
+        tiles,
+        runs,
+        run,
+        num_warps=warps,
+        num_stages=stages,
+    )
     return y.sum(1), parts
 
 

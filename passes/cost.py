@@ -72,7 +72,13 @@ class Device:
 # Products that are materialised are of float32. A CPU core's figures only rank choices.
 H200 = Device(
     "H200",
-    {"outer_sqnorm": 900e12, "outer_store": 760e12, "gram_sqnorm": 740e12, "weighted_matmul": 540e12},
+    {
+        "outer_sqnorm": 900e12,
+        "outer_store": 760e12,
+        "gram_sqnorm": 740e12,
+        "weighted_matmul": 540e12,
+        "sketch_sqnorm": 900e12,
+    },
     other=50e12,
     bandwidth=3.8e12,
     launch=3e-6,
@@ -164,7 +170,7 @@ def sketch_cost(gradient: ParameterGradient, axes: Axes, probes: int) -> Cost:
     """Both factors once through products with so many columns, in two halves each; then the weighted product."""
     s = linear_sizes(gradient, axes)
     device = device_of(gradient)
-    norm = Kernel("sketch_sqnorm", 4 * s.B * s.T * probes * (s.d + s.p), _factors(s) + 8 * s.B * s.T * probes)
+    norm = Kernel("sketch_sqnorm", 4 * s.B * s.T * probes * (s.d + s.p), _factors(s) + 16 * s.B * s.T * probes)
     weighted = linear_kernels(s, device)["outer"][1]
     return Cost(norm.flops + weighted.flops, norm.moved + _factors(s) + weighted.moved, _factors(s), (norm, weighted))
 
