@@ -11,6 +11,8 @@ from flashdp_compile.errors import OptionError
 
 _FLOAT32_TINY, _FLOAT32_MAX = 2.0**-126, 3.4028234663852886e38
 
+PROBES = (16, 32, 64, 128, 256)  # what a norm may be estimated from: powers of two, as the kernels' tiles are
+
 
 def not_allowed(name: str, value: Any, allowed: str) -> OptionError:
     return OptionError(f"{name}={value!r} ({type(value).__name__}); allowed: {allowed}")

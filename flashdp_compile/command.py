@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flashdp_compile import accounting
+from flashdp_compile.checks import PROBES
 from flashdp_compile.errors import OptionError
 
 
@@ -52,12 +53,15 @@ def _parser() -> argparse.ArgumentParser:
     noise = commands.add_parser("noise", help="the noise multiplier that keeps a run within an epsilon")
     noise.add_argument("--target-epsilon", type=float, required=True)
     noise.set_defaults(run=_noise)
+    probes = commands.add_parser("probes", help="the same for norms that are estimated, by their number of probes")
+    probes.add_argument("--target-epsilon", type=float, required=True)
+    probes.set_defaults(run=_probes)
     explain = commands.add_parser("explain", help="what flashdp makes of the first model that a script compiles")
     explain.add_argument("--json", action="store_true", help="for programs")
     explain.add_argument("script", help="run until then; what it prints goes to stderr")
     explain.add_argument("arguments", nargs=argparse.REMAINDER, help="of the script")
     explain.set_defaults(run=_explain)
-    for command in (epsilon, noise):
+    for command in (epsilon, noise, probes):
         command.add_argument("--steps", type=int, required=True, help="optimizer steps, each of which is one release")
         command.add_argument("--delta", type=float, required=True)
         command.add_argument(
@@ -130,6 +134,20 @@ def _noise(given: argparse.Namespace) -> dict[str, Any]:
     run = _run(given)
     found = accounting.noise_multiplier(target_epsilon=given.target_epsilon, **run)
     return {"noise_multiplier": found, "target_epsilon": given.target_epsilon, **_shown(run)}
+
+
+def _probes(given: argparse.Namespace) -> dict[str, Any]:
+    """How much more noise than exact norms each number of probes asks for."""
+    if given.probes is not None:
+        raise OptionError("--probes is what this command tries: leave it out")
+    run = _run(given) | {"target_epsilon": given.target_epsilon}
+    run["norm"] = "hutchinson" if given.norm == "exact" else given.norm
+    exact = accounting.noise_multiplier(**{**run, "norm": "exact", "groups": None})
+    found: dict[str, Any] = {"exact_norms": exact}
+    for count in PROBES:
+        found[f"{count}_probes"] = sigma = accounting.noise_multiplier(**{**run, "probes": count})
+        found[f"{count}_probes_over_exact"] = sigma / exact
+    return {**found, "target_epsilon": given.target_epsilon, **_shown(run)}
 
 
 def _run(given: argparse.Namespace) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from flashdp_compile.passes import dump
 from flashdp_compile.passes.axes.domain import Batched, Reduced
 from flashdp_compile.passes.groups import sensitivity
 from flashdp_compile.passes.inputs import Input
+from flashdp_compile.passes.price_of_probes import Price, prices
 from flashdp_compile.pipeline import Record, analyse, mechanism_of
 from flashdp_compile.testing import on_joint_graph
 
@@ -34,9 +35,19 @@ class Explanation:
             parts += ["PARAMETERS", dump.points_table(record.gradients)]
         if record.plan is not None and record.plan.choices:
             parts += ["PLAN", dump.plan_table(record.plan)]
+        if self.prices:
+            parts += ["ESTIMATED NORMS, BY THEIR PROBES", dump.prices_table(self.prices)]
         parts += ["ASSUMPTIONS", "\n".join(f"- {a}" for a in self.assumptions)]
         parts += ["REFUSED" if self.refusal else "ACCEPTED", str(self.refusal or self._accepted())]
         return "\n\n".join(parts)
+
+    @property
+    def prices(self) -> list[Price]:
+        """What estimates take by the number of probes; empty where norms are exact."""
+        record = self.record
+        if record.options.norm == "exact" or record.axes is None or not record.gradients:
+            return []
+        return prices(record.gradients, record.axes, record.options.norm)
 
     def _accepted(self) -> str:
         mechanism, plan = mechanism_of(self.record.options), self.record.plan
@@ -56,6 +67,8 @@ class Explanation:
         found: dict[str, Any] = {"refusal": str(self.refusal) if self.refusal else None}
         if record.joint is not None and record.axes is not None and record.plan is not None:
             found |= dump.as_json(record.joint, record.axes, record.gradients, record.plan, record.options.batch_dim)
+        if self.prices:
+            found["estimates"] = [price._asdict() for price in self.prices]
         return found | {"assumptions": list(self.assumptions)}
 
     def to_json(self) -> str:
@@ -123,6 +136,11 @@ def _assumptions(record: Record) -> tuple[str, ...]:
         found.append(f"buffers hold no private data: {', '.join(buffers)}")
     if record.options.expected_batch_size is None and record.options.loss_reduction == "mean":
         found.append("the batch's own size divides the sum, so it must be public (fixed-size batches)")
+    if record.options.norm != "exact":
+        found.append(
+            f"norms are estimated, so epsilon is that of accounting.epsilon(norm={record.options.norm!r}, "
+            f"probes={record.options.probes}, groups=...), and probes must not be known before the data"
+        )
     found.append("loss values and outputs that the program sees, prints or logs are not protected, gradients are")
     return tuple(found)
 

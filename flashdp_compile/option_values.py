@@ -4,11 +4,10 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flashdp_compile.checks import choice, integer, nearest, not_allowed, number, patterns
+from flashdp_compile.checks import PROBES, choice, integer, nearest, not_allowed, number, patterns
 from flashdp_compile.compat import GRAPH_HOOKS, inductor_option_names, is_scaler, launch_settings
 from flashdp_compile.errors import OptionError
 
-PROBES = (16, 32, 64, 128, 256)
 NEVER = 2**31 - 1  # steps until a scale grows: the largest number that a scaler takes
 
 

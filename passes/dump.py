@@ -19,6 +19,7 @@ from flashdp_compile.passes.groups import sensitivity
 from flashdp_compile.passes.inputs import Input
 from flashdp_compile.passes.plan import Choice, Plan
 from flashdp_compile.passes.points import ParameterGradient
+from flashdp_compile.passes.price_of_probes import Price
 from flashdp_compile.passes.refuse import user_line
 
 
@@ -99,6 +100,24 @@ def plan_table(plan: Plan) -> str:
     runs = [f"{', '.join(run.names)} share one input" for shared in plan.shared.values() for run in shared]
     note = f"sensitivity {sensitivity(plan.groups):.6g}, slack {plan.slack:.2g}, {len(plan.groups)} group(s)"
     return "\n".join([table(header, rows), "", *runs, note])
+
+
+def prices_table(prices: Sequence[Price]) -> str:
+    """What estimated norms take, by the number of probes."""
+    rows = [
+        (
+            p.probes,
+            p.layers,
+            f"{p.flops:.3g}",
+            f"{p.exact_flops:.3g}",
+            f"{1e3 * p.seconds:.3g} ms",
+            f"{1e3 * p.exact_seconds:.3g} ms",
+            f"{p.noise:.3f} x",
+        )
+        for p in prices
+    ]
+    header = ("probes", "layers", "FLOPs", "of exact norms", "predicted", "of exact norms", "noise, at least")
+    return table(header, rows)
 
 
 def expression(value: sympy.Expr) -> str:

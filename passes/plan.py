@@ -79,7 +79,7 @@ def make_plan(
     by_name: dict[str, list[ParameterGradient]] = {}
     for gradient in gradients:
         by_name.setdefault(gradient.name, []).append(gradient)
-    hints = _hints(axes)
+    hints = size_hints(axes)
     members = {group.name: [g for name in group.members for g in by_name.pop(name, [])] for group in groups}
     choices = {
         name: tuple(
@@ -100,7 +100,7 @@ def make_plan(
     return Plan(groups, choices, shared)
 
 
-def _hints(axes: Axes) -> dict[sympy.Symbol, int]:
+def size_hints(axes: Axes) -> dict[sympy.Symbol, int]:
     """The traced value of every size symbol."""
     hints: dict[sympy.Symbol, int] = {}
     for node in axes.joint.graph.nodes:

@@ -34,7 +34,7 @@ INSIDE = {
     "flashdp_compile.testing": ("passes", "runtime", *SHARED),
     "flashdp_compile.explanation": ("options", "passes", "pipeline", "testing", *SHARED),
     "flashdp_compile.script": ("debug", "explanation", "pipeline", *SHARED),
-    "flashdp_compile.command": ("accounting", "script", *SHARED),
+    "flashdp_compile.command": ("accounting", "checks", "script", *SHARED),
     "flashdp_compile.accounting": ("checks", "errors"),
     "flashdp_compile.audit": ("accounting", "checks", "engine", "options", "passes", *SHARED),
     "flashdp_compile.data": ("accounting", "checks", "errors"),

@@ -39,6 +39,24 @@ class Plan:
             **self.norms,
         )
 
+    def inflation(self) -> float:
+        """sigma over that which the whole run would need for the same epsilon if its norms were exact.
+
+        Raises OptionError for a run without an end, or with a schedule of noise.
+        """
+        if not self.norms:
+            return 1.0
+        if self.steps is None or not isinstance(self.noise_multiplier, float):
+            raise OptionError("what estimates cost is known for a number of steps with one noise multiplier")
+        exact = accounting.noise_multiplier(
+            target_epsilon=self.epsilon(self.steps),
+            delta=self.delta,
+            steps=self.steps,
+            sampling=self.sampling,
+            accountant=self.accountant,
+        )
+        return self.noise_multiplier / exact
+
     def sigma(self, step: int) -> float:
         """The noise multiplier of a step, the first of which is 0."""
         if isinstance(self.noise_multiplier, float):

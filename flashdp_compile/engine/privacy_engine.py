@@ -161,6 +161,10 @@ class PrivacyEngine:
         """sigma, or its schedule."""
         return self.plan.noise_multiplier
 
+    def inflation(self) -> float:
+        """How much noise a run has whose norms are estimated, over what it would need with exact ones; 1 for these."""
+        return self.plan.inflation()
+
     @property
     def steps_done(self) -> int:
         """Steps that have been taken, or may have been."""

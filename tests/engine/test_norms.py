@@ -36,6 +36,9 @@ def test_the_noise_pays_for_what_estimates_miss():
     run = {"target_epsilon": 2.0, "delta": 1e-5, "steps": 50, "sample_rate": 0.01}
     assert estimated.noise_multiplier == accounting.noise_multiplier(**run, norm="hutchinson", probes=16)
     assert estimated.noise_multiplier > 1.2 * plain.noise_multiplier
+    assert plain.inflation() == 1
+    ratio = estimated.noise_multiplier / plain.noise_multiplier
+    assert estimated.inflation() == pytest.approx(ratio, rel=1e-3)
     assert estimated.plan.epsilon(50) <= 2.0 < estimated.plan.epsilon(51)
 
 
