@@ -27,6 +27,7 @@ import pytest
 import torch
 
 import flashdp_compile
+import flashdp_compile.pipeline  # fills the table of rules, which is put back behind every page
 from flashdp_compile.options import Options
 from flashdp_compile.passes.axes import registry
 

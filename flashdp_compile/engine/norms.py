@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,8 +12,12 @@ from flashdp_compile.errors import OptionError
 from flashdp_compile.options import Options
 
 
-def accounted_norms(options: Options, groups: int | None, bounds: Any) -> dict[str, Any]:
-    """Arguments of `accounting.epsilon`; none for exact norms. `groups`: how many the user says there are.
+def accounted_norms(options: Options, groups: int | None, bounds: Any) -> tuple[dict[str, Any], int | None]:
+    """Arguments of `accounting.epsilon`, and the number of clipping groups that the model must have; neither for exact
+    norms. `groups`: how many the user says there are.
+
+    The count of the norms within bounds that follow a quantile is a release of its own, which has a share of each
+    step's budget: one more group (docs/randomized_clipping.md).
 
     Raises:
         OptionError: nothing is known about such norms, or not enough.
@@ -21,12 +26,7 @@ def accounted_norms(options: Options, groups: int | None, bounds: Any) -> dict[s
     if options.norm == "exact":
         if groups is not None:
             raise OptionError(f"groups={groups} has no use with norm='exact': leave it out")
-        return {}
-    if isinstance(bounds, Quantile):
-        raise OptionError(
-            f"norm={options.norm!r} beside bounds=Quantile(...): what estimates do to the count of the norms has no "
-            "accountant. Take norm='exact', or bounds that stay or follow a schedule"
-        )
+        return {}, None
     if isinstance(options.max_grad_norm, Mapping):
         raise OptionError(
             f"max_grad_norm states a bound for each pattern, but with norm={options.norm!r} only groups of equal "
@@ -41,4 +41,7 @@ def accounted_norms(options: Options, groups: int | None, bounds: Any) -> dict[s
             "other is refused"
         )
     norm = "hutchinson" if options.norm == "auto" else options.norm  # some are estimated, others cost nothing more
-    return {"norm": norm, "probes": options.probes, "groups": groups}
+    told: int | list[float] = groups
+    if isinstance(bounds, Quantile):
+        told = [math.sqrt((1 - bounds.share) / groups)] * groups + [math.sqrt(bounds.share)]
+    return {"norm": norm, "probes": options.probes, "groups": told}, groups

@@ -118,7 +118,9 @@ class PrivacyEngine:
             "expected_batch_size": self.expected_batch_size,
             "noise_at": "step",
         }
-        norms = accounted_norms(Options.parse(self._options), groups, bounds)  # what is not allowed is said now
+        norms, norm_groups = accounted_norms(
+            Options.parse(self._options), groups, bounds
+        )  # what is not allowed is said now
         self.plan = make_plan(
             target_delta=target_delta,
             expected_batch_size=self.expected_batch_size,
@@ -136,7 +138,7 @@ class PrivacyEngine:
         self._options |= {
             "noise_multiplier": self.plan.sigma(0),
             "bound_scales": None if self._bounds is None else self._bounds.state,
-            "norm_groups": norms.get("groups"),
+            "norm_groups": norm_groups,
         }
         if (options or {}).get("loss_reduction", "mean") != "mean":
             raise OptionError(

@@ -48,6 +48,13 @@ def test_groups_have_probes_of_their_own():
     assert grouped.noise_multiplier == accounting.noise_multiplier(**run, groups=2)
 
 
+def test_the_count_of_norms_is_a_group_of_its_own():
+    moving = PrivacyEngine(**RUN, target_epsilon=2.0, bounds=Quantile(share=0.04), **ESTIMATED)
+    run = {"target_epsilon": 2.0, "delta": 1e-5, "steps": 50, "sample_rate": 0.01, "norm": "hutchinson", "probes": 16}
+    expected = accounting.noise_multiplier(**run, groups=[0.96**0.5, 0.2])
+    assert moving.noise_multiplier == pytest.approx(expected, rel=1e-9)
+
+
 def test_auto_is_accounted_for_as_if_all_were_estimated():
     runs = [{"norm": norm, "probes": 16, "compiler": "eager"} for norm in ("auto", "hutchinson", "hutch++")]
     found = {PrivacyEngine(**RUN, target_epsilon=2.0, options=options).noise_multiplier for options in runs}
@@ -92,7 +99,6 @@ def test_the_next_step_has_other_probes():
     [
         ({"clipping": "per_layer"}, "groups is missing"),
         ({"clipping": "per_layer", "groups": 2, "max_grad_norm": {"*": 1.0}}, "a bound for each pattern"),
-        ({"bounds": Quantile()}, "has no accountant"),
         ({"accountant": "rdp"}, "Renyi divergences are infinite"),
         ({"cap": 20}, "not covered"),
         ({"sampling": accounting.WithoutReplacement(8, 800)}, "not covered"),
