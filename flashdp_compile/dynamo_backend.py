@@ -83,6 +83,8 @@ def _compile(
             noise.KEYS.prepare(device, options.seed)
         if options.norm != "exact":
             probe_keys.KEYS.prepare(device, options.seed)
+        if options.held_probes is not None:
+            options.held_probes.prepare(device)
     _refuse_foreign_hooks()
     label = compat.graph_label(gm)
     rewriting = FlashDPPass(inputs, options, report(options.debug_folder, label))
@@ -99,6 +101,11 @@ def _compile(
 def _owed(trainable: Mapping[str, torch.Tensor], options: Options) -> guard.Owed:
     """What an engine has to add. Compiled graphs may come from a cache, so this rests on nothing that a pass finds out:
     neither which gradients there are, nor which norms were taken."""
+    if options.norm != "exact" and options.held_probes is None:
+        raise Refusal(
+            f"norm={options.norm!r} with noise_at='step' is for a PrivacyEngine, whose accountant knows of it and "
+            "which keeps the probes of a logical batch: give it these options, and compile by its `compile`"
+        )
     narrow = [name for name, p in trainable.items() if p.dtype not in (torch.float32, torch.float64)]
     if narrow:
         raise Refusal(
@@ -114,7 +121,11 @@ def _owed(trainable: Mapping[str, torch.Tensor], options: Options) -> guard.Owed
     assert divisor is not None
     graphs = options.mode in ("reduce-overhead", "max-autotune") or bool(options.inductor.get("triton.cudagraphs"))
     return guard.Owed(
-        sensitivity(groups) * (1 + MOST_SLACK), float(divisor), reused=graphs, bounds=options.bound_scales
+        sensitivity(groups) * (1 + MOST_SLACK),
+        float(divisor),
+        reused=graphs,
+        bounds=options.bound_scales,
+        probes=options.held_probes,
     )
 
 

@@ -137,8 +137,9 @@ def _assumptions(record: Record) -> tuple[str, ...]:
     if record.options.expected_batch_size is None and record.options.loss_reduction == "mean":
         found.append("the batch's own size divides the sum, so it must be public (fixed-size batches)")
     if record.options.norm != "exact":
+        estimate = "hutchinson" if record.options.norm == "auto" else record.options.norm
         found.append(
-            f"norms are estimated, so epsilon is that of accounting.epsilon(norm={record.options.norm!r}, "
+            f"norms are estimated, so epsilon is that of accounting.epsilon(norm={estimate!r}, "
             f"probes={record.options.probes}, groups=...), and probes must not be known before the data"
         )
     found.append("loss values and outputs that the program sees, prints or logs are not protected, gradients are")

@@ -86,6 +86,18 @@ def bound_scales(value: Any, noise_at: Any) -> Any:
     return value
 
 
+def held_probes(value: Any, norm: Any, probes: Any, noise_at: Any) -> Any:
+    """What a PrivacyEngine gives, a `runtime.probe_keys.HeldProbes`, or None."""
+    if value is None:
+        return None
+    if (getattr(value, "norm", None), getattr(value, "probes", None)) != (norm, probes) or noise_at != "step":
+        raise OptionError(
+            "held_probes is what a PrivacyEngine keeps of the probes that its accountant knows: give the engine norm "
+            "and probes among its options"
+        )
+    return value
+
+
 def inductor(value: Any) -> dict[str, Any]:
     """Settings that Inductor knows, and that undo nothing of what is proved."""
     if not isinstance(value, Mapping):

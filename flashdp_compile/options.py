@@ -42,7 +42,7 @@ PRIVACY = (
     "bound_scales",
     "norm",
     "probes",
-    "norm_groups",
+    "held_probes",
 )
 PERFORMANCE = ("norm_strategy", "autotune", "compiler", "mode", "inductor", "debug")
 
@@ -115,9 +115,8 @@ class Options:
     probes: int = 64
     """From how many probes: a power of two from 16 to 256. The accountant must be told."""
 
-    norm_groups: int | None = None
-    """How many clipping groups the accountant was told of. A `PrivacyEngine` sets this; a step with more or fewer is
-    refused."""
+    held_probes: Any = None
+    """What a `PrivacyEngine` keeps of the probes of its logical batches. Its `compile` sets this."""
 
     norm_strategy: NormStrategy = "auto"
     """How per-sample norms are computed. "auto" asks the cost model at each point."""
@@ -186,7 +185,7 @@ class Options:
             "bound_scales": values.bound_scales(self.bound_scales, self.noise_at),
             "norm": choice("norm", self.norm, get_args(Norm)),
             "probes": values.probes(self.probes),
-            "norm_groups": integer("norm_groups", self.norm_groups, 1, optional=True),
+            "held_probes": values.held_probes(self.held_probes, self.norm, self.probes, self.noise_at),
             "norm_strategy": choice("norm_strategy", self.norm_strategy, get_args(NormStrategy)),
             "autotune": flag("autotune", self.autotune),
             "compiler": choice("compiler", self.compiler, get_args(Compiler)),
@@ -225,6 +224,8 @@ class Options:
             texts["grad_scaler"] = "the one given"
         if self.bound_scales is not None:
             texts["bound_scales"] = "those of the engine"
+        if self.held_probes is not None:
+            texts["held_probes"] = "those of the engine"
         return ", ".join(f"{name}={text}" for name, text in texts.items())
 
     def caveats(self) -> list[str]:
@@ -245,7 +246,7 @@ class Options:
         """Everything that can change the generated graph, as JSON takes it, equal for equal settings: the part of the
         compile cache's key that comes from the options. Mappings become lists of pairs, as their order counts."""
         known = {name: getattr(self, name) for name in (*PRIVACY, *PERFORMANCE) if name != "debug"}
-        for name in ("grad_scaler", "bound_scales"):  # which one it is, the pipeline adds
+        for name in ("grad_scaler", "bound_scales", "held_probes"):  # which one it is, the pipeline adds
             known[name] = getattr(self, name) is not None
         return {name: _canonical(value) for name, value in known.items()}
 

@@ -77,7 +77,7 @@ def mechanism_of(options: Options) -> Mechanism:
         options.seed,
         _place(options),
         _moving(options),
-        options.noise_at == "step",
+        None if options.held_probes is None else options.held_probes.place,
     )
 
 
@@ -106,7 +106,7 @@ def guarantee_of(options: Options, before: Before, slack: float) -> Guarantee:
         bounds=_moving(options),
         norm=options.norm,
         probes=options.probes,
-        held_probes=options.noise_at == "step",
+        held_probes=None if options.held_probes is None else options.held_probes.place,
     )
 
 
@@ -119,6 +119,12 @@ def analyse(graph: fx.Graph, record: Record) -> None:
     record.joint = capture(graph, record.inputs, options.batch_dim)
     if record.joint is None:
         return
+    if record.joint.batch == 1 and options.norm != "exact":
+        raise Refusal(
+            f"a batch of one sample, and norm={options.norm!r}: its graph does not show which dimensions are those of "
+            "samples, so its norm would be exact, and a sample's weight must not depend on whether others are there. "
+            "Give it two rows: pad=True of the loader, or the same row again with a loss of weight 0"
+        )
     if record.joint.batch in (0, 1):  # nothing to prove: see rewrite_empty and rewrite_single
         names = [g.name for g in private_gradients(record.joint)]
         if record.joint.batch == 1:
@@ -169,9 +175,10 @@ def run(graph: fx.Graph, record: Record) -> None:
 def _check_groups(options: Options, plan: Plan) -> None:
     """Bounds that move are those of all trainable parameters, so each of them must have a gradient. Where norms are
     estimated, the accountant was told how many groups there are."""
-    if options.norm_groups not in (None, len(plan.groups)):
+    held = options.held_probes
+    if held is not None and held.groups != len(plan.groups):
         raise Refusal(
-            f"epsilon was computed for norms that are estimated in {options.norm_groups} clipping group(s), and this "
+            f"epsilon was computed for norms that are estimated in {held.groups} clipping group(s), and this "
             f"step has {len(plan.groups)}: {', '.join(g.name for g in plan.groups[:5])}... Give the engine "
             f"groups={len(plan.groups)}"
         )
@@ -227,7 +234,9 @@ class FlashDPPass(CustomGraphPass):
         if self._options.debug or self._report is not None or rules is None:
             return None
         described = [(i.name, i.role) for i in self._inputs]
-        policy = [self._options.policy(), _place(self._options), _moving(self._options)]
+        held = self._options.held_probes
+        probes = None if held is None else [held.place, held.groups]
+        policy = [self._options.policy(), _place(self._options), _moving(self._options), probes]
         key = json.dumps([policy, described, rules, sources_digest(), versions()], sort_keys=True)
         return hashlib.sha256(key.encode()).hexdigest()
 

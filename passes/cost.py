@@ -166,11 +166,16 @@ def outer_cost(gradient: ParameterGradient, axes: Axes) -> Cost:
     return Cost(4 * s.B * s.T * s.d * s.p, 2 * _factors(s) + 4 * s.d * s.p, _factors(s), kernels)
 
 
+def sketch_kernel(s: LinearSizes, probes: int) -> Kernel:
+    """Both factors once through products with so many columns, in two halves each."""
+    return Kernel("sketch_sqnorm", 4 * s.B * s.T * probes * (s.d + s.p), _factors(s) + 16 * s.B * s.T * probes)
+
+
 def sketch_cost(gradient: ParameterGradient, axes: Axes, probes: int) -> Cost:
-    """Both factors once through products with so many columns, in two halves each; then the weighted product."""
+    """The estimate, then the weighted product."""
     s = linear_sizes(gradient, axes)
     device = device_of(gradient)
-    norm = Kernel("sketch_sqnorm", 4 * s.B * s.T * probes * (s.d + s.p), _factors(s) + 16 * s.B * s.T * probes)
+    norm = sketch_kernel(s, probes)
     weighted = linear_kernels(s, device)["outer"][1]
     return Cost(norm.flops + weighted.flops, norm.moved + _factors(s) + weighted.moved, _factors(s), (norm, weighted))
 

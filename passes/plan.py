@@ -70,8 +70,8 @@ def make_plan(
 ) -> Plan:
     """A choice for every gradient. A strategy that is asked for is taken wherever it applies.
 
-    `norm`: whether norms may be estimated, from so many `probes`: "auto" where that is faster, "hutchinson" or
-    "hutch++" wherever a layer is large enough, "exact" nowhere.
+    `norm`: whether norms may be estimated, from so many `probes`: "auto" where that tends to be faster, "hutchinson"
+    or "hutch++" wherever a layer is large enough, "exact" nowhere.
 
     `timed` measures what the cost model would predict: seconds of a strategy on factors, None where it cannot tell.
     """
@@ -83,8 +83,7 @@ def make_plan(
     members = {group.name: [g for name in group.members for g in by_name.pop(name, [])] for group in groups}
     choices = {
         name: tuple(
-            _choose(g, axes, norm_strategy, hints, _waits(own), timed, norm, estimates(norm, probes, g, axes))
-            for g in own
+            _choose(g, axes, norm_strategy, hints, _waits(own), timed, estimates(norm, probes, g, axes)) for g in own
         )
         for name, own in members.items()
     }
@@ -131,7 +130,6 @@ def _choose(
     hints: Mapping[sympy.Symbol, int],
     waits: bool,
     timed: Timer | None,
-    norm: str,
     estimated: tuple[Strategy, ...],
 ) -> Choice:
     """The strategy asked for, or the fastest; of those that hold few bytes, where they are held."""
@@ -142,8 +140,7 @@ def _choose(
     if timed is not None and is_linear(gradient, axes):
         factors = linear_factors(gradient, axes, lambda size: round(evaluate(size, hints)))
         seconds |= {s.name: found for s, _ in options if (found := timed(s, factors)) is not None}
-    asked = [o for o in options if o[0].name == norm_strategy or o[0].name == norm]
-    asked.sort(key=lambda o: o[0].name != norm)
+    asked = [o for o in options if o[0] in estimated] or [o for o in options if o[0].name == norm_strategy]
     kept = [o for o in options if not waits or held[o[0].name] <= HOLD_AT_MOST * min(held.values())]
     strategy, cost = asked[0] if asked else min(kept, key=lambda o: seconds[o[0].name])
     return Choice(gradient, strategy, cost, seconds)

@@ -44,8 +44,8 @@ class Mechanism:
     grad_scaler: int | None = None
     """The place of the loss's GradScaler in runtime/scaling.py."""
     bounds: MovingBounds | None = None
-    held_probes: bool = False
-    """Whether all backward passes of a logical batch estimate norms by the same probes."""
+    held_probes: int | None = None
+    """The place in runtime/probe_keys.py of the probes that all backward passes of a logical batch have in common."""
 
     @property
     def divides_by_batch(self) -> bool:

@@ -275,19 +275,19 @@ class _Proof:
 
     def _probes(self) -> None:
         """Norms are estimated where the options allow it: from enough probes, drawn anew, no two from the same ones."""
-        drawn, guarantee = {d.by: d for d in self.reader.drawn}, self.guarantee
+        drawn, guarantee = self.reader.drawn, self.guarantee
         if drawn and guarantee.norm == "exact":
-            raise NotProved(f"{', '.join(map(str, drawn))}: norms are estimated, and the options ask for exact ones")
+            raise NotProved(f"{drawn[0].by}: norms are estimated, and the options ask for exact ones")
         if len(self.probes) != bool(drawn):
-            raise NotProved(f"probes are drawn by {self.probes}, for the norms {list(drawn)}")
+            raise NotProved(f"probes are drawn by {self.probes}, for the norms {[d.by for d in drawn]}")
         for key in self.probes:
             if key.args[1:] != (guarantee.seed, guarantee.held_probes) or key.args[0] not in self.backward:
                 raise NotProved("probes are those of another run, or of an earlier release")
-        if any([d.key] != self.probes for d in drawn.values()):
+        if any([d.key] != self.probes or _device(d.key) != _device(d.by) for d in drawn):
             raise NotProved("norms are estimated from other numbers than the probes of this release")
-        if any(type(d.probes) is not int or d.probes < guarantee.probes for d in drawn.values()):
+        if any(type(d.probes) is not int or d.probes < guarantee.probes for d in drawn):
             raise NotProved(f"norms are estimated from fewer than {guarantee.probes} probes")
-        streams = [stream for d in drawn.values() for stream in d.streams]
+        streams = [stream for d in drawn for stream in d.streams]
         if not all(type(s) is int and 0 <= s < 2**32 for s in streams) or len(set(streams)) < len(streams):
             raise NotProved(f"norms are estimated from probes that are not their own: {streams}")
 
@@ -306,6 +306,10 @@ def _downstream(graph: fx.Graph, sources: Iterable[fx.Node]) -> set[fx.Node]:
         if any(n in found for n in node.all_input_nodes):
             found.add(node)
     return found
+
+
+def _device(node: fx.Node) -> torch.device:
+    return node.meta["val"].device
 
 
 def _is_pure(node: fx.Node) -> bool:

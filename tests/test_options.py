@@ -31,7 +31,7 @@ FIELDS = [
     "bound_scales",
     "norm",
     "probes",
-    "norm_groups",
+    "held_probes",
     "norm_strategy",
     "autotune",
     "compiler",

@@ -63,6 +63,7 @@ class PoissonSampler(Sampler[list[int]]):
         physical_batch_size: int | None = None,
         cap: int | None = None,
         seed: int | None = None,
+        least: int = 1,
     ) -> None:
         self.sample_size = integer("sample_size", sample_size, 1)
         self.sample_rate = rate("sample_rate", sample_rate)
@@ -71,6 +72,9 @@ class PoissonSampler(Sampler[list[int]]):
         self.cap = integer("cap", cap, 1, optional=True)
         self.seed = integer("seed", seed, 0, optional=True)
         self.steps_done = 0
+        self._least = integer("least", least, 1)
+        if self._least > (self.physical_batch_size or self._least):
+            raise not_allowed("physical_batch_size", physical_batch_size, f"at least {least}, or None")
         self._record: deque[MicroBatch] = deque()
         if self.seed is not None:
             _warn_once("a seed draws the samples: whoever knows it knows who took part; give none outside tests")
@@ -90,8 +94,7 @@ class PoissonSampler(Sampler[list[int]]):
     def _micro_batches(self, record: deque[MicroBatch]) -> Iterator[list[int]]:
         for step in range(self.steps_done, self.steps):
             drawn = logical_batch(self.sample_size, self.sample_rate, self.cap, generator(self.seed, step))
-            size = self.physical_batch_size or self.sample_size
-            parts = [drawn[start : start + size] for start in range(0, len(drawn), size)] or [[]]
+            parts = _cut(drawn, self.physical_batch_size or self.sample_size, self._least)
             for number, part in enumerate(parts, 1):
                 record.append(MicroBatch(len(part), number == len(parts)))
                 yield part
@@ -148,6 +151,16 @@ class PoissonSampler(Sampler[list[int]]):
             raise not_allowed(_STEPS_DONE, done, f"at most steps, {self.steps}")
         self.steps_done = done
         self._record = deque()
+
+
+def _cut(drawn: list[int], size: int, least: int) -> list[list[int]]:
+    """Parts of at most `size`, and at least `least` where that can be: the last takes from the one before it."""
+    parts = [drawn[start : start + size] for start in range(0, len(drawn), size)] or [[]]
+    missing = least - len(parts[-1])
+    if len(parts) > 1 and missing > 0 and len(parts[-2]) - missing >= least:
+        parts[-1] = parts[-2][-missing:] + parts[-1]
+        parts[-2] = parts[-2][:-missing]
+    return parts
 
 
 def _seed_check(seed: int | None) -> int | None:

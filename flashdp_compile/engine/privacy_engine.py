@@ -26,6 +26,7 @@ from flashdp_compile.engine.plan import make_plan
 from flashdp_compile.engine.steps import Steps
 from flashdp_compile.errors import OptionError
 from flashdp_compile.options import Options
+from flashdp_compile.runtime.probe_keys import HeldProbes
 
 FORMAT = 1
 UNLIMITED = 2**31 - 1  # steps of a loader
@@ -36,7 +37,7 @@ OWN = (  # options that follow from arguments
     "expected_batch_size",
     "noise_at",
     "bound_scales",
-    "norm_groups",
+    "held_probes",
     "seed",
     "grad_scaler",
 )
@@ -135,10 +136,14 @@ class PrivacyEngine:
             norms=norms,
         )
         self._bounds = None if bounds is None else MovingBounds(bounds, self.expected_batch_size)
+        probes = None
+        if norm_groups is not None:
+            parsed = Options.parse(self._options)
+            probes = HeldProbes(parsed.norm, parsed.probes, norm_groups, self.seed)
         self._options |= {
             "noise_multiplier": self.plan.sigma(0),
             "bound_scales": None if self._bounds is None else self._bounds.state,
-            "norm_groups": norm_groups,
+            "held_probes": probes,
         }
         if (options or {}).get("loss_reduction", "mean") != "mean":
             raise OptionError(
@@ -148,7 +153,7 @@ class PrivacyEngine:
         self.noise = choice("noise", noise, tuple(NOISES))
         self._budget = Budget(self.plan, None if journal is None else Journal(journal, self._configuration()))
         self._begin_bounds(None)
-        self._steps = Steps(self._budget, NOISES[self.noise](self.seed), self.micro_batches, self._bounds)
+        self._steps = Steps(self._budget, NOISES[self.noise](self.seed), self.micro_batches, self._bounds, probes)
         if self.noise == "philox":
             _log.warning(
                 "flashdp: noise='philox' is no cryptographic generator: whoever can predict it can subtract it"
@@ -225,6 +230,7 @@ class PrivacyEngine:
             physical_batch_size=physical_batch_size,
             cap=how.cap if isinstance(how, TruncatedPoisson) else None,
             seed=self.seed,
+            least=2 if self.plan.norms else 1,  # a graph of one sample has exact norms
         )
         loader = EngineLoader(
             dataset, sampler, pad=pad, read_ahead=read_ahead, begins=self._steps.begin, **dataloader_options
@@ -262,7 +268,7 @@ class PrivacyEngine:
             "bounds": None if self._bounds is None else self._bounds.told(),
             "sampling": repr(self.plan.sampling),
             "steps": self.plan.steps,
-            "norms": _plain(self.plan.norms),
+            **({"norms": _plain(self.plan.norms)} if self.plan.norms else {}),
             "noise": self.noise,
             "seed": self.seed,
         }

@@ -14,8 +14,8 @@ from flashdp_compile.engine.budget import Budget
 from flashdp_compile.engine.loader import EngineLoader
 from flashdp_compile.engine.noise import Noise
 from flashdp_compile.errors import UnprotectedGradientError
-from flashdp_compile.runtime import probe_keys
 from flashdp_compile.runtime.logical import LogicalBatch, Sum
+from flashdp_compile.runtime.probe_keys import HeldProbes
 from flashdp_compile.runtime.release import Release
 
 STREAMS = 1 << 20  # of one optimizer
@@ -26,10 +26,17 @@ class Steps:
     """The steps of one run. `noise` is one of those in noise.py; without a `loader`, `micro_batches` backward passes
     make a logical batch. `stepped`: whether the last call took a step, or kept the sum of a micro-batch."""
 
-    def __init__(self, budget: Budget, noise: Noise, micro_batches: int, bounds: MovingBounds | None) -> None:
+    def __init__(
+        self,
+        budget: Budget,
+        noise: Noise,
+        micro_batches: int,
+        bounds: MovingBounds | None,
+        probes: HeldProbes | None,
+    ) -> None:
         self.noise, self.stepped = noise, False
         self.loader: EngineLoader | None = None
-        self._budget, self._micro_batches, self._bounds = budget, micro_batches, bounds
+        self._budget, self._micro_batches, self._bounds, self._probes = budget, micro_batches, bounds, probes
         self._attached: weakref.WeakKeyDictionary[Optimizer, LogicalBatch] = weakref.WeakKeyDictionary()
         self._numbers = 0
         self._accounted: set[Release] = set()  # the backward passes of the last step
@@ -41,7 +48,7 @@ class Steps:
     def attach(self, optimizer: Optimizer, divisor: float) -> Callable[[Callable[[], Any]], None]:
         """What takes the place of the optimizer's own step, and is given that."""
         self._attached[optimizer] = logical = LogicalBatch(
-            optimizer, divisor, None if self._bounds is None else self._bounds.state
+            optimizer, divisor, None if self._bounds is None else self._bounds.state, self._probes
         )
         number, self._numbers = self._numbers, self._numbers + 1
         return lambda original: self._step(number, logical, original)
@@ -94,7 +101,8 @@ class Steps:
         last = left is not None and left <= 1  # behind which nothing is scheduled
         factor = 1.0 if self._bounds is None or last else self._bounds.scheduled(self._budget.steps_done + 1)
         self._budget.spend()
-        probe_keys.KEYS.advance()  # norms of the next release are estimated from other probes
+        if self._probes is not None:
+            self._probes.move()
         self._accounted, self._drawn = set(releases), {number}
         if self._bounds is not None:
 
@@ -124,6 +132,8 @@ class Steps:
                 wrong = f"a step is made of {self._micro_batches} (micro_batches)"
         if not wrong and whole and self._bounds is not None:
             wrong = self._bounds.wrong(releases, logical.parameters())
+        if not wrong and not set(releases) <= self._accounted:
+            wrong = self._spent_probes(releases)
         if wrong:
             raise UnprotectedGradientError(
                 f"this step holds {len(releases)} backward passes through the compiled model, but {wrong}. A trainer "
@@ -133,6 +143,15 @@ class Steps:
         if whole and self.loader is not None:
             logical.used = places[-1] + 1
         return releases if whole else []
+
+    def _spent_probes(self, releases: Sequence[Release]) -> str:
+        """What is wrong with backward passes whose probes were not those of this step alone."""
+        if self._probes is None or all(release.probes == self._probes.moves for release in releases):
+            return ""
+        return (
+            "another step of this engine has been taken since, which has used up the probes that norms were estimated "
+            "with: take each step before the next model's backward"
+        )
 
     def _forget(self, logical: LogicalBatch) -> None:
         """Begins anew with what the loader hands out next."""

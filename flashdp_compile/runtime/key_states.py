@@ -23,11 +23,12 @@ __all__ = ["KeyStates"]
 
 class KeyStates:
     """The states for one purpose. `domain` names it, so that equal seeds give different keys to different purposes;
-    `alike` says whether equal seeds give equal keys on all devices."""
+    `alike`: all devices have the same keys, with a seed or without, as long as they are held and advanced together."""
 
     def __init__(self, domain: str, alike: bool = False) -> None:
         self._domain, self._alike = domain.encode(), alike
         self.states: dict[tuple[torch.device, int | None], Tensor] = {}
+        self._advanced, self._entropy = 0, os.urandom(16)
         self._lock = threading.Lock()
         _known.add(self)
 
@@ -40,7 +41,9 @@ class KeyStates:
         with real_tensors(), torch.inference_mode(False), self._lock:
             place = torch.empty(0, device=device).device  # as tensors name it: "cuda" becomes "cuda:0" or the current
             if (place, seed) not in self.states:
-                self.states[place, seed] = self.fresh(place, seed).to(place)
+                state = self.fresh(place, seed)
+                state[1] += self._advanced
+                self.states[place, seed] = state.to(place)
 
     def draw(self, device: torch.device, seed: int | None, hold: bool = False) -> Tensor:
         """The next [key, step], int64 [2]; with `hold` the same again until `advance`.
@@ -62,6 +65,7 @@ class KeyStates:
     def advance(self) -> None:
         """Lets all states go on, those whose keys are held as well."""
         with self._lock:
+            self._advanced += 1
             for state in self.states.values():
                 state[1] += 1
 
@@ -71,13 +75,14 @@ class KeyStates:
         In place, as compiled code and captured CUDA graphs refer to the tensors.
         """
         with self._lock:
+            self._advanced, self._entropy = 0, os.urandom(16)
             for (device, seed), state in self.states.items():
                 state.copy_(self.fresh(device, seed))
 
     def fresh(self, device: torch.device, seed: int | None) -> Tensor:
         """[key, first step]: the key any 64 bits, the step below 2^62, so that it never overflows."""
         if seed is None:
-            entropy = os.urandom(16)
+            entropy = self._entropy if self._alike else os.urandom(16)
         else:
             parts = (self._domain, *([] if self._alike else [str(device).encode()]), str(seed).encode())
             entropy = hashlib.sha256(b"\0".join(parts)).digest()[:16]
@@ -88,6 +93,7 @@ class KeyStates:
     def after_fork(self) -> None:
         """A child must not draw what its parent draws. CUDA states are of no use in a child and are left alone."""
         self._lock = threading.Lock()  # another thread of the parent may have held it
+        self._entropy = os.urandom(16)
         for (device, seed), state in self.states.items():
             if seed is None and device.type == "cpu":
                 state.copy_(self.fresh(device, seed))

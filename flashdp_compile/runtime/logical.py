@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from flashdp_compile.runtime.bounds import BoundScales
 from flashdp_compile.runtime.check import examine, refuse
+from flashdp_compile.runtime.probe_keys import HeldProbes
 from flashdp_compile.runtime.release import LEDGER, Owed, Release, ReleaseInfo
 from flashdp_compile.runtime.watch import Content, Fault, Watch, find
 
@@ -31,11 +32,18 @@ class LogicalBatch:
     """What the backward passes since the last release have left for the parameters of one optimizer.
 
     `divisor` is what their sums must have been divided by, `bounds` are those that they must have been clipped to if
-    bounds move. `used` counts the batches of a loader that are behind it, for whoever draws samples.
+    bounds move, and `probes` those that norms must have been estimated with, None if norms must be exact. `used` counts
+    the batches of a loader that are behind it, for whoever draws samples.
     """
 
-    def __init__(self, optimizer: Optimizer, divisor: float, bounds: BoundScales | None = None) -> None:
-        self._optimizer, self.divisor, self.bounds = weakref.ref(optimizer), divisor, bounds
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        divisor: float,
+        bounds: BoundScales | None = None,
+        probes: HeldProbes | None = None,
+    ) -> None:
+        self._optimizer, self.divisor, self.bounds, self.probes = weakref.ref(optimizer), divisor, bounds, probes
         self.used = 0
 
     def releases(self) -> list[Release]:
@@ -74,7 +82,7 @@ class LogicalBatch:
             watched.content = Content(gradient, release, None, ())
 
     def _ours(self, owed: Owed) -> bool:
-        return owed.divisor == self.divisor and owed.bounds is self.bounds
+        return owed.divisor == self.divisor and owed.bounds is self.bounds and owed.probes is self.probes
 
     def parameters(self) -> list[Tensor]:
         """Those for which sums are held."""

@@ -161,6 +161,8 @@ def _released(
         return None
     if info.owed.bounds is not None:
         release.moved = info.owed.bounds.take()
+    if info.owed.probes is not None:
+        release.probes = info.owed.probes.moves
     passed_on = list(grad_inputs)
     taken = set[int]()
     for index, _, watched in arrived:

@@ -13,18 +13,21 @@ from dataclasses import dataclass, field
 
 from flashdp_compile.compat import backward_number
 from flashdp_compile.runtime.bounds import BoundScales, Moved
+from flashdp_compile.runtime.probe_keys import HeldProbes
 
 
 @dataclass(frozen=True)
 class Owed:
     """The noise that clipped sums lack: sigma `sensitivity` / `divisor` is its standard deviation. `sensitivity` bounds
     what one sample adds to the undivided sums of all parameters together. `reused`: the memory of gradients is used
-    again by the next backward, as CUDA graphs do. `bounds`: how far clipping bounds have moved."""
+    again by the next backward, as CUDA graphs do. `bounds`: how far clipping bounds have moved. `probes`: those that
+    norms were estimated with."""
 
     sensitivity: float
     divisor: float
     reused: bool = False
     bounds: BoundScales | None = None
+    probes: HeldProbes | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +47,8 @@ class ReleaseInfo:
 @dataclass(eq=False, slots=True)
 class Release:
     """One run of a compiled backward. `peers` are all releases of the same call of backward(), this one included.
-    `batch` is what `Ledger.batch` was at the forward, `moved` what it had of bounds that move."""
+    `batch` is what `Ledger.batch` was at the forward, `moved` what it had of bounds that move, `probes` how many
+    releases had used up probes before it."""
 
     info: ReleaseInfo
     number: int
@@ -53,6 +57,7 @@ class Release:
     peers: list["Release"] = field(repr=False)
     batch: Mapping[int, int] = field(default_factory=dict)
     moved: Moved | None = None
+    probes: int | None = None
 
 
 class Ledger:

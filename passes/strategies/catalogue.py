@@ -7,7 +7,7 @@ from flashdp_compile.passes.strategies.base import Strategy
 from flashdp_compile.passes.strategies.embedding import EMBEDDING, TIED
 from flashdp_compile.passes.strategies.linear import GRAM, OUTER, STORE
 from flashdp_compile.passes.strategies.materialize import MATERIALIZE
-from flashdp_compile.passes.strategies.sketch import hutchinson, hutchplusplus, pays, tied_hutchinson
+from flashdp_compile.passes.strategies.sketch import hutchinson, hutchplusplus, pays, tied_hutchinson, worthwhile
 
 STRATEGIES: tuple[Strategy, ...] = (GRAM, OUTER, STORE, EMBEDDING, TIED, MATERIALIZE)
 NAMES = tuple(dict.fromkeys(strategy.name for strategy in STRATEGIES))  # what the option norm_strategy may ask for
@@ -20,11 +20,16 @@ def candidates(gradient: ParameterGradient, axes: Axes) -> tuple[Strategy, ...]:
 
 
 def estimates(norm: str, probes: int, gradient: ParameterGradient, axes: Axes) -> tuple[Strategy, ...]:
-    """The strategies that may estimate a gradient's norm under the option `norm`; none for a small layer."""
+    """The strategies that estimate a gradient's norm under the option `norm`; none for a small layer.
+
+    Nothing but the layer's own widths and the number of probes may have a say: a sample's weight must not depend on how
+    many others are there, nor on how long they are.
+    """
     found = {
         "exact": (),
         "auto": (hutchinson(probes), tied_hutchinson(probes)),
         "hutchinson": (hutchinson(probes), tied_hutchinson(probes)),
         "hutch++": (hutchplusplus(probes),),
     }[norm]
-    return tuple(s for s in found if s.applies(gradient, axes) and pays(gradient, axes, probes))
+    large = worthwhile if norm == "auto" else pays
+    return tuple(s for s in found if s.applies(gradient, axes) and large(gradient, axes, probes))

@@ -6,15 +6,25 @@ Each gradient has streams of its own under the one key of the release, so that n
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor
 
 from flashdp_compile.kernels.guard import SLACK
 from flashdp_compile.passes.axes.engine import Axes
-from flashdp_compile.passes.cost import Cost, linear_sizes, sketch_cost, tied_sketch_cost
+from flashdp_compile.passes.cost import (
+    Cost,
+    device_of,
+    linear_kernels,
+    linear_sizes,
+    sketch_cost,
+    sketch_kernel,
+    tied_sketch_cost,
+)
 from flashdp_compile.passes.emit import Emitter
 from flashdp_compile.passes.points import ParameterGradient
 from flashdp_compile.passes.strategies.base import Prepared, Strategy
@@ -35,6 +45,20 @@ def pays(gradient: ParameterGradient, axes: Axes, probes: int) -> bool:
     """Whether an estimate takes less than half of the multiplications that the layer's products take."""
     s = linear_sizes(gradient, axes)
     return bool(2 * probes * (s.d + s.p) < s.d * s.p)
+
+
+NOMINAL = 16, 1024  # samples and tokens for which `worthwhile` is asked, whatever there are
+
+
+def worthwhile(gradient: ParameterGradient, axes: Axes, probes: int) -> bool:
+    """Whether an estimate is predicted to be faster than exact norms, for batches of nominal size."""
+    B, T = map(sympy.Integer, NOMINAL)
+    sizes = replace(linear_sizes(gradient, axes), B=B, T=T)
+    device = device_of(gradient)
+    exact = linear_kernels(sizes, device)
+    estimate = sketch_kernel(sizes, probes), exact["outer"][1]
+    fastest = min(device.seconds(kernels) for kernels in exact.values())
+    return pays(gradient, axes, probes) and bool(device.seconds(estimate) < fastest)
 
 
 @cache

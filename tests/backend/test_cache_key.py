@@ -9,6 +9,7 @@ from flashdp_compile.passes.axes import registry
 from flashdp_compile.passes.inputs import Input
 from flashdp_compile.pipeline import FlashDPPass
 from flashdp_compile.runtime.bounds import BoundScales
+from flashdp_compile.runtime.probe_keys import HeldProbes
 
 INPUTS = (Input("x", "sample"), Input("a.weight", "parameter"))
 OTHERS = {
@@ -26,7 +27,7 @@ OTHERS = {
     "bound_scales": BoundScales(),
     "norm": "hutchinson",
     "probes": 32,
-    "norm_groups": 2,
+    "held_probes": HeldProbes("exact", 64, 1),
     "norm_strategy": "gram",
     "autotune": True,
     "compiler": "eager",
@@ -49,8 +50,9 @@ def test_every_option_is_listed_here():
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_every_option_changes_the_key(name):
-    beside = {"expected_batch_size": 5} if name in ("noise_at", "bound_scales") else {}  # which it asks for
-    beside |= {"noise_at": "step"} if name == "bound_scales" else {}
+    asks = name in ("noise_at", "bound_scales", "held_probes")
+    beside = {"expected_batch_size": 5} if asks else {}
+    beside |= {"noise_at": "step"} if name in ("bound_scales", "held_probes") else {}
     assert key(**{name: OTHERS[name], **beside}) != key(**beside)
 
 

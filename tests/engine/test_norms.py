@@ -5,9 +5,8 @@ import torch
 from torch import nn
 
 from engine.runs import backward, copies, moved
-from flashdp_compile import OptionError, PrivacyEngine, Refusal, accounting
+from flashdp_compile import OptionError, PrivacyEngine, Refusal, UnprotectedGradientError, accounting
 from flashdp_compile.engine.bounds import Quantile
-from flashdp_compile.runtime import probe_keys
 
 RUN = {"target_delta": 1e-5, "expected_batch_size": 8, "sample_size": 800, "steps": 50}
 ESTIMATED = {"options": {"norm": "hutchinson", "probes": 16, "compiler": "eager"}}
@@ -63,17 +62,14 @@ def test_auto_is_accounted_for_as_if_all_were_estimated():
 
 def test_the_probes_of_a_logical_batch_are_the_same_in_every_micro_batch():
     steps = []
-    for parts in (1, 4):
-        engine, model, compiled, optimizer = silent(parts)
-        torch.manual_seed(0)
-        probe_keys.KEYS.prepare("cpu", None)
-        probe_keys.KEYS.states[torch.device("cpu"), None].copy_(torch.tensor([7, 9]))
+    for parts in (1, 3):
+        engine, model, compiled, optimizer = silent(parts, seed=3)
         before = copies(model)
         for rows in samples().tensor_split(parts):
             backward(compiled, rows)
             optimizer.step()
         steps.append(torch.cat([change.flatten() for change in moved(model, before)]))
-        assert probe_keys.KEYS.states[torch.device("cpu"), None].tolist() == [7, 10], "one step has been taken"
+        assert engine._steps._probes.moves == 1, "one step has been taken"
     # each part's mean is over fewer samples, and backward is called on means
     torch.testing.assert_close(steps[0], steps[1], rtol=1e-4, atol=1e-7)
 
@@ -103,12 +99,61 @@ def test_the_next_step_has_other_probes():
         ({"cap": 20}, "not covered"),
         ({"sampling": accounting.WithoutReplacement(8, 800)}, "not covered"),
         ({"options": {"norm": "exact"}, "groups": 2}, "no use with norm='exact'"),
-        ({"options": {"norm_groups": 2}}, "the engine's own"),
+        ({"options": {"held_probes": 2}}, "the engine's own"),
     ],
 )
 def test_what_has_no_accountant_is_refused(settings, words):
     with pytest.raises(OptionError, match=words):
         PrivacyEngine(**{**RUN, "target_epsilon": 2.0, **ESTIMATED, **settings})
+
+
+def test_a_batch_of_one_sample_is_refused():
+    """Its norm would be exact: whoever is there would decide by what norm another is clipped."""
+    engine, model, compiled, optimizer = silent()
+    with pytest.raises(Refusal, match="a batch of one sample, and norm='hutchinson'"):
+        backward(compiled, samples()[:1])
+    assert engine.steps_done == 0
+
+
+def test_a_loader_leaves_no_sample_alone():
+    engine = PrivacyEngine(**{**RUN, "steps": 30}, noise_multiplier=1.0, **ESTIMATED)
+    loader = engine.data_loader(torch.utils.data.TensorDataset(torch.zeros(800, 90)), physical_batch_size=4)
+    sizes = [len(rows) for (rows,) in loader]
+    assert max(sizes) == 4 and sum(size == 1 for size in sizes) <= 1, "but a logical batch may be one sample"
+    with pytest.raises(OptionError, match="physical_batch_size=1 .*allowed: at least 2"):
+        engine.data_loader(torch.utils.data.TensorDataset(torch.zeros(800, 90)), physical_batch_size=1)
+
+
+def test_two_models_must_not_have_the_same_probes():
+    """Each of two steps is accounted for as if its probes were its own."""
+    engine, model, compiled, optimizer = silent()
+    other = wide()
+    second = engine.attach(torch.optim.SGD(other.parameters(), lr=1.0))
+    backward(compiled, samples())
+    backward(engine.compile(other), samples())
+    optimizer.step()
+    with pytest.raises(UnprotectedGradientError, match="used up the probes"):
+        second.step()
+    backward(engine.compile(other), samples())
+    second.step()
+    assert engine.steps_done == 2
+
+
+@pytest.mark.parametrize("options", [{}, {"norm": "hutchinson", "probes": 32}, {"norm": "hutch++", "probes": 16}])
+def test_a_model_that_was_compiled_for_other_norms_is_refused(options):
+    engine, model, _, optimizer = silent()
+    other, *_ = silent(options={"compiler": "eager", **options})
+    backward(other.compile(model), samples())
+    with pytest.raises(UnprotectedGradientError):
+        optimizer.step()
+    assert engine.steps_done == 0
+
+
+def test_estimates_owe_their_noise_to_an_engine_alone():
+    settings = {"norm": "hutchinson", "probes": 16, "compiler": "eager", "noise_at": "step", "expected_batch_size": 8}
+    compiled = torch.compile(wide(), backend="flashdp", options=settings)
+    with pytest.raises(Refusal, match="noise_at='step' is for a PrivacyEngine"):
+        compiled(samples())
 
 
 @pytest.mark.parametrize("groups", [1, 3])

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from flashdp_compile.runtime import noise, probe_keys
+from flashdp_compile.runtime.probe_keys import HeldProbes
 
 ANCHOR = torch.zeros(1)
 
@@ -14,8 +15,8 @@ def fresh_states(monkeypatch):
     monkeypatch.setattr(probe_keys.KEYS, "states", {})
 
 
-def draw(seed=None, hold=False):
-    return tuple(torch.ops.flashdp.draw_probe_key(ANCHOR, seed, hold).tolist())
+def draw(seed=None, place=None):
+    return tuple(torch.ops.flashdp.draw_probe_key(ANCHOR, seed, place).tolist())
 
 
 @pytest.mark.parametrize("seed", [None, 7])
@@ -24,16 +25,24 @@ def test_every_draw_is_new(seed):
 
 
 def test_held_keys_stay_until_the_release():
-    first = draw(hold=True)
-    assert draw(hold=True) == first
-    probe_keys.KEYS.advance()
-    second = draw(hold=True)
-    assert second != first == (second[0], second[1] - 1)
+    held, other = (HeldProbes("hutchinson", 16, 1) for _ in range(2))
+    first, beside = draw(place=held.place), draw(place=other.place)
+    draw(), other.move()
+    assert draw(place=held.place) == first and draw(place=other.place) == (beside[0], beside[1] + 1)
+    held.move()
+    assert draw(place=held.place) == (first[0], first[1] + 1) and held.moves == 1
+    assert first[0] != beside[0], "each engine has its own"
 
 
-def test_equal_seeds_give_equal_keys_on_all_devices():
+@pytest.mark.parametrize("seed", [None, 7])
+def test_all_devices_of_an_engine_have_the_same_probes(seed):
+    keys = HeldProbes("hutchinson", 16, 1, seed).keys
     devices = [torch.device(name) for name in ("cpu", "cuda:0", "cuda:1")]
-    assert len({tuple(probe_keys.KEYS.fresh(device, 7).tolist()) for device in devices}) == 1
+    assert len({tuple(keys.fresh(device, seed).tolist()) for device in devices}) == 1
+    keys.prepare("cpu", seed)
+    keys.advance()
+    keys.prepare("meta", seed)  # later, and where the others are
+    assert keys._advanced == 1
 
 
 def test_a_seed_gives_probes_and_noise_different_keys():
@@ -44,5 +53,5 @@ def test_a_seed_gives_probes_and_noise_different_keys():
 
 def test_the_operator_is_declared_correctly():
     op = torch.ops.flashdp.draw_probe_key.default
-    torch.library.opcheck(op, (ANCHOR, 7, True), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(op, (ANCHOR, 7, None), test_utils=("test_schema", "test_faketensor"))
     assert torch.Tag.nondeterministic_seeded in op.tags
