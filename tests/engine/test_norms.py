@@ -7,6 +7,8 @@ from torch import nn
 from engine.runs import backward, copies, moved
 from flashdp_compile import OptionError, PrivacyEngine, Refusal, UnprotectedGradientError, accounting
 from flashdp_compile.engine.bounds import Quantile
+from flashdp_compile.engine.norms import accounted_norms
+from flashdp_compile.options import Options
 
 RUN = {"target_delta": 1e-5, "expected_batch_size": 8, "sample_size": 800, "steps": 50}
 ESTIMATED = {"options": {"norm": "hutchinson", "probes": 16, "compiler": "eager"}}
@@ -32,32 +34,28 @@ def silent(micro_batches: int = 1, **settings):
 
 def test_the_noise_pays_for_what_estimates_miss():
     plain, estimated = (PrivacyEngine(**RUN, target_epsilon=2.0, **more) for more in ({}, ESTIMATED))
-    run = {"target_epsilon": 2.0, "delta": 1e-5, "steps": 50, "sample_rate": 0.01}
-    assert estimated.noise_multiplier == accounting.noise_multiplier(**run, norm="hutchinson", probes=16)
-    assert estimated.noise_multiplier > 1.2 * plain.noise_multiplier
     assert plain.inflation() == 1
     ratio = estimated.noise_multiplier / plain.noise_multiplier
-    assert estimated.inflation() == pytest.approx(ratio, rel=1e-3)
+    assert ratio > 1.2 and estimated.inflation() == pytest.approx(ratio, rel=1e-3)
     assert estimated.plan.epsilon(50) <= 2.0 < estimated.plan.epsilon(51)
 
 
-def test_groups_have_probes_of_their_own():
-    grouped = PrivacyEngine(**RUN, target_epsilon=2.0, clipping="per_layer", groups=2, **ESTIMATED)
-    run = {"target_epsilon": 2.0, "delta": 1e-5, "steps": 50, "sample_rate": 0.01, "norm": "hutchinson", "probes": 16}
-    assert grouped.noise_multiplier == accounting.noise_multiplier(**run, groups=2)
+def accounted(groups=None, bounds=None, **options):
+    norms, count = accounted_norms(Options(**{"norm": "hutchinson", "probes": 16, **options}), groups, bounds)
+    return norms, count
+
+
+def test_what_the_accountant_is_told():
+    assert accounted(norm="exact") == ({}, None)
+    assert accounted() == ({"norm": "hutchinson", "probes": 16, "groups": 1}, 1)
+    assert accounted(norm="hutch++")[0]["norm"] == "hutch++"
+    assert accounted(norm="auto") == accounted(), "some layers are estimated, others cost nothing more"
+    assert accounted(3, clipping="per_layer") == ({"norm": "hutchinson", "probes": 16, "groups": 3}, 3)
 
 
 def test_the_count_of_norms_is_a_group_of_its_own():
-    moving = PrivacyEngine(**RUN, target_epsilon=2.0, bounds=Quantile(share=0.04), **ESTIMATED)
-    run = {"target_epsilon": 2.0, "delta": 1e-5, "steps": 50, "sample_rate": 0.01, "norm": "hutchinson", "probes": 16}
-    expected = accounting.noise_multiplier(**run, groups=[0.96**0.5, 0.2])
-    assert moving.noise_multiplier == pytest.approx(expected, rel=1e-9)
-
-
-def test_auto_is_accounted_for_as_if_all_were_estimated():
-    runs = [{"norm": norm, "probes": 16, "compiler": "eager"} for norm in ("auto", "hutchinson", "hutch++")]
-    found = {PrivacyEngine(**RUN, target_epsilon=2.0, options=options).noise_multiplier for options in runs}
-    assert len(found) == 1
+    norms, count = accounted(2, Quantile(share=0.04), clipping="per_layer")
+    assert count == 2 and norms["groups"] == pytest.approx([0.48**0.5, 0.48**0.5, 0.2])
 
 
 def test_the_probes_of_a_logical_batch_are_the_same_in_every_micro_batch():
