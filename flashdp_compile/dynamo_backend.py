@@ -81,10 +81,10 @@ def _compile(
         clipping.prepare(device)
         if options.noise_in_graph > 0:
             noise.KEYS.prepare(device, options.seed)
-        if options.norm != "exact":
-            probe_keys.KEYS.prepare(device, options.seed)
         if options.held_probes is not None:
             options.held_probes.prepare(device)
+        elif options.norm != "exact":
+            probe_keys.KEYS.prepare(device, options.seed)
     _refuse_foreign_hooks()
     label = compat.graph_label(gm)
     rewriting = FlashDPPass(inputs, options, report(options.debug_folder, label))

@@ -35,8 +35,8 @@ class Explanation:
             parts += ["PARAMETERS", dump.points_table(record.gradients)]
         if record.plan is not None and record.plan.choices:
             parts += ["PLAN", dump.plan_table(record.plan)]
-        if self.prices:
-            parts += ["ESTIMATED NORMS, BY THEIR PROBES", dump.prices_table(self.prices)]
+        if prices := self.prices:
+            parts += ["ESTIMATED NORMS, BY THEIR PROBES", dump.prices_table(prices)]
         parts += ["ASSUMPTIONS", "\n".join(f"- {a}" for a in self.assumptions)]
         parts += ["REFUSED" if self.refusal else "ACCEPTED", str(self.refusal or self._accepted())]
         return "\n\n".join(parts)
@@ -67,8 +67,8 @@ class Explanation:
         found: dict[str, Any] = {"refusal": str(self.refusal) if self.refusal else None}
         if record.joint is not None and record.axes is not None and record.plan is not None:
             found |= dump.as_json(record.joint, record.axes, record.gradients, record.plan, record.options.batch_dim)
-        if self.prices:
-            found["estimates"] = [price._asdict() for price in self.prices]
+        if prices := self.prices:
+            found["estimates"] = [price._asdict() for price in prices]
         return found | {"assumptions": list(self.assumptions)}
 
     def to_json(self) -> str:
@@ -137,9 +137,8 @@ def _assumptions(record: Record) -> tuple[str, ...]:
     if record.options.expected_batch_size is None and record.options.loss_reduction == "mean":
         found.append("the batch's own size divides the sum, so it must be public (fixed-size batches)")
     if record.options.norm != "exact":
-        estimate = "hutchinson" if record.options.norm == "auto" else record.options.norm
         found.append(
-            f"norms are estimated, so epsilon is that of accounting.epsilon(norm={estimate!r}, "
+            f"norms are estimated, so epsilon is that of accounting.epsilon(norm={record.options.accounted_norm!r}, "
             f"probes={record.options.probes}, groups=...), and probes must not be known before the data"
         )
     found.append("loss values and outputs that the program sees, prints or logs are not protected, gradients are")

@@ -41,6 +41,7 @@ from flashdp_compile.passes.plan import Plan, make_plan
 from flashdp_compile.passes.points import ParameterGradient, check_single, find_points
 from flashdp_compile.passes.release_late import release_late
 from flashdp_compile.passes.rewrite import Mechanism, private_gradients, rewrite, rewrite_empty, rewrite_single
+from flashdp_compile.passes.strategies.catalogue import MOST_SLACK
 from flashdp_compile.passes.strategies.materialize import MATERIALIZE
 from flashdp_compile.passes.unroll import unroll_maps
 from flashdp_compile.passes.vectors import norm_vectors, sum_vectors
@@ -168,6 +169,8 @@ def run(graph: fx.Graph, record: Record) -> None:
     else:
         rewrite_empty(record.joint, record.plan.groups, mechanism)
         slack = 0.0
+    if slack > MOST_SLACK:
+        raise InternalError(f"a strategy has the slack {slack}, more than the noise of an engine allows: {MOST_SLACK}")
     record.rewritten = True
     record.verified = verify(record.joint, guarantee_of(record.options, before, slack), before)
 

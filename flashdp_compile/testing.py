@@ -12,7 +12,7 @@ from flashdp_compile.compat import UnwrappedCompilerError, partitioned_backend
 from flashdp_compile.passes.batch_axis import BatchDim
 from flashdp_compile.passes.capture import JointGraph, capture
 from flashdp_compile.passes.inputs import Input, describe_inputs
-from flashdp_compile.runtime import noise
+from flashdp_compile.runtime import noise, probe_keys
 
 
 class _Stop(UnwrappedCompilerError):
@@ -52,8 +52,9 @@ def on_joint_graph(
 
 
 def replay_noise() -> None:
-    """Starts the noise of every seed again, as in a new process. Two runs with one seed then get the same noise."""
+    """Starts noise and probes of every seed again, as in a new process: two runs with one seed then get the same."""
     noise.KEYS.reset()
+    probe_keys.KEYS.reset()
 
 
 def joint_graph(

@@ -4,9 +4,9 @@
 
 is, given x and g, distributed as |M|_F^2 sum_i lambda_i chi^2_probes(i) / probes with M = x_b^T [g_1b g_2b ...] and
 lambda the squared singular values of M over |M|_F^2: an unbiased estimate of the squared norm of all these gradients
-together (Ullah et al. 2026, arXiv 2605.24879; docs/randomized_clipping.md). It takes 2 B T probes (d + sum p_l)
-multiplications with additions where the norm itself takes T d sum p_l for each sample, and memory for neither a product
-d x p nor the tokens' pairs.
+together (Ullah et al. 2026, arXiv 2605.24879; docs/randomized_clipping.md). It takes 2 T probes (d + sum p_l)
+multiplications with additions for each sample, as probes are two bfloat16, where the norm itself takes T d sum p_l, and
+memory for neither a product d x p nor the tokens' pairs.
 
     P_l                       [p_l, probes], drawn into memory: a kernel that drew it for its own 128 tokens took 2.3
                               times as long for k = 64 and all layers of Llama 1B, and P_l is small beside g_l
@@ -246,12 +246,12 @@ def sketch(x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     return y.squeeze(1) if runs == 1 else y.sum(1), parts
 
 
-def estimate(y: Tensor, lengths: Tensor, tokens: int) -> Tensor:
-    """|y_b|_F^2 [B], raised to what rounding may have hidden. `lengths` is |x_b|_F |h_b|_F, or a sum of several."""
+def estimate(y: Tensor, length: Tensor, tokens: int) -> Tensor:
+    """|y_b|_F^2 [B], raised to what rounding may have hidden. `length` is |x_b|_F |h_b|_F, or a sum of several."""
     error = gamma(y.dtype, max(cdiv(tokens, DEPTH), 1))
     if y.dtype == torch.float32:
         error += 2 * SPLIT
-    return guarded_root(y.square().sum((1, 2)), error * lengths)
+    return guarded_root(y.square().sum((1, 2)), error * length)
 
 
 def reference(x: Tensor, gs: list[Tensor], key: Tensor, streams: list[int], probes: int) -> Tensor:

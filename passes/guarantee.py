@@ -23,8 +23,8 @@ class Guarantee:
     `grad_scaler`: its scale s multiplies that, too; what leaves the graph is s released_k.
     `bounds`: g_bk is divided by the present scale of its group first, and the norms within bounds are counted.
     `norm`: "exact", or clip_fn sees estimates of the norms of some g_bk, from at least `probes` Gaussian probes that
-    every release draws anew, no two of its gradients sharing any. `held_probes`: their place, if
-    a logical batch keeps them.
+    every release draws anew, no two of its gradients sharing any. `held_probes`: their place
+    in runtime/probe_keys.py, if a logical batch keeps them.
     `slack`: how far rounding may carry a clipped norm beyond its bound, relative to it; the noise is raised by as much.
     """
 

@@ -70,8 +70,8 @@ def make_plan(
 ) -> Plan:
     """A choice for every gradient. A strategy that is asked for is taken wherever it applies.
 
-    `norm`: whether norms may be estimated, from so many `probes`: "auto" where that tends to be faster, "hutchinson"
-    or "hutch++" wherever a layer is large enough, "exact" nowhere.
+    `norm`: whether norms may be estimated, from so many `probes`: "auto" where a layer's widths tend to make that
+    faster, "hutchinson" or "hutch++" wherever a layer is large enough, "exact" nowhere.
 
     `timed` measures what the cost model would predict: seconds of a strategy on factors, None where it cannot tell.
     """

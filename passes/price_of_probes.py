@@ -32,7 +32,7 @@ class Price(NamedTuple):
 
 
 def prices(gradients: Sequence[ParameterGradient], axes: Axes, norm: str) -> list[Price]:
-    """One for each number of probes, as if every layer that is large enough were estimated."""
+    """One for each number of probes, as if every layer that `norm` would estimate with so many were."""
     hints, found = size_hints(axes), []
 
     def costs(gradient: ParameterGradient, strategies: Sequence[Strategy]) -> tuple[float, float]:

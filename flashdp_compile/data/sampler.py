@@ -48,6 +48,9 @@ class PoissonSampler(Sampler[list[int]]):
     seed                 None: every logical batch is drawn from 128 fresh bits of the operating system. A number: the
                          same batches on every run, for tests only, as whoever knows it knows who took part
 
+    least                no micro-batch has fewer samples, unless its whole logical batch does; then
+                         physical_batch_size is at least 2 least - 1
+
     A logical batch without samples is one micro-batch without indices. `sampling` is what was drawn, in the words of
     the accounting. Iterating starts behind the logical batches that are done.
 
@@ -73,8 +76,9 @@ class PoissonSampler(Sampler[list[int]]):
         self.seed = integer("seed", seed, 0, optional=True)
         self.steps_done = 0
         self._least = integer("least", least, 1)
-        if self._least > (self.physical_batch_size or self._least):
-            raise not_allowed("physical_batch_size", physical_batch_size, f"at least {least}, or None")
+        enough = 2 * self._least - 1  # then the last part can take what it lacks from the one before it
+        if (self.physical_batch_size or enough) < enough:
+            raise not_allowed("physical_batch_size", physical_batch_size, f"at least {enough}, or None")
         self._record: deque[MicroBatch] = deque()
         if self.seed is not None:
             _warn_once("a seed draws the samples: whoever knows it knows who took part; give none outside tests")

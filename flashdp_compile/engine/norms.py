@@ -40,8 +40,7 @@ def accounted_norms(options: Options, groups: int | None, bounds: Any) -> tuple[
             "has, each with probes of its own. flashdp_compile.explain(...) shows their number, and a step with any "
             "other is refused"
         )
-    norm = "hutchinson" if options.norm == "auto" else options.norm  # some are estimated, others cost nothing more
     told: int | list[float] = groups
     if isinstance(bounds, Quantile):
         told = [math.sqrt((1 - bounds.share) / groups)] * groups + [math.sqrt(bounds.share)]
-    return {"norm": norm, "probes": options.probes, "groups": told}, groups
+    return {"norm": options.accounted_norm, "probes": options.probes, "groups": told}, groups

@@ -111,7 +111,9 @@ class PrivacyEngine:
         self.micro_batches = integer("micro_batches", micro_batches, 1)
         self.seed = integer("seed", seed, 0, optional=True)
         if twice := sorted({*OWN} & {*(options or {})}):
-            raise OptionError(f"options holds {twice[0]!r}, which is the engine's own: give it as an argument")
+            raise OptionError(
+                f"options holds {twice[0]!r}, which is the engine's own: leave it out, or give it as an argument"
+            )
         self._options = {
             **(options or {}),
             "max_grad_norm": max_grad_norm,
@@ -119,9 +121,8 @@ class PrivacyEngine:
             "expected_batch_size": self.expected_batch_size,
             "noise_at": "step",
         }
-        norms, norm_groups = accounted_norms(
-            Options.parse(self._options), groups, bounds
-        )  # what is not allowed is said now
+        parsed = Options.parse(self._options)  # what is not allowed is said now
+        norms, norm_groups = accounted_norms(parsed, groups, bounds)
         self.plan = make_plan(
             target_delta=target_delta,
             expected_batch_size=self.expected_batch_size,
@@ -136,10 +137,7 @@ class PrivacyEngine:
             norms=norms,
         )
         self._bounds = None if bounds is None else MovingBounds(bounds, self.expected_batch_size)
-        probes = None
-        if norm_groups is not None:
-            parsed = Options.parse(self._options)
-            probes = HeldProbes(parsed.norm, parsed.probes, norm_groups, self.seed)
+        probes = None if norm_groups is None else HeldProbes(parsed.norm, parsed.probes, norm_groups, self.seed)
         self._options |= {
             "noise_multiplier": self.plan.sigma(0),
             "bound_scales": None if self._bounds is None else self._bounds.state,
@@ -230,7 +228,7 @@ class PrivacyEngine:
             physical_batch_size=physical_batch_size,
             cap=how.cap if isinstance(how, TruncatedPoisson) else None,
             seed=self.seed,
-            least=2 if self.plan.norms else 1,  # a graph of one sample has exact norms
+            least=2 if self.plan.norms and not pad else 1,  # a graph of one sample has exact norms
         )
         loader = EngineLoader(
             dataset, sampler, pad=pad, read_ahead=read_ahead, begins=self._steps.begin, **dataloader_options

@@ -97,6 +97,7 @@ class KeyStates:
         for (device, seed), state in self.states.items():
             if seed is None and device.type == "cpu":
                 state.copy_(self.fresh(device, seed))
+                state[1] += self._advanced
 
 
 _known: weakref.WeakSet[KeyStates] = weakref.WeakSet()

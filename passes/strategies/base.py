@@ -29,7 +29,8 @@ class Prepared:
 
 
 Together = Callable[[Emitter, Axes, Sequence[ParameterGradient]], tuple[Callable[..., Tensor], tuple[fx.Node, ...]]]
-"""(norm, more): `norm(x, gs, *more)` is the squared norm [B] of x^T g over all these gradients together."""
+"""(norm, more): norm(x [B, T, d], gs of [B, T, p_l], *more) is the squared norm [B] of x^T g over all these gradients
+together; `more` are graph nodes without samples, such as a key."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,9 @@ class Strategy:
 
     `slack`: the norm of what is released may exceed the bound by this factor, at most, from rounding; the noise is
     raised by as much. `trial(x, g, weights)` runs both halves on factors x [B, T, d] and g [B, T, p], to be timed.
-    `together` tells how to measure linear layers that share an operand at once. `probes`: how many Gaussian probes the
-    norm is estimated from, None for a norm that is exact; `emit.probe_key` is then their key.
+    `together` tells how to measure linear layers that share an operand at once, if all have this same Strategy object:
+    one that is made for an option must be cached. `probes`: how many Gaussian probes the norm is estimated from, None
+    for a norm that is exact; `emit.probe_key` is then their key.
     """
 
     name: str

@@ -1,6 +1,8 @@
 """All strategies. To add one: write it beside the others and enter it here; plan and tests find it from this list."""
 
-from flashdp_compile.kernels.guard import SLACK
+from collections.abc import Callable
+
+from flashdp_compile.kernels.probes import LEAST
 from flashdp_compile.passes.axes.engine import Axes
 from flashdp_compile.passes.points import ParameterGradient
 from flashdp_compile.passes.strategies.base import Strategy
@@ -11,7 +13,14 @@ from flashdp_compile.passes.strategies.sketch import hutchinson, hutchplusplus, 
 
 STRATEGIES: tuple[Strategy, ...] = (GRAM, OUTER, STORE, EMBEDDING, TIED, MATERIALIZE)
 NAMES = tuple(dict.fromkeys(strategy.name for strategy in STRATEGIES))  # what the option norm_strategy may ask for
-MOST_SLACK = max(SLACK, *(strategy.slack for strategy in STRATEGIES))  # each may be taken where another does not apply
+ESTIMATORS: dict[str, tuple[Callable[[int], Strategy], ...]] = {  # by the option `norm`: from a number of probes
+    "exact": (),
+    "auto": (hutchinson, tied_hutchinson),
+    "hutchinson": (hutchinson, tied_hutchinson),
+    "hutch++": (hutchplusplus,),
+}
+# each may be taken where another does not apply, and an engine does not know which was
+MOST_SLACK = max(s.slack for s in (*STRATEGIES, *(make(LEAST) for own in ESTIMATORS.values() for make in own)))
 
 
 def candidates(gradient: ParameterGradient, axes: Axes) -> tuple[Strategy, ...]:
@@ -25,11 +34,6 @@ def estimates(norm: str, probes: int, gradient: ParameterGradient, axes: Axes) -
     Nothing but the layer's own widths and the number of probes may have a say: a sample's weight must not depend on how
     many others are there, nor on how long they are.
     """
-    found = {
-        "exact": (),
-        "auto": (hutchinson(probes), tied_hutchinson(probes)),
-        "hutchinson": (hutchinson(probes), tied_hutchinson(probes)),
-        "hutch++": (hutchplusplus(probes),),
-    }[norm]
+    found = [make(probes) for make in ESTIMATORS[norm]]
     large = worthwhile if norm == "auto" else pays
     return tuple(s for s in found if s.applies(gradient, axes) and large(gradient, axes, probes))

@@ -42,7 +42,8 @@ def streams(axes: Axes, gradient: ParameterGradient) -> tuple[int, int]:
 
 
 def pays(gradient: ParameterGradient, axes: Axes, probes: int) -> bool:
-    """Whether an estimate takes less than half of the multiplications that the layer's products take."""
+    """2 k (d + p) < d p: an estimate, in two halves, multiplies less than the layer's product does. (Hutch++ takes four
+    times that, so it may cost more than an exact norm.)"""
     s = linear_sizes(gradient, axes)
     return bool(2 * probes * (s.d + s.p) < s.d * s.p)
 
@@ -51,7 +52,8 @@ NOMINAL = 16, 1024  # samples and tokens for which `worthwhile` is asked, whatev
 
 
 def worthwhile(gradient: ParameterGradient, axes: Axes, probes: int) -> bool:
-    """Whether an estimate is predicted to be faster than exact norms, for batches of nominal size."""
+    """Whether an estimate is predicted to be faster than exact norms, for batches of nominal size. A tied table is
+    asked for its head alone, as if that were a layer of its own."""
     B, T = map(sympy.Integer, NOMINAL)
     sizes = replace(linear_sizes(gradient, axes), B=B, T=T)
     device = device_of(gradient)

@@ -113,13 +113,18 @@ def test_a_batch_of_one_sample_is_refused():
     assert engine.steps_done == 0
 
 
-def test_a_loader_leaves_no_sample_alone():
-    engine = PrivacyEngine(**{**RUN, "steps": 30}, noise_multiplier=1.0, **ESTIMATED)
-    loader = engine.data_loader(torch.utils.data.TensorDataset(torch.zeros(800, 90)), physical_batch_size=4)
+@pytest.mark.parametrize("physical", [3, 4])
+def test_a_loader_leaves_no_part_of_one_sample(physical):
+    engine = PrivacyEngine(**{**RUN, "steps": 60}, noise_multiplier=1.0, seed=0, **ESTIMATED)
+    data = torch.utils.data.TensorDataset(torch.zeros(800, 1))
+    loader = engine.data_loader(data, physical_batch_size=physical)
     sizes = [len(rows) for (rows,) in loader]
-    assert max(sizes) == 4 and sum(size == 1 for size in sizes) <= 1, "but a logical batch may be one sample"
-    with pytest.raises(OptionError, match="physical_batch_size=1 .*allowed: at least 2"):
-        engine.data_loader(torch.utils.data.TensorDataset(torch.zeros(800, 90)), physical_batch_size=1)
+    assert {2, physical} <= {*sizes} and max(sizes) == physical
+    assert sizes.count(1) == 0, "the seed draws no logical batch of one"
+    for small in (1, 2):
+        with pytest.raises(OptionError, match=f"physical_batch_size={small} .*allowed: at least 3"):
+            engine.data_loader(data, physical_batch_size=small)
+    assert len(next(iter(engine.data_loader(data, physical_batch_size=2, pad=True)))[1]) == 2
 
 
 def test_two_models_must_not_have_the_same_probes():

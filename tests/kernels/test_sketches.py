@@ -66,16 +66,16 @@ def test_hutchpp_is_exact_for_a_small_rank():
 @pytest.mark.parametrize("projected", ["wide", "narrow"])
 def test_one_token_follows_chi_square(projected):
     """A gradient of rank one is the worst case of the accountant."""
-    x, g = randn(2000, 1, 1), randn(1, 1, 50, seed=1).expand(2000, 1, 50)
+    x, g = randn(1, 1, 1), randn(1, 1, 50, seed=1)
     ratios = []
     for number in range(200):
-        pair = (x[:10], [g[:10]]) if projected == "wide" else (g[:10], [x[:10]])
+        pair = (x, [g]) if projected == "wide" else (g, [x])
         estimate = ops.sketch_sqnorm(*pair, key(number), [3], 16)
-        ratios.append((estimate / (x[:10].mT @ g[:10]).square().sum((1, 2)))[0])
+        ratios.append((estimate / (x.mT @ g).square().sum((1, 2)))[0])
     assert stats.kstest(16 * torch.stack(ratios).numpy(), stats.chi2(16).cdf).pvalue > 1e-3
 
 
-def test_two_tokens_of_one_sample_do_not_change_another():
+def test_an_estimate_does_not_depend_on_the_batch():
     x, g = randn(4, 6, 20), randn(4, 6, 30, seed=1)
     alone = torch.cat([ops.sketch_sqnorm(x[b : b + 1], [g[b : b + 1]], key(), [0], 16) for b in range(4)])
     torch.testing.assert_close(ops.sketch_sqnorm(x, [g], key(), [0], 16), alone, rtol=1e-12, atol=0)
