@@ -116,8 +116,9 @@ def test_every_kernel_compiles_for_sm_90(tmp_path):
         assert kernel["tma"] and kernel["wgmma"], kernel
         assert kernel["spilled"] <= (160 if "outer_stores" in kernel["name"] else 64), kernel
     estimates = [kernel for kernel in built if re.search("flashdp_(project|sketch|draw_probes)_", kernel["name"])]
-    wide = [kernel for kernel in estimates if kernel["shared"] > 80 * 1024]  # 64 probes, rows that descriptors can read
-    assert len(wide) == 2 and all(kernel["tma"] and kernel["wgmma"] and not kernel["spilled"] for kernel in wide), wide
+    for name in ("project", "sketch"):  # with 64 probes, and rows that descriptors can read
+        widest = max((k for k in estimates if f"_{name}_" in k["name"]), key=lambda kernel: kernel["shared"])
+        assert widest["tma"] and widest["wgmma"] and not widest["spilled"], widest
     built = [kernel for kernel in built if kernel not in estimates]
     beside = re.compile("add_noises|guarded_sums")  # of weighted sums and of norms
     built = [kernel for kernel in built if not kernel["gluon"] and not beside.search(kernel["name"])]
