@@ -18,6 +18,7 @@ from flashdp_compile import Quantile
 from flashdp_compile.kernels import hopper
 
 GRAPHS = "reduce-overhead"
+PROBES = 64  # of estimated norms
 STILL = Quantile(rate=1e-9)  # the check knows no bounds that move, and the cost is the same
 Make = Callable[[nn.Module, int, Settings], Step]  # model, batch size, settings
 
@@ -70,6 +71,10 @@ def _flashdp(clipping: str, mode: str | None = None, triton: bool = False, **opt
     return make
 
 
+def _probed(clipping: str) -> Make:
+    return _flashdp(clipping, norm="hutchinson", probes=PROBES)
+
+
 def _engine(clipping: str, **arguments: Any) -> Make:
     def make(model: nn.Module, batch_size: int, settings: Settings) -> Step:
         return EngineStep(model, clipping, batch_size, settings, **arguments)
@@ -98,11 +103,9 @@ _ALL = (
     Implementation(name="compile-graphs", clipping=None, make=_compile(GRAPHS)),
     Implementation(name="flashdp-flat-graphs", clipping="flat", make=_flashdp("flat", GRAPHS)),
     Implementation(name="flashdp-per_layer-graphs", clipping="per_layer", make=_flashdp("per_layer", GRAPHS)),
-    # norms estimated from 64 Gaussian probes
-    Implementation(name="flashdp-flat-probes", clipping="flat", make=_flashdp("flat", norm="hutchinson"), probes=64),
-    Implementation(
-        name="flashdp-per_layer-probes", clipping="per_layer", make=_flashdp("per_layer", norm="hutchinson"), probes=64
-    ),
+    # norms estimated from Gaussian probes
+    Implementation(name="flashdp-flat-probes", clipping="flat", make=_probed("flat"), probes=PROBES),
+    Implementation(name="flashdp-per_layer-probes", clipping="per_layer", make=_probed("per_layer"), probes=PROBES),
     # noise at the step, by a PrivacyEngine
     Implementation(name="engine-flat", clipping="flat", make=_engine("flat")),
     Implementation(name="engine-flat-philox", clipping="flat", make=_engine("flat", noise="philox")),

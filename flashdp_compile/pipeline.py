@@ -78,13 +78,18 @@ def mechanism_of(options: Options) -> Mechanism:
         options.seed,
         _place(options),
         _moving(options),
-        None if options.held_probes is None else options.held_probes.place,
+        _probes(options),
     )
 
 
 def _moving(options: Options) -> MovingBounds | None:
     scales = options.bound_scales
     return None if scales is None else MovingBounds(scales.place, tuple(scales.groups))
+
+
+def _probes(options: Options) -> int | None:
+    """The number by which compiled code knows the probes of an engine."""
+    return None if options.held_probes is None else options.held_probes.place
 
 
 def _place(options: Options) -> int | None:
@@ -107,7 +112,7 @@ def guarantee_of(options: Options, before: Before, slack: float) -> Guarantee:
         bounds=_moving(options),
         norm=options.norm,
         probes=options.probes,
-        held_probes=None if options.held_probes is None else options.held_probes.place,
+        held_probes=_probes(options),
     )
 
 
@@ -238,7 +243,7 @@ class FlashDPPass(CustomGraphPass):
             return None
         described = [(i.name, i.role) for i in self._inputs]
         held = self._options.held_probes
-        probes = None if held is None else [held.place, held.groups]
+        probes = _probes(self._options), None if held is None else held.groups
         policy = [self._options.policy(), _place(self._options), _moving(self._options), probes]
         key = json.dumps([policy, described, rules, sources_digest(), versions()], sort_keys=True)
         return hashlib.sha256(key.encode()).hexdigest()

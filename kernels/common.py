@@ -100,6 +100,11 @@ def randn(shape: tuple[int, ...], dtype: torch.dtype, device: Any, generator: to
     return torch.randn(shape, generator=generator).to(device=device, dtype=dtype)
 
 
+def example_key(device: Any) -> Tensor:
+    """An example key [2] of Philox, whose words use all their bits."""
+    return torch.tensor([-0x123456789ABCDEF0, 0x1F2345678], device=device)
+
+
 def random_ids(shape: tuple[int, ...], high: int, device: Any, generator: torch.Generator) -> Tensor:
     """Example ids in [-1, high): repeats and excluded entries included."""
     return torch.randint(-1, high, shape, generator=generator).to(device)

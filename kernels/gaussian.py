@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from flashdp_compile.kernels.codegen import kernel
-from flashdp_compile.kernels.common import accumulator, cdiv, randn, start
+from flashdp_compile.kernels.common import accumulator, cdiv, example_key, randn, start
 from flashdp_compile.kernels.family import Family
 from flashdp_compile.kernels.philox import KEY_A, KEY_B, ROUND_A, ROUND_B, WORD
 
@@ -119,7 +119,7 @@ def word(stream: int) -> int:
 
 
 def example(case, dtype, device, generator):
-    key = torch.tensor([-0x123456789ABCDEF0, 0x1F2345678], device=device)
+    key = example_key(device)
     return randn(case, dtype, device, generator), key, 7, 0.5
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flashdp_compile.kernels import sketch_sqnorm
-from flashdp_compile.kernels.common import accumulator, randn, widen
+from flashdp_compile.kernels.common import accumulator, example_key, randn, widen
 from flashdp_compile.kernels.family import Family
 from flashdp_compile.kernels.probes import LEAST, probe_matrix
 from flashdp_compile.kernels.sketch_sqnorm import draw, estimate, in_halves, lengths, project, sketch
@@ -72,7 +72,7 @@ def supports(x: Tensor, g: Tensor, key: Tensor, streams: list[int], probes: int)
 
 def example(case, dtype, device, generator):
     B, T, d, p = case
-    key = torch.tensor([-0x123456789ABCDEF0, 0x1F2345678], device=device)
+    key = example_key(device)
     return (
         randn((B, T, d), dtype, device, generator),
         randn((B, T, p), dtype, device, generator),

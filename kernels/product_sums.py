@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flashdp_compile.kernels import gaussian, several
 from flashdp_compile.kernels.codegen import kernel
-from flashdp_compile.kernels.common import accumulator, cdiv, randn, start
+from flashdp_compile.kernels.common import accumulator, cdiv, example_key, randn, start
 from flashdp_compile.kernels.family import Family, supported
 
 
@@ -148,7 +148,7 @@ def example(case, dtype, device, generator):
     products = [randn((B, d, p), dtype, device, generator) for d, p in zip(widths[::2], widths[1::2], strict=True)]
     weights = torch.rand(B, generator=generator).to(device)
     weights[1::3] = 0
-    key = torch.tensor([-0x123456789ABCDEF0, 0x1F2345678], device=device)
+    key = example_key(device)
     count = range(len(products))
     return products, [weights * (1 + n) for n in count], key, [7 + 1000003 * n for n in count], 0.7
 

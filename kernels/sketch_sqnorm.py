@@ -9,7 +9,8 @@ multiplications with additions for each sample, as probes are two bfloat16, wher
 memory for neither a product d x p nor the tokens' pairs.
 
     P_l                       [p_l, probes], drawn into memory: a kernel that drew it for its own 128 tokens took 2.3
-                              times as long for k = 64 and all layers of Llama 1B, and P_l is small beside g_l
+                              to 2.8 times as long (H200, 16384 tokens, 64 probes, p of 2048 and 8192), and P_l is
+                              small beside g_l
     h = sum_l g_l P_l         [B, T, probes], by programs of 128 tokens
     y = x^T h                 [B, runs, d, probes] float32, by programs of a run of tokens and 64 features
 
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor
 
 from flashdp_compile.kernels.codegen import kernel
-from flashdp_compile.kernels.common import accumulator, cdiv, randn, start, widen
+from flashdp_compile.kernels.common import accumulator, cdiv, example_key, randn, start, widen
 from flashdp_compile.kernels.family import Family, Template, supported
 from flashdp_compile.kernels.gaussian import word
 from flashdp_compile.kernels.guard import gamma, guarded_root
@@ -228,21 +229,9 @@ def sketch(x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     y = x.new_empty((B, runs, D, probes), dtype=torch.float32)
     parts = x.new_empty((B, runs * tiles), dtype=torch.float32)
     operands = *argument(x, spec.x, spec.depth, spec.rows), *argument(h, spec.h, spec.depth, probes)
-    start(
-        kernel(SKETCH, spec),
-        B * runs * tiles,
-        x,
-        *operands,
-        y,
-        parts,
-        T,
-        D,
-        tiles,
-        runs,
-        run,
-        num_warps=warps,
-        num_stages=stages,
-    )
+    sizes = T, D, tiles, runs, run
+    launched = kernel(SKETCH, spec), B * runs * tiles, x, *operands, y, parts, *sizes
+    start(*launched, num_warps=warps, num_stages=stages)
     return y.squeeze(1) if runs == 1 else y.sum(1), parts
 
 
@@ -287,7 +276,7 @@ def supports(x: Tensor, gs: list[Tensor], key: Tensor, streams: list[int], probe
 
 def example(case, dtype, device, generator):
     B, T, d, *widths = case
-    key = torch.tensor([-0x123456789ABCDEF0, 0x1F2345678], device=device)
+    key = example_key(device)
     gs = [randn((B, T, p), dtype, device, generator) for p in widths]
     return randn((B, T, d), dtype, device, generator), gs, key, [7 + 1000003 * n for n in range(len(gs))], LEAST
 

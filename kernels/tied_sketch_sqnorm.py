@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flashdp_compile.kernels import sketch_sqnorm
-from flashdp_compile.kernels.common import accumulator, randn, random_ids, widen
+from flashdp_compile.kernels.common import accumulator, example_key, randn, random_ids, widen
 from flashdp_compile.kernels.family import Family
 from flashdp_compile.kernels.probes import LEAST, probe_matrix
 from flashdp_compile.kernels.sketch_sqnorm import draw, estimate, lengths, project, sketch
@@ -61,7 +61,7 @@ def example(case, dtype, device, generator):
     B, T, S, d, V = case
     ids = random_ids((B, T), V, device, generator)
     operands = [randn(shape, dtype, device, generator) for shape in ((B, T, d), (B, S, d), (B, S, V))]
-    return ids, *operands, torch.tensor([-0x123456789ABCDEF0, 0x1F2345678], device=device), 7, LEAST
+    return ids, *operands, example_key(device), 7, LEAST
 
 
 FAMILY = Family(

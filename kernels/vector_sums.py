@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flashdp_compile.kernels import gaussian, product_sum
 from flashdp_compile.kernels.codegen import kernel
-from flashdp_compile.kernels.common import accumulator, cdiv, randn, start
+from flashdp_compile.kernels.common import accumulator, cdiv, example_key, randn, start
 from flashdp_compile.kernels.family import Family, supported
 
 BLOCK = 128
@@ -104,7 +104,7 @@ def supports(values: list[Tensor], weights: list[Tensor], key: Tensor, streams: 
 def example(case, dtype, device, generator):
     B, *sizes = case
     numbers = range(len(sizes))
-    key = torch.tensor([-0x123456789ABCDEF0, 0x1F2345678], device=device)
+    key = example_key(device)
     weights = torch.rand(B, generator=generator).to(device)
     weights[1::3] = 0
     values = [randn((B, n), dtype, device, generator) for n in sizes]

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from flashdp_compile.kernels import gaussian, hopper, product_sums, several, tuning
 from flashdp_compile.kernels.codegen import kernel
-from flashdp_compile.kernels.common import accumulator, cdiv, dot_type, randn, sample_products, start
+from flashdp_compile.kernels.common import accumulator, cdiv, dot_type, example_key, randn, sample_products, start
 from flashdp_compile.kernels.family import Family, supported
 from flashdp_compile.kernels.hopper import weighted_matmuls as warp_specialised
 from flashdp_compile.kernels.operands import layout, sources, strides, tiles_for
@@ -230,7 +230,7 @@ def example(case, dtype, device, generator):
     weights[1::3] = 0
     xs = [randn((B, T, d), dtype, device, generator) for d, _ in pairs]
     gs = [randn((B, T, p), dtype, device, generator) for _, p in pairs]
-    key = torch.tensor([-0x123456789ABCDEF0, 0x1F2345678], device=device)
+    key = example_key(device)
     return (
         xs,
         gs,

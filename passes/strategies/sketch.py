@@ -6,8 +6,9 @@ Each gradient has streams of its own under the one key of the release, so that n
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import sympy
@@ -17,7 +18,6 @@ from torch import Tensor
 from flashdp_compile.kernels.guard import SLACK
 from flashdp_compile.passes.axes.engine import Axes
 from flashdp_compile.passes.cost import (
-    Cost,
     device_of,
     linear_kernels,
     linear_sizes,
@@ -33,6 +33,8 @@ from flashdp_compile.passes.strategies.linear import is_linear, weighted_product
 from flashdp_compile.passes.strategies.operands import linear_operands
 
 ops = torch.ops.flashdp
+Norm = Callable[..., Tensor]
+"""(key, the two streams of the gradient, *operands) -> squared norms [B]."""
 
 
 def streams(axes: Axes, gradient: ParameterGradient) -> tuple[int, int]:
@@ -63,54 +65,46 @@ def worthwhile(gradient: ParameterGradient, axes: Axes, probes: int) -> bool:
     return pays(gradient, axes, probes) and bool(device.seconds(estimate) < fastest)
 
 
+def _prepare(norm: Norm, operands_of: Callable[..., Any], sum_of: Callable[..., Any]) -> Callable[..., Prepared]:
+    """The first half by `norm`, whose probes are of the gradient's own streams; the second is that of exact norms."""
+
+    def prepare(emit: Emitter, axes: Axes, gradient: ParameterGradient) -> Prepared:
+        operands, own = operands_of(gradient, axes), streams(axes, gradient)
+
+        def sqnorm(batch: Any, key: Tensor, *values: Tensor) -> Tensor:
+            return norm(key, own, *operands.view(batch, *values))
+
+        found = emit.per_sample(sqnorm, emit.probe_key, *operands.leaves)
+        return Prepared(found, sum_of(emit, axes, gradient))
+
+    return prepare
+
+
 @cache
 def hutchinson(probes: int) -> Strategy:
     """|M P|^2 in the place of |M|^2, for the product M of a layer, or of several that share an input."""
 
-    def norm(x: Tensor, gs: list[Tensor], key: Tensor, numbers: list[int]) -> Tensor:
-        return ops.sketch_sqnorm(x, gs, key, numbers, probes)
+    def norm(key: Tensor, own: tuple[int, int], x: Tensor, g: Tensor) -> Tensor:
+        # the wider side is the one that is projected: it is read in longer rows
+        narrow, wide = (x, g) if x.shape[2] <= g.shape[2] else (g, x)
+        return ops.sketch_sqnorm(narrow, [wide], key, [own[0]], probes)
 
-    def prepare(emit: Emitter, axes: Axes, gradient: ParameterGradient) -> Prepared:
-        operands, (stream, _) = linear_operands(gradient, axes), streams(axes, gradient)
-
-        def sqnorm(batch: Any, key: Tensor, *values: Tensor) -> Tensor:
-            x, g = operands.view(batch, *values)
-            return norm(*_narrow_and_wide(x, g), key, [stream])
-
-        found = emit.per_sample(sqnorm, emit.probe_key, *operands.leaves)
-        return Prepared(found, weighted_product(emit, axes, gradient))
-
-    def cost(gradient: ParameterGradient, axes: Axes) -> Cost:
-        return sketch_cost(gradient, axes, probes)
-
-    def together(emit: Emitter, axes: Axes, gradients: list[ParameterGradient]) -> Any:
+    def together(emit: Emitter, axes: Axes, gradients: Sequence[ParameterGradient]) -> Any:
         own = [streams(axes, gradient)[0] for gradient in gradients]
-        return (lambda x, gs, key: norm(x, gs, key, own)), (emit.probe_key,)
+        return (lambda x, gs, key: ops.sketch_sqnorm(x, gs, key, own, probes)), (emit.probe_key,)
 
+    prepare, cost = _prepare(norm, linear_operands, weighted_product), partial(sketch_cost, probes=probes)
     return Strategy("hutchinson", is_linear, prepare, cost, SLACK, probes=probes, together=together)
-
-
-def _narrow_and_wide(x: Tensor, g: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The wider side is the one that is projected: it is read in longer rows."""
-    return (x, [g]) if x.shape[2] <= g.shape[2] else (g, [x])
 
 
 @cache
 def tied_hutchinson(probes: int) -> Strategy:
     """A table that is embedding and head: the products of both with the same probes are added up, then squared."""
 
-    def prepare(emit: Emitter, axes: Axes, gradient: ParameterGradient) -> Prepared:
-        operands, (stream, _) = tied_operands(gradient, axes), streams(axes, gradient)
+    def norm(key: Tensor, own: tuple[int, int], *operands: Tensor) -> Tensor:
+        return ops.tied_sketch_sqnorm(*operands, key, own[0], probes)
 
-        def sqnorm(batch: Any, key: Tensor, *values: Tensor) -> Tensor:
-            return ops.tied_sketch_sqnorm(*operands.view(batch, *values), key, stream, probes)
-
-        found = emit.per_sample(sqnorm, emit.probe_key, *operands.leaves)
-        return Prepared(found, tied_sum(emit, axes, gradient))
-
-    def cost(gradient: ParameterGradient, axes: Axes) -> Cost:
-        return tied_sketch_cost(gradient, axes, probes)
-
+    prepare, cost = _prepare(norm, tied_operands, tied_sum), partial(tied_sketch_cost, probes=probes)
     return Strategy("hutchinson", is_tied, prepare, cost, SLACK, probes=probes)
 
 
@@ -118,16 +112,8 @@ def tied_hutchinson(probes: int) -> Strategy:
 def hutchplusplus(probes: int) -> Strategy:
     """The norm of what lies in a space found by one sketch, exactly, and an estimate of the rest by another."""
 
-    def prepare(emit: Emitter, axes: Axes, gradient: ParameterGradient) -> Prepared:
-        operands, own = linear_operands(gradient, axes), streams(axes, gradient)
+    def norm(key: Tensor, own: tuple[int, int], x: Tensor, g: Tensor) -> Tensor:
+        return ops.hutchpp_sqnorm(x, g, key, list(own), probes)
 
-        def sqnorm(batch: Any, key: Tensor, *values: Tensor) -> Tensor:
-            return ops.hutchpp_sqnorm(*operands.view(batch, *values), key, list(own), probes)
-
-        found = emit.per_sample(sqnorm, emit.probe_key, *operands.leaves)
-        return Prepared(found, weighted_product(emit, axes, gradient))
-
-    def cost(gradient: ParameterGradient, axes: Axes) -> Cost:
-        return sketch_cost(gradient, axes, 4 * probes)
-
+    prepare, cost = _prepare(norm, linear_operands, weighted_product), partial(sketch_cost, probes=4 * probes)
     return Strategy("hutch++", is_linear, prepare, cost, SLACK, probes=probes)
