@@ -10,6 +10,7 @@ from scipy import stats
 from flashdp_compile.kernels import FAMILIES, probes
 from flashdp_compile.kernels.gaussian import gaussian
 from flashdp_compile.kernels.guard import SLACK
+from flashdp_compile.kernels.halves import SPLIT
 from flashdp_compile.kernels.sketch_sqnorm import draw
 
 ops = torch.ops.flashdp
@@ -124,6 +125,9 @@ def test_an_estimate_is_not_below_what_cancels(dtype, tokens, device):
     exact = FAMILIES["sketch_sqnorm"].reference(*double(args[:2]), *args[2:])
     found = FAMILIES["sketch_sqnorm"].launch(*args).double()
     assert (found.sqrt() * (1 + SLACK) >= exact.sqrt() * (1 - 1e-6)).all()
+    h = g.double().cpu() @ probes.probe_matrix(key(7), 0, 24, 16, torch.float64)
+    length = x.double().cpu().norm(dim=(1, 2)) * h.norm(dim=(1, 2))
+    assert (found.cpu().sqrt() * (1 + SLACK) >= 2 * SPLIT * length).all(), "what rounding may have hidden"
     assert (found <= 40 * exact + 1e-3 * (x.double().square().sum() * g.double().square().sum())).all()
 
 
