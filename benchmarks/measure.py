@@ -9,57 +9,111 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.check import CheckFailed, check, expected_gradients
 from benchmarks.environment import environment
-from benchmarks.implementations import IMPLEMENTATIONS
+from benchmarks.implementations import IMPLEMENTATIONS, Implementation
 from benchmarks.profile import profile
+from benchmarks.rounds import ALONE, Place
 from benchmarks.settings import Settings
 from benchmarks.steps import Step, run_steps
-from benchmarks.workloads import WORKLOADS, Batch
+from benchmarks.workloads import WORKLOADS, Batch, Workload
 from flashdp_compile.compat import compile_clocks
 
 HOST_STEPS = 7
+LEFT = 64 * 2**20  # bytes that a check may leave on the device
 NOTED_S = 0.02  # shorter phases of a compilation are not named
 
 
 class Prepared(NamedTuple):
-    """A step that has compiled and passed its check."""
+    """A step that has passed its check, and has compiled unless others of its round had the memory."""
 
     step: Step
     batches: list[Batch]
-    first_step_s: float
+    first_step_s: float | None
     error: float
     worst: str  # the parameter that has this error
 
 
-def prepare(workload: str, implementation: str, settings: Settings) -> Prepared:
-    """Builds the model, runs the first step, and compares its gradients with the reference.
+def prepare(workload: str, implementation: str, settings: Settings, place: Place = ALONE) -> Prepared:
+    """Builds the model, runs the first step, and compares gradients with the reference: those of the step itself, or
+    with `settings.shallow` those of the same step on a model of one block.
 
     Raises:
         CheckFailed: the gradients are wrong.
     """
     its, maker = WORKLOADS[workload], IMPLEMENTATIONS[implementation]
-    model = its.model(batched_positions=maker.batched_positions, device=settings.device)
-    batches = its.batches(settings.pool, settings.device)
-    reference = partial(expected_gradients, model, batches[0], maker.clipping, settings.max_grad_norm)
-    expected, plain = reference(), reference(settings.autocast) if settings.dtype == "bf16" else None
+    if not settings.shallow:
+        return _checked(its, maker, settings, place)
+    error, worst = _checked(its.shallow(), maker, settings, place)[-2:]
+    torch.compiler.reset()
+    _release(settings)
+    if settings.device == "cuda" and (left := torch.cuda.memory_allocated()) > LEFT:
+        raise RuntimeError(f"{left} bytes of the model of one block are still there, and would count as the step's")
+    model, batches = _inputs(its, maker, settings)
     step = maker.make(model, its.batch, settings)
-    seconds = _seconds(lambda: step.backward(batches[0]), settings)
+    try:
+        seconds: float | None = _first(step, batches[0], settings)
+    except torch.OutOfMemoryError:
+        if place == ALONE:
+            raise
+        seconds = None
+    return Prepared(step, batches, seconds, error, worst)
+
+
+def _inputs(its: Workload, maker: Implementation, settings: Settings) -> tuple[nn.Module, list[Batch]]:
+    model = its.model(batched_positions=maker.batched_positions, device=settings.device)
+    return model, its.batches(settings.pool, settings.device)
+
+
+def _checked(its: Workload, maker: Implementation, settings: Settings, place: Place) -> Prepared:
+    model, batches = _inputs(its, maker, settings)
+    reference = partial(expected_gradients, model, batches[0], maker.clipping, settings.max_grad_norm)
+    with place.alone():
+        expected, plain = reference(), reference(settings.autocast) if settings.dtype == "bf16" else None
+    step = maker.make(model, its.batch, settings)
+    seconds = _first(step, batches[0], settings)
     observed = step.observe(batches[0])
     error = check(observed.gradients, expected, observed.rounding, max(settings.tolerance, maker.leeway), plain)
     return Prepared(step, batches, seconds, *error)
 
 
-def measure(workload: str, implementation: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Times of `steps` steps after `warmup` others, the peak of allocated memory during them, and what ran in a few
-    more."""
-    own = Settings(**settings)
-    step, batches, first_step_s, error, worst = prepare(workload, implementation, own)
+def _first(step: Step, batch: Batch, settings: Settings) -> float:
+    """Seconds of the first forward and backward."""
+    return _seconds(lambda: step.backward(batch), settings)
+
+
+def _release(settings: Settings) -> None:
+    """Gives memory back that is not in use."""
     gc.collect()
-    if own.device == "cuda":
-        torch.cuda.empty_cache()  # of what the check has held; before the warm-up, which allocates again
+    if settings.device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def measure(
+    workload: str, implementation: str, settings: dict[str, Any], place: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Times of `steps` steps after `warmup` others, the peak of allocated memory during them, and what ran in a few
+    more. `place`: that in a round, whose others are not timed meanwhile."""
+    own, here = Settings(**settings), Place(**(place or {}))
+    own.limit_memory()
+    prepared = prepare(workload, implementation, own, here)
+    prepared.step.optimizer.zero_grad(set_to_none=True)
+    _release(own)  # before the warm-up, which allocates again
+    with here.turn():
+        seconds = prepared.first_step_s or _first(prepared.step, prepared.batches[0], own)
+        found = _timed(prepared.step, prepared.batches, own)
+    return {
+        "environment": environment(own.device),
+        "compile_s": round(seconds, 2),
+        "error": prepared.error,
+        "worst": prepared.worst,
+        **found,
+    }
+
+
+def _timed(step: Step, batches: list[Batch], own: Settings) -> dict[str, Any]:
     run_steps(step, batches, own.warmup)
     own.synchronise()
     if own.device == "cuda":
@@ -73,14 +127,10 @@ def measure(workload: str, implementation: str, settings: dict[str, Any]) -> dic
     if complaint := step.complaint():
         raise CheckFailed(complaint)
     return {
-        "environment": environment(own.device),
         "step_ms": [round(ms, 4) for ms in step_ms],
         "median_ms": round(median(step_ms), 4),
         "host_ms": host_ms,
         "peak_bytes": peak,
-        "compile_s": round(first_step_s, 2),
-        "error": error,
-        "worst": worst,
         **profiled,
     }
 

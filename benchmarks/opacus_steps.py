@@ -24,6 +24,8 @@ class OpacusStep(Step):
 
     def __init__(self, model: nn.Module, batch_size: int, settings: Settings) -> None:
         warnings.filterwarnings("ignore", message="Full backward hook is firing")
+        if getattr(model, "checkpoint", False):
+            model.checkpoint = False  # its hooks would record what is recomputed a second time
         super().__init__(model, self.wrapper(model, **self.wrapper_arguments(settings)), settings)
         self.optimizer = self.wrapped_optimizer(
             self.optimizer,

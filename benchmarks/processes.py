@@ -3,8 +3,6 @@
 One process each: peaks of memory, compile caches and the state of the device are then those of one run alone.
 """
 
-import contextlib
-import fcntl
 import importlib
 import json
 import os
@@ -12,57 +10,33 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def call(
-    function: str, arguments: dict[str, Any], caches: str | Path, turn: str | Path | None = None
-) -> dict[str, Any]:
+def call(function: str, arguments: dict[str, Any], caches: str | Path) -> dict[str, Any]:
     """What "module:function" returns for these keyword arguments, both as JSON. Compile caches lie in `caches`.
 
-    A call that fails gives {"failed": reason}; its traceback is on stderr. Of several calls with one file as `turn`
-    only one is past its imports.
+    A call that fails gives {"failed": reason}; its traceback is on stderr.
     """
     caches = Path(caches)
     places = {"TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"), "TRITON_CACHE_DIR": str(caches / "triton")}
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.processes",
-            function,
-            json.dumps(arguments),
-            str(result),
-            str(turn or ""),
-        ]
+        command = [sys.executable, "-m", "benchmarks.processes", function, json.dumps(arguments), str(result)]
         done = subprocess.run(command, cwd=ROOT, env={**os.environ, **places})
         if result.exists():
             return json.loads(result.read_text())
     return {"failed": f"the process ended with code {done.returncode}"}
 
 
-@contextlib.contextmanager
-def _alone(turn: str) -> Iterator[None]:
-    if not turn:
-        yield
-        return
-    with open(turn, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
-        yield
-
-
 def main() -> None:
-    function, arguments, result, turn = sys.argv[1:]
+    function, arguments, result = sys.argv[1:]
     module, _, name = function.partition(":")
     try:
-        called = getattr(importlib.import_module(module), name)
-        with _alone(turn):
-            value = called(**json.loads(arguments))
+        value = getattr(importlib.import_module(module), name)(**json.loads(arguments))
     except Exception as error:
         traceback.print_exc()
         first_line = (str(error).splitlines() or [""])[0]

@@ -11,7 +11,11 @@ import torch
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """bf16 is autocast with float32 weights. `compiler` "eager" interprets graphs instead of compiling them, which
-    says nothing about speed: for tests. `pool` is the number of batches that the steps take in turn."""
+    says nothing about speed: for tests. `pool` is the number of batches that the steps take in turn.
+
+    `shallow`: gradients are checked on a model of one block with the same shapes, for models that the reference would
+    take longer for than all else. `memory_gb`: how much of the device a process may use, as on a smaller one.
+    """
 
     device: str
     dtype: str
@@ -22,6 +26,8 @@ class Settings:
     noise_multiplier: float = 1.0
     max_grad_norm: float = 1.0
     learning_rate: float = 1e-5
+    shallow: bool = False
+    memory_gb: float | None = None
 
     def autocast(self) -> AbstractContextManager:
         return torch.autocast(self.device, torch.bfloat16, enabled=self.dtype == "bf16")
@@ -29,6 +35,11 @@ class Settings:
     def synchronise(self) -> None:
         if self.device == "cuda":
             torch.cuda.synchronize()
+
+    def limit_memory(self) -> None:
+        if self.memory_gb is not None and self.device == "cuda":
+            total = torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, self.memory_gb * 1e9 / total))
 
     @property
     def tolerance(self) -> float:
@@ -46,6 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], help="bf16 autocast by default, fp32 on a CPU")
     parser.add_argument("--compiler", choices=["inductor", "eager"], default="inductor")
+    parser.add_argument("--shallow", action="store_true", help="check gradients on a model of one block")
+    parser.add_argument("--memory-gb", type=float, metavar="GB", help="what a process may use of the device")
 
 
 def from_arguments(arguments: argparse.Namespace) -> Settings:
@@ -56,4 +69,6 @@ def from_arguments(arguments: argparse.Namespace) -> Settings:
         compiler=arguments.compiler,
         steps=arguments.steps,
         warmup=arguments.warmup,
+        shallow=arguments.shallow,
+        memory_gb=arguments.memory_gb,
     )

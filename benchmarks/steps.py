@@ -73,10 +73,14 @@ class Step:
 
 
 class PrivateStep(Step):
-    """A step of flashdp. `deviation` is that of its noise; `dropped` counts the samples that its check has dropped."""
+    """A step of flashdp. `deviation` is that of its noise; `dropped` counts the samples that this process has dropped
+    until its check was over."""
 
     deviation: float
-    dropped = 0
+
+    def __init__(self, model: nn.Module, forward: Callable[..., Tensor], settings: Settings) -> None:
+        super().__init__(model, forward, settings)
+        self.dropped = flashdp_compile.nonfinite_samples()
 
     def complaint(self) -> str | None:
         dropped = flashdp_compile.nonfinite_samples() - self.dropped

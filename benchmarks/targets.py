@@ -26,13 +26,14 @@ TARGETS = {
     "llama-1b-long": _pair(0.98, 0.96),
     "vit-b16": _pair(0.95, 0.92),
     **{
-        f"llama-3.2-1b-{length}k{tied}": {
+        f"llama-3.2-1b-{length}k{tied}{single}": {
             f"flashdp-{clipping}{norms}": Target(0.97, 1.05)
             for clipping in ("per_layer", "flat")
             for norms in ("", "-probes")
         }
         for length in (4, 8, 16, 32)
         for tied in ("", "-tied")
+        for single in ("", "-single")
     },
 }
 COMPILE_TIME, WARM_START = 2.0, 1.2  # at most, times the plain step's

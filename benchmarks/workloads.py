@@ -1,7 +1,7 @@
 """What is trained: a model, its shapes, and random batches. `WORKLOADS` lists them by name."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,10 @@ class Workload:
         with torch.device(device):
             return MODELS[self.family](**size)
 
+    def shallow(self) -> "Workload":
+        """The same with one block."""
+        return replace(self, size={**self.size, "layers": 1})
+
     def batches(self, count: int, device: str, seed: int = 1) -> list[Batch]:
         """Random batches, drawn on the CPU, so that they are the same on every device."""
         generator = torch.Generator().manual_seed(seed)
@@ -60,6 +64,12 @@ def _llama(name: str, batch: int, length: int, **size: Any) -> Workload:
     return Workload(name=name, family="llama", batch=batch, length=length, size=size)
 
 
+def _long(batch: int, length: int, tied: bool) -> Workload:
+    """Llama 3.2 1B, its blocks checkpointed."""
+    name = f"llama-3.2-1b-{length // 1024}k{'-tied' if tied else ''}{'-single' if batch == 1 else ''}"
+    return _llama(name, batch, length, **_LLAMA_3, vocabulary=128256, tied=tied)
+
+
 def _vit(name: str, batch: int, **size: int) -> Workload:
     return Workload(name=name, family="vit", batch=batch, length=(size["image"] // size["patch"]) ** 2 + 1, size=size)
 
@@ -69,6 +79,7 @@ _LARGE = {"layers": 36, "heads": 20, "width": 1280}
 _BILLION = {"layers": 16, "heads": 32, "width": 2048, "vocabulary": 32000}
 _LLAMA_3 = {"layers": 16, "heads": 32, "groups": 8, "width": 2048, "mlp": 8192, "checkpoint": True}
 _LENGTHS = {4096: 8, 8192: 4, 16384: 2, 32768: 2}  # tokens: samples
+_LONGER = (65536, 98304, 131072)  # tokens of a single sample, to find out what fits
 _TINY = {"layers": 1, "heads": 2, "width": 32}
 
 _ALL = (
@@ -79,18 +90,8 @@ _ALL = (
     _llama("llama-1b", 4, 1024, **_BILLION, mlp=5632),
     _llama("llama-1b-wide", 4, 1024, **_BILLION, mlp=8192),
     _llama("llama-1b-long", 2, 4096, **_BILLION, mlp=5632),
-    *(
-        _llama(
-            f"llama-3.2-1b-{length // 1024}k{'-tied' if tied else ''}",
-            batch,
-            length,
-            **_LLAMA_3,
-            vocabulary=128256,
-            tied=tied,
-        )
-        for tied in (False, True)
-        for length, batch in _LENGTHS.items()
-    ),
+    *(_long(batch, length, tied) for tied in (False, True) for length, batch in _LENGTHS.items()),
+    *(_long(1, length, tied) for tied in (False, True) for length in (*_LENGTHS, *_LONGER)),
     _vit("vit-b16", 64, **_SMALL, image=224, patch=16, classes=1000),
     # for tests on a CPU
     _gpt("tiny-gpt", 4, 16, **_TINY, vocabulary=61),

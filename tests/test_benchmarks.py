@@ -1,20 +1,21 @@
 """The benchmarks on a CPU: tiny workloads, wrong gradients that must be found, files that become tables and plots."""
 
-import fcntl
 import json
 import re
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+import threading
+import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import reference
-from benchmarks import check, fill, measure, plot, step, tables
+from benchmarks import check, measure, plot, step, tables
 from benchmarks.implementations import BASELINE, IMPLEMENTATIONS
 from benchmarks.processes import call
 from benchmarks.results import Results, Run
+from benchmarks.rounds import Place
 from benchmarks.settings import Settings
 from benchmarks.steps import FlashDPStep, Step
 from benchmarks.targets import TARGETS, met
@@ -273,36 +274,91 @@ def test_the_command(monkeypatch, tmp_path):
     assert run.error < 1e-4
 
 
-def test_caches_are_filled_by_several_processes_first(monkeypatch, tmp_path):
-    """Choices that were tuned meanwhile are dropped, and what failed is left to the run itself."""
-    both = [("tiny-gpt", "compile"), ("tiny-gpt", "flashdp-flat")]
+def test_runs_of_a_round_are_timed_when_all_are_ready_or_have_ended(monkeypatch, tmp_path):
+    """Side by side, none of them timed while another compiles; results in the order that was asked for."""
+    log, lock = [], threading.Lock()
 
-    def call(function, arguments, caches, turn=None):
-        caches.mkdir()
-        (caches / "kernel.py").touch()
-        (caches / "kernel.best_config").touch()
-        return {"seconds": 3.0} if arguments["implementation"] == "compile" else {"failed": "out of memory"}
+    def call(function, arguments, caches):
+        place = Place(**arguments["place"])
+        time.sleep(0.3 if place.name == "eager" else 0.0)
+        with lock:
+            log.append(("ready", place.name))
+        if place.name == "compile-graphs":
+            return {"failed": "no graphs here"}
+        with place.turn():
+            with lock:
+                log.append(("starts", place.name))
+            time.sleep(0.05)
+            with lock:
+                log.append(("ends", place.name))
+        return {"environment": {"device": "one", "date": "today"}, "median_ms": 1.0}
 
-    monkeypatch.setattr(fill, "call", call)
-    assert fill.fill(both, QUICK, tmp_path, 2) == {("tiny-gpt", "compile"): 3.0}
-    left = [path.name for path in tmp_path.rglob("kernel.*")]
-    assert left == ["kernel.py"]
+    out, names = tmp_path / "results.json", ["eager", "compile", "compile-graphs"]
+    monkeypatch.setattr(step, "call", call)
+    options = ["--steps", "2", "--device", "cpu", "--at-once", "3", "--out", str(out)]
+    monkeypatch.setattr("sys.argv", ["step", "--workloads", "tiny-gpt", "--implementations", *names, *options])
+    with pytest.raises(SystemExit) as ended:
+        step.main()
+    assert ended.value.code == 1
+    assert [(r.implementation, r.status) for r in Results.load(out).runs] == [
+        ("eager", "ok"),
+        ("compile", "ok"),
+        ("compile-graphs", "failed"),
+    ]
+    assert [what for what, _ in log] == ["ready"] * 3 + ["starts", "ends"] * 2
+    assert log[3][1] == log[4][1]
 
 
-def test_a_warm_start_finds_what_was_tuned(monkeypatch, tmp_path):
-    """Where several processes filled the caches, the one that is timed tunes once more; only then comes the start."""
+def test_a_warm_start_is_timed_in_a_process_of_its_own(monkeypatch, tmp_path):
     measured = {"environment": {"device": "one"}, "median_ms": 1.0, "compile_s": 0.5}
     answers = {"measure": measured, "first_step": {"seconds": 0.25, "caches": {"autograd_cache_hit": 1}}}
     called = []
 
-    def call(function, arguments, caches, turn=None):
+    def call(function, arguments, caches):
         called.append(function.partition(":")[2])
         return dict(answers[called[-1]])
 
     monkeypatch.setattr(step, "call", call)
-    run = step.run("tiny-gpt", "compile", QUICK, True, Results(environment={}, settings={}), tmp_path, 3.0)
+    run = step.run("tiny-gpt", "compile", QUICK, True, Results(environment={}, settings={}), tmp_path)
     assert called == ["measure", "first_step"]
-    assert (run.compile_s, run.warm_s, run.warm) == (3.0, 0.25, {"caches": {"autograd_cache_hit": 1}})
+    assert (run.compile_s, run.warm_s, run.warm) == (0.5, 0.25, {"caches": {"autograd_cache_hit": 1}})
+
+
+def test_a_shallow_check_is_of_one_block_and_finds_what_is_wrong(monkeypatch):
+    own, seen = replace(QUICK, shallow=True), []
+    gradients = Step.gradients
+
+    def watched(self):
+        seen.append(len(self.model.blocks))
+        return gradients(self)
+
+    deep = replace(TINY, size={**TINY.size, "layers": 2})
+    monkeypatch.setitem(WORKLOADS, "tiny-gpt", deep)
+    monkeypatch.setattr(Step, "gradients", watched)
+    prepared = measure.prepare("tiny-gpt", "flashdp-flat", own)
+    assert set(seen) == {1} and len(prepared.step.model.blocks) == 2
+    monkeypatch.setattr(Step, "gradients", lambda self: {n: 1.01 * g for n, g in gradients(self).items()})
+    with pytest.raises(check.CheckFailed):
+        measure.prepare("tiny-gpt", "eager", own)
+
+
+def test_a_run_without_memory_for_its_first_step_takes_it_in_its_turn(monkeypatch, tmp_path):
+    """In a round the others may have had it; alone there is nothing to wait for."""
+    own, tried = replace(QUICK, shallow=True), []
+
+    def first(step, batch, settings):
+        tried.append(len(step.model.blocks))
+        if len(tried) == 2:
+            raise torch.OutOfMemoryError("others have it")
+        return 1.0
+
+    monkeypatch.setattr(measure, "_first", first)
+    place = asdict(Place(str(tmp_path), "compile", 1))
+    assert measure.measure("tiny-gpt", "eager", own.record(), place)["compile_s"] == 1.0
+    assert len(tried) == 3
+    tried.clear()
+    with pytest.raises(torch.OutOfMemoryError):
+        measure.measure("tiny-gpt", "eager", own.record())
 
 
 def test_a_process_tells_why_it_failed(tmp_path):
@@ -322,17 +378,6 @@ def test_an_implementation_that_is_not_installed_is_skipped(monkeypatch, tmp_pat
 def test_opacus(workload, name):
     pytest.importorskip("opacus")
     assert measure.measure(workload, name, QUICK.record())["error"] < 1e-4
-
-
-def test_processes_wait_for_their_turn(tmp_path):
-    turn = tmp_path / "turn"
-    with open(turn, "w") as file, ThreadPoolExecutor(1) as pool:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        waiting = pool.submit(call, "textwrap:dedent", {"text": "  a"}, tmp_path, turn)
-        with pytest.raises(TimeoutError):
-            waiting.result(timeout=2)
-        fcntl.flock(file, fcntl.LOCK_UN)
-        assert waiting.result(timeout=60) == "a"
 
 
 def test_the_page_shows_what_the_files_hold():
