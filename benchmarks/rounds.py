@@ -7,11 +7,16 @@ nobody is timed before all marks are there: until then others compile and run th
 import contextlib
 import fcntl
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
+
+import torch
 
 POLL_S = 0.1
+PAUSE_S, TRIES = 5.0, 12  # while others of a round have the memory
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -48,3 +53,19 @@ class Place:
 
 
 ALONE = Place()
+
+
+def patiently(call: Callable[[], T], place: Place) -> T:
+    """What `call` returns; tried again for a while where the others of a round may have had the memory that it lacked.
+
+    Raises:
+        torch.OutOfMemoryError: there is not enough, or none of the others gave theirs back.
+    """
+    for _ in range(TRIES if place.size > 1 else 0):
+        try:
+            return call()
+        except torch.OutOfMemoryError:
+            pass  # behind here, so that the frames of the failure and what they hold are gone
+        torch.cuda.empty_cache()
+        time.sleep(PAUSE_S)
+    return call()

@@ -14,6 +14,7 @@
 | embedding_sqnorm(ids, g)                 [B]          | |gradient of the table|^2 of each sample                  |
 | embedding_sum(ids, g, weights, num_embeddings) [V, d] | sum_b w_b (gradient of the table of sample b)             |
 | tied_cross(ids, ge, x, gl)               [B]          | <gradient by the embedding, gradient by the tied head>    |
+| stored_cross(ids, ge, product)           [B]          | the same, the head's gradients being stored               |
 | sketch_sqnorm(x, gs, key, streams, probes) [B]        | an estimate of sum_l of |x_b^T g_lb|^2, from Gaussian probes |
 | tied_sketch_sqnorm(ids, ge, x, gl, ...)  [B]          | the same of a table that is embedding and head            |
 | hutchpp_sqnorm(x, g, key, streams, probes) [B]        | the same of one product, exact in a small space           |

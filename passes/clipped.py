@@ -123,9 +123,11 @@ class Reader:
         """A part as its addend holds it, which may be a permutation of what the kernel returned."""
         root, dims = self.values.layout(addend)
         upright = plain(root)
-        if part.form != "product" or dims == upright:
+        if dims == upright:
             return part
-        return part.transposed() if dims == upright[::-1] else Part("relabelled product", part.operands)
+        if part.form == "product" and dims == upright[::-1]:
+            return part.transposed()
+        return Part(f"relabelled {part.form}", part.operands)
 
 
 def arguments(node: fx.Node, count: int) -> tuple[Any, ...]:

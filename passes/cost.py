@@ -224,6 +224,19 @@ def tied_cost(gradient: ParameterGradient, axes: Axes) -> Cost:
     )
 
 
+def tied_store_cost(gradient: ParameterGradient, axes: Axes) -> Cost:
+    """Both parts, and a row of the stored product for every token."""
+    lookup, head = embedding_cost(gradient, axes), store_cost(gradient, axes)
+    B, T, d, item = _embedding_sizes(gradient, axes)
+    cross = Kernel("stored_cross", 2 * B * T * d, 2 * B * T * d * item)
+    return Cost(
+        lookup.flops + head.flops + cross.flops,
+        lookup.moved + head.moved + cross.moved,
+        lookup.held + head.held,
+        (*lookup.kernels, *head.kernels, cross),
+    )
+
+
 def tied_sketch_cost(gradient: ParameterGradient, axes: Axes, probes: int) -> Cost:
     """Both parts' rows once through products with so many columns, and the sums of both with weights."""
     (_, total), head = embedding_cost(gradient, axes).kernels, sketch_cost(gradient, axes, probes)

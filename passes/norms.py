@@ -131,10 +131,15 @@ def _guarded(reader: Reader, node: fx.Node) -> list[Share]:
         raise NotProved(f"{estimate} is no squared norm of a sum")
     own, cross = arguments(estimate, 2) if estimate.args[1] is crosses[0] else estimate.args[::-1]
     cross = cross.args[0]
-    if cross.target is not flashdp.tied_cross.default:
+    if cross.target is flashdp.stored_cross.default:
+        ids, ge, stored = arguments(cross, 3)
+        product = reader.part("tensor", stored)
+    elif cross.target is flashdp.tied_cross.default:
+        ids, ge, x, gl = arguments(cross, 4)
+        product = reader.part("product", gl, x)
+    else:
         raise NotProved(f"{cross} ({cross.target}) is no inner product of an embedding and a product")
-    ids, ge, x, gl = arguments(cross, 4)
-    rows, product = reader.part("rows", ids, ge), reader.part("product", gl, x)
+    rows = reader.part("rows", ids, ge)
     if squared_norms(reader, own) != Counter([share_of(rows), share_of(product)]):
         raise NotProved(f"{estimate} adds the cross term of one sum to the norms of another")
     reader.rounded(TIED.slack)

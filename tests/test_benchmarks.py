@@ -4,18 +4,18 @@ import json
 import re
 import threading
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import reference
-from benchmarks import check, measure, plot, step, tables
+from benchmarks import check, measure, plot, rounds, step, tables
 from benchmarks.implementations import BASELINE, IMPLEMENTATIONS
 from benchmarks.processes import call
 from benchmarks.results import Results, Run
-from benchmarks.rounds import Place
+from benchmarks.rounds import ALONE, Place
 from benchmarks.settings import Settings
 from benchmarks.steps import FlashDPStep, Step
 from benchmarks.targets import TARGETS, met
@@ -342,23 +342,26 @@ def test_a_shallow_check_is_of_one_block_and_finds_what_is_wrong(monkeypatch):
         measure.prepare("tiny-gpt", "eager", own)
 
 
-def test_a_run_without_memory_for_its_first_step_takes_it_in_its_turn(monkeypatch, tmp_path):
-    """In a round the others may have had it; alone there is nothing to wait for."""
-    own, tried = replace(QUICK, shallow=True), []
+def test_a_run_of_a_round_waits_for_memory_that_others_have(monkeypatch):
+    monkeypatch.setattr(rounds, "PAUSE_S", 0.0)
+    tried = []
 
-    def first(step, batch, settings):
-        tried.append(len(step.model.blocks))
-        if len(tried) == 2:
-            raise torch.OutOfMemoryError("others have it")
-        return 1.0
+    def call():
+        tried.append(1)
+        if len(tried) < 3:
+            raise torch.OutOfMemoryError
+        return "done"
 
-    monkeypatch.setattr(measure, "_first", first)
-    place = asdict(Place(str(tmp_path), "compile", 1))
-    assert measure.measure("tiny-gpt", "eager", own.record(), place)["compile_s"] == 1.0
-    assert len(tried) == 3
-    tried.clear()
-    with pytest.raises(torch.OutOfMemoryError):
-        measure.measure("tiny-gpt", "eager", own.record())
+    def never():
+        tried.append(1)
+        raise torch.OutOfMemoryError
+
+    assert rounds.patiently(call, Place(size=2)) == "done"
+    for place, times in ((ALONE, 1), (Place(size=2), rounds.TRIES + 1)):
+        tried.clear()
+        with pytest.raises(torch.OutOfMemoryError):
+            rounds.patiently(never, place)
+        assert len(tried) == times
 
 
 def test_a_process_tells_why_it_failed(tmp_path):

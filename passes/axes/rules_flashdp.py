@@ -21,7 +21,13 @@ def _leading(*states: Any) -> None:
                 raise Reject(f"{s} where the samples must come first")
 
 
-@rule("flashdp.gram_sqnorm", "flashdp.outer_sqnorm", "flashdp.embedding_sqnorm", "flashdp.tied_cross")
+@rule(
+    "flashdp.gram_sqnorm",
+    "flashdp.outer_sqnorm",
+    "flashdp.embedding_sqnorm",
+    "flashdp.tied_cross",
+    "flashdp.stored_cross",
+)
 def sqnorm(site: Site, *operands: Any) -> State:
     """One number per sample."""
     _leading(*operands)

@@ -6,12 +6,12 @@ from flashdp_compile.kernels.probes import LEAST
 from flashdp_compile.passes.axes.engine import Axes
 from flashdp_compile.passes.points import ParameterGradient
 from flashdp_compile.passes.strategies.base import Strategy
-from flashdp_compile.passes.strategies.embedding import EMBEDDING, TIED
+from flashdp_compile.passes.strategies.embedding import EMBEDDING, TIED, TIED_STORE
 from flashdp_compile.passes.strategies.linear import GRAM, OUTER, STORE
 from flashdp_compile.passes.strategies.materialize import MATERIALIZE
 from flashdp_compile.passes.strategies.sketch import hutchinson, hutchplusplus, pays, tied_hutchinson, worthwhile
 
-STRATEGIES: tuple[Strategy, ...] = (GRAM, OUTER, STORE, EMBEDDING, TIED, MATERIALIZE)
+STRATEGIES: tuple[Strategy, ...] = (GRAM, OUTER, STORE, EMBEDDING, TIED, TIED_STORE, MATERIALIZE)
 NAMES = tuple(dict.fromkeys(strategy.name for strategy in STRATEGIES))  # what the option norm_strategy may ask for
 ESTIMATORS: dict[str, tuple[Callable[[int], Strategy], ...]] = {  # by the option `norm`: from a number of probes
     "exact": (),

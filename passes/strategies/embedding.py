@@ -2,7 +2,7 @@
 
 Alone: the rows of equal ids are added up, then squared. Tied, the table also receives the gradient of a linear layer,
 so |e + l|^2 = |e|^2 + |l|^2 + 2 <e, l>, and the cross term only needs the head's gradient at the input's ids (Ding et
-al. 2024, phantom clipping).
+al. 2024, phantom clipping). Where the head's gradients of all samples are stored, it is read off them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from flashdp_compile.kernels.guard import SLACK, gamma, guarded
 from flashdp_compile.passes.axes.engine import Axes
-from flashdp_compile.passes.cost import embedding_cost, tied_cost
+from flashdp_compile.passes.cost import embedding_cost, tied_cost, tied_store_cost
 from flashdp_compile.passes.emit import Emitter
 from flashdp_compile.passes.points import ParameterGradient
 from flashdp_compile.passes.strategies.base import Prepared, Strategy, widened
@@ -123,5 +123,35 @@ def _prepare_tied(emit: Emitter, axes: Axes, gradient: ParameterGradient) -> Pre
     return Prepared(emit.per_sample(sqnorm, *operands.leaves), tied_sum(emit, axes, gradient))
 
 
+def stored_tied_sqnorm(ids: Tensor, ge: Tensor, x: Tensor, gl: Tensor) -> tuple[Tensor, Tensor]:
+    """The head's gradients l of all samples [B, V, d], as they are stored, and |e + l|^2 [B] with those e of lookups.
+
+    ids [B, T], ge [B, T, d], x [B, S, d], gl [B, S, V].
+
+    Where e and l cancel, what is off by little is off by much of the sum. With R the lengths of all rows of e together:
+    |e|^2 by 2 gamma R |e| at most (kernels/guard.py), |l|^2 by gamma |l|^2, <e, l> by gamma R |l|.
+    """
+    product, head = ops.outer_store(gl, x)
+    table = ops.embedding_sqnorm(ids, ge)
+    est = table + head + 2 * ops.stored_cross(ids, ge, product)
+    own, rows = table.sqrt() + head.sqrt(), _lengths(ge).sum(1)
+    total = (own * (own + 2 * rows)).sqrt()
+    return product, guarded(est, gamma(est.dtype, sum(product.shape[1:])) * total.square())
+
+
+def _prepare_tied_store(emit: Emitter, axes: Axes, gradient: ParameterGradient) -> Prepared:
+    operands, lookups, rows = tied_operands(gradient, axes), embedding_operands(gradient, axes), gradient.shape[0]
+
+    def weighted(batch: Any, *given: Tensor) -> Tensor:
+        *values, product, weights = given
+        return ops.embedding_sum(*lookups.view(batch, *values), weights, rows) + ops.product_sum(product, weights)
+
+    product, sqnorm = emit.per_sample(
+        lambda batch, *values: stored_tied_sqnorm(*operands.view(batch, *values)), *operands.leaves
+    )
+    return Prepared(sqnorm, lambda weights: emit.per_sample(weighted, *lookups.leaves, product, weights))
+
+
 EMBEDDING = Strategy("gram", _only_embedding, _prepare_embedding, embedding_cost, slack=SLACK)
 TIED = Strategy("gram", is_tied, _prepare_tied, tied_cost, slack=SLACK)
+TIED_STORE = Strategy("store", is_tied, _prepare_tied_store, tied_store_cost, slack=SLACK)

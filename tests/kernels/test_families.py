@@ -66,7 +66,9 @@ def test_twin_keeps_float64(name, device):
     assert not FAMILIES[name].supports(*args)
 
 
-@pytest.mark.parametrize("name", ["gram_sqnorm", "outer_sqnorm", "outer_store", "weighted_matmul", "tied_cross"])
+@pytest.mark.parametrize(
+    "name", ["gram_sqnorm", "outer_sqnorm", "outer_store", "weighted_matmul", "tied_cross", "stored_cross"]
+)
 def test_operands_of_two_dtypes(name, device):
     family = FAMILIES[name]
     args = list(arguments(family, family.cases[0], device=device))
@@ -102,3 +104,5 @@ def test_tied_cross_equals_the_inner_product_it_stands_for(device):
             if ids[b, t] >= 0:
                 embedding[ids[b, t]] += ge[b, t]
         torch.testing.assert_close(family.reference(ids, ge, x, gl)[b], (embedding * head).sum())
+    stored = gl.mT @ x
+    torch.testing.assert_close(FAMILIES["stored_cross"].reference(ids, ge, stored), family.reference(ids, ge, x, gl))

@@ -57,7 +57,9 @@ def test_all_weights_zero(name, path, device):
 
 @both
 @pytest.mark.parametrize("poison", POISONS)
-@pytest.mark.parametrize("name", ["gram_sqnorm", "outer_sqnorm", "outer_store", "embedding_sqnorm", "tied_cross"])
+@pytest.mark.parametrize(
+    "name", ["gram_sqnorm", "outer_sqnorm", "outer_store", "embedding_sqnorm", "tied_cross", "stored_cross"]
+)
 def test_a_poisoned_sample_spoils_its_own_norm_only(name, poison, path, device):
     family = FAMILIES[name]
     args = arguments(family, family.cases[0], device=device)
@@ -83,7 +85,7 @@ def test_vectors_of_weight_zero_are_not_read(poison, path, device):
 
 
 @both
-@pytest.mark.parametrize("name", ["embedding_sqnorm", "embedding_sum", "tied_cross"])
+@pytest.mark.parametrize("name", ["embedding_sqnorm", "embedding_sum", "tied_cross", "stored_cross"])
 def test_excluded_positions_are_not_read(name, path, device):
     family = FAMILIES[name]
     args = arguments(family, family.cases[0], device=device)
@@ -95,7 +97,9 @@ def test_excluded_positions_are_not_read(name, path, device):
     assert (getattr(family, path)(*args) == 0).all()
 
 
-@pytest.mark.parametrize("name", ["gram_sqnorm", "outer_sqnorm", "outer_store", "embedding_sqnorm", "tied_cross"])
+@pytest.mark.parametrize(
+    "name", ["gram_sqnorm", "outer_sqnorm", "outer_store", "embedding_sqnorm", "tied_cross", "stored_cross"]
+)
 def test_a_sample_alone_gives_the_same_bits(name, device):
     family = FAMILIES[name]
     args = arguments(family, family.cases[1], device=device)

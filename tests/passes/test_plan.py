@@ -142,7 +142,7 @@ class TestStrategies:
         tokens = torch.zeros(2, 4, dtype=torch.int64)
         assert names(twice(), torch.randn(2, 6)) == {"fc.weight": products, "fc.bias": ["materialize"]}
         assert names(padded(), tokens) == {"table.weight": ["gram", "materialize"]}
-        assert names(Tied(), tokens)["tokens.weight"] == ["gram", "materialize"]
+        assert names(Tied(), tokens)["tokens.weight"] == ["gram", "store", "materialize"]
         assert names(convolution(), torch.randn(2, 2, 5, 5))["conv.weight"] == ["materialize"]
         assert names(TwoStreams(), torch.randn(3, 6), torch.randn(3, 6))["fc.weight"] == products
 

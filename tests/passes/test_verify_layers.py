@@ -66,74 +66,78 @@ class TestSharedInputs:
 class TestTied:
     """|e + l|^2 = |e|^2 + |l|^2 + 2 <e, l>."""
 
-    @staticmethod
-    def model() -> Rewritten:
-        return rewritten(Tied(), torch.randint(0, 2, (3, 4)), strategy="gram", mechanism=NOISY)
+    @pytest.fixture(params=["gram", "store"])
+    def found(self, request) -> Rewritten:
+        return rewritten(Tied(), torch.randint(0, 2, (3, 4)), strategy=request.param, mechanism=NOISY)
+
+    def cross(self, found: Rewritten) -> fx.Node:
+        double = up_from(self.guard(found).args[0], aten.mul.Tensor)
+        return double.args[0]
 
     def guard(self, found: Rewritten) -> fx.Node:
         return up_from(weights_of(found, "tokens.weight"), aten.maximum.default)
 
-    def test_what_the_rewrite_makes_passes(self):
-        self.model().verify()
+    def test_what_the_rewrite_makes_passes(self, found):
+        found.verify()
 
-    def test_no_cross_term(self):
-        found = self.model()
+    def test_no_cross_term(self, found):
         estimate = self.guard(found).args[0]
         estimate.replace_all_uses_with(estimate.args[0])
         fails(found, "weights of group all")
 
-    def test_the_cross_term_once(self):
-        found = self.model()
+    def test_the_cross_term_once(self, found):
         replace_arg(up_from(self.guard(found).args[0], aten.mul.Tensor), 1, 1)
         fails(found, "is no squared norm of a sum")
 
-    def test_the_cross_term_of_others(self):
-        found = self.model()
-        cross = up_from(self.guard(found), flashdp.tied_cross.default)
+    def test_the_cross_term_of_others(self, found):
+        cross = self.cross(found)
         replace_arg(cross, 1, insert(found, cross, aten.mul.Tensor, cross.args[1], 0.5))
         fails(found, "cross term of one sum to the norms of another")
 
-    def test_no_guard(self):
-        found = self.model()
+    def test_the_cross_term_of_another_product(self):
+        found = rewritten(Tied(), torch.randint(0, 2, (3, 4)), strategy="store", mechanism=NOISY)
+        cross = self.cross(found)
+        replace_arg(cross, 2, insert(found, cross, aten.mul.Tensor, cross.args[2], 0.5))
+        fails(found, "cross term of one sum to the norms of another")
+
+    def test_no_guard(self, found):
         guard = self.guard(found)
         guard.replace_all_uses_with(guard.args[0])
         fails(found, "weights of group all")
 
     @pytest.mark.parametrize("factor", [0.0, 1e-9])
-    def test_a_guard_that_is_too_weak(self, factor):
-        found = self.model()
+    def test_a_guard_that_is_too_weak(self, found, factor):
         error = self.guard(found).args[1].args[0].args[1]
         replace_arg(error, 1, factor)
         fails(found, "is no guard against rounding")
 
-    def test_a_guard_of_too_much_slack(self):
-        found = self.model()
+    def test_a_guard_of_too_much_slack(self, found):
         replace_arg(self.guard(found).args[1], 1, 4.0)
         fails(found, "is no guard against rounding")
 
-    def test_the_norms_of_both_for_their_sum(self):
-        found = self.model()
+    def test_the_norms_of_both_for_their_sum(self, found):
         guard = self.guard(found)
         guard.replace_all_uses_with(guard.args[0].args[0])
         fails(found, "come from other norms")
 
-    def test_one_use_is_neither_measured_nor_summed(self):
+    def test_one_use_is_neither_measured_nor_summed(self, found):
         """Bounded, but not the gradient."""
-        found = self.model()
         both = up_from(before_noise(found, "tokens.weight"), aten.add.Tensor)
         both.replace_all_uses_with(both.args[0])
         guard = self.guard(found)
         guard.replace_all_uses_with(up_from(guard, flashdp.embedding_sqnorm.default))
         fails(found, "a part of the gradient of tokens.weight is missing")
 
-    def test_the_head_the_other_way_round(self):
+    @pytest.mark.parametrize("strategy", ["gram", "store"])
+    @pytest.mark.parametrize("part", [0, 1])
+    def test_a_part_the_other_way_round(self, strategy, part):
         """A square table: its transposed gradient would fit."""
         model = Tied()
         model.tokens = nn.Embedding(6, 6)
-        found = rewritten(model, torch.randint(0, 2, (3, 4)), strategy="gram", mechanism=NOISY)
+        found = rewritten(model, torch.randint(0, 2, (3, 4)), strategy=strategy, mechanism=NOISY)
         found.verify()
         both = up_from(before_noise(found, "tokens.weight"), aten.add.Tensor)
-        replace_arg(both, 1, insert(found, both, aten.permute.default, both.args[1], [1, 0]))
+        replace_arg(both, part, insert(found, both, aten.permute.default, both.args[part], [1, 0]))
         fails(found, "come from other norms")
 
 

@@ -1,0 +1,58 @@
+"""The norm of a tied table whose product is stored: never below the truth, and the truth where nothing cancels."""
+
+import pytest
+import torch
+
+import flashdp_compile.pipeline  # noqa: F401  registers the ops
+from flashdp_compile.kernels import SLACK
+from flashdp_compile.passes.strategies import embedding
+from flashdp_compile.passes.strategies.embedding import stored_tied_sqnorm
+
+B, S, D, V = 3, 48, 40, 24
+
+
+def parts(dtype: torch.dtype, repeats: int = 1) -> tuple[torch.Tensor, ...]:
+    g = torch.Generator().manual_seed(0)
+    ids = torch.stack([torch.randperm(V, generator=g) for _ in range(B)]).repeat(1, repeats)
+    ge, x, gl = (torch.randn(B, n, m, generator=g).to(dtype) for n, m in ((V * repeats, D), (S, D), (S, V)))
+    return ids, ge, x, gl
+
+
+def truth(ids: torch.Tensor, ge: torch.Tensor, product: torch.Tensor) -> torch.Tensor:
+    """|e + l|^2 of what is summed later, in float64."""
+    total = product.double().clone()
+    for b in range(B):
+        total[b].index_add_(0, ids[b], ge[b].double())
+    return total.square().sum((1, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("repeats", [1, 4])
+def test_it_is_the_norm_of_both_uses_together(dtype, repeats):
+    ids, ge, x, gl = parts(dtype, repeats)
+    product, got = stored_tied_sqnorm(ids, ge, x, gl)
+    assert product.dtype == dtype
+    torch.testing.assert_close(got.double(), truth(ids, ge, product), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("left", [0.0, 2.0**-20, 2.0**-14, 2.0**-8])
+@pytest.mark.parametrize("repeats", [1, 16, 256])
+def test_uses_that_cancel(left, repeats, monkeypatch):
+    """The lookups undo the head's gradient but for a part, by rows that are large and cancel among themselves."""
+    ids, ge, x, gl = parts(torch.float32, repeats)
+    product, _ = stored_tied_sqnorm(ids, ge, x, gl)
+    rows = ge.view(B, repeats, V, D)
+    if repeats > 1:
+        rows -= rows.mean(1, keepdim=True)
+    else:
+        rows.zero_()
+    at = ids.view(B, repeats, V)[:, 0, :, None].expand(-1, -1, D)
+    rows[:, 0] -= (1 - left) * product.gather(1, at)
+    product, got = stored_tied_sqnorm(ids, ge, x, gl)
+    true = truth(ids, ge, product)
+    assert (got.sqrt() * (1 + SLACK) >= true.sqrt()).all()
+    assert got.isfinite().all()
+    if not left and repeats > 1:
+        monkeypatch.setattr(embedding, "guarded", lambda est, bound: est)
+        _, naive = stored_tied_sqnorm(ids, ge, x, gl)
+        assert not (naive.sqrt() * (1 + SLACK) >= true.sqrt()).all(), "this example no longer needs the guard"
