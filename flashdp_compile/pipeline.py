@@ -41,6 +41,7 @@ from flashdp_compile.passes.plan import Plan, make_plan
 from flashdp_compile.passes.points import ParameterGradient, check_single, find_points
 from flashdp_compile.passes.release_late import release_late
 from flashdp_compile.passes.rewrite import Mechanism, private_gradients, rewrite, rewrite_empty, rewrite_single
+from flashdp_compile.passes.store_in_parts import store_in_parts
 from flashdp_compile.passes.strategies.catalogue import MOST_SLACK
 from flashdp_compile.passes.strategies.materialize import MATERIALIZE
 from flashdp_compile.passes.unroll import unroll_maps
@@ -262,6 +263,7 @@ class LastPass(CustomGraphPass):
             fuse_noise(graph)
             sum_vectors(graph)
             release_late(graph)
+            store_in_parts(graph)
             group_layers(graph)
             clip_groups(graph)
             norm_vectors(graph)

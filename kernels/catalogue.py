@@ -1,6 +1,7 @@
 """The explicit list of families. Adding one is a file beside this one, and a line here."""
 
 from flashdp_compile.kernels import (
+    clipped_product,
     embedding_sqnorm,
     embedding_sum,
     gaussian,
@@ -34,6 +35,7 @@ FAMILIES = {
         outer_stores,
         product_sum,
         product_sums,
+        clipped_product,
         weighted_matmul,
         weighted_matmuls,
         embedding_sqnorm,

@@ -121,9 +121,13 @@ def release_weights_into(
     mean: bool,
     expected_batch_size: int | None,
     grad_scale: Tensor | None = None,
+    batch: int | None = None,
 ) -> Tensor:
-    """release_weights that adds to `counter` how many samples have no finite norm, here or in `others` [B, K]."""
-    scaling = scales(sqnorm.shape[0], mean, expected_batch_size, grad_scale)
+    """release_weights that adds to `counter` how many samples have no finite norm, here or in `others` [B, K].
+
+    `batch`: the samples of the loss, where these are not all of them.
+    """
+    scaling = scales(sqnorm.shape[0] if batch is None else batch, mean, expected_batch_size, grad_scale)
     norms = [sqnorm] if others is None else [sqnorm, others]
     if all(n.is_cuda and n.dtype == torch.float32 for n in norms):
         return launch(counter, sqnorm, bound, fn, *scaling, others=others, least=LEAST)

@@ -51,6 +51,7 @@ class Spec:
     weighted: bool
     kinds: tuple[int, ...]  # how many layers are of each
     at_once: int = AT_ONCE  # samples whose loads are in flight together
+    onto: bool = False  # whether sums are added to what is there
     block: int = 2048
 
 
@@ -59,12 +60,14 @@ def is_flat(product: Tensor) -> bool:
     return product.stride(2) == 1 and product.stride(1) == product.shape[2]
 
 
-def specialise(products: list[Tensor], weights: list[Tensor] | None, key: Tensor | None = None, *noise: Any) -> Spec:
+def specialise(
+    products: list[Tensor], weights: list[Tensor] | None, key: Tensor | None = None, *noise: Any, onto: bool = False
+) -> Spec:
     """Settings for layers with as many samples."""
     samples = products[0].shape[0]
     at_once = min(AT_ONCE, max(samples, 1)) if isinstance(samples, int) else AT_ONCE
     kinds = tuple(map(len, several.kinds(products, *([] if weights is None else [weights]))))
-    return Spec(all(map(is_flat, products)), key is not None, weights is not None, kinds, at_once)
+    return Spec(all(map(is_flat, products)), key is not None, weights is not None, kinds, at_once, onto)
 
 
 TEMPLATE = """
@@ -90,7 +93,11 @@ def kernel(
 {% else %}
     p_row = product_ptr + n // P * product_s1 + n % P * product_s2
 {% endif %}
+{% if onto %}
+    acc = tl.load(out_ptr + n, mask=n < N, other=0.0)
+{% else %}
     acc = tl.zeros([{{ block }}], tl.float32)
+{% endif %}
     for first in range(0, B, {{ at_once }}):
         for b in tl.static_range({{ at_once }}):
 {% if weighted %}
@@ -116,11 +123,15 @@ def launch(
     key: Tensor | None = None,
     streams: Sequence[int] = (),
     std: float = 0.0,
+    onto: list[Tensor] | None = None,
 ) -> list[Tensor]:
-    """Without weights, which the op always has: plain sums."""
-    spec = specialise(products, weights, key)
+    """Without weights, which the op always has: plain sums.
+
+    With `onto`, dense and in float32, sums are added to that in place, to the bits of one sum over all samples.
+    """
+    spec = specialise(products, weights, key, onto=onto is not None)
     by_kind = several.kinds(products, *([] if weights is None else [weights]))
-    out = [product.new_empty(product.shape[1:], dtype=torch.float32) for product in products]
+    out = onto or [product.new_empty(product.shape[1:], dtype=torch.float32) for product in products]
     own: list[tuple[Any, ...]] = [(p, t) for p, t in zip(products, out, strict=True)]
     if weights is not None:
         own = [(p, w, t) for (p, t), w in zip(own, weights, strict=True)]

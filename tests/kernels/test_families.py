@@ -34,6 +34,9 @@ def check(name, got, args):
             bound = torch.ones_like(truth)
         elif name in ("vector_sums", "weighted_matmuls", "product_sums"):  # their noise has a sign of its own
             bound = bound.abs() + 1
+        elif name == "clipped_product":  # each sample is as long as its bound or shorter, and rounded as it is stored
+            bound = truth.abs() + 1 if n == 0 else truth
+            bound = bound + ROUNDING[args[0].dtype] / TOLERANCE * (1 if n == 0 else 2 * truth)
         elif name == "outer_stores" and n == len(exact) - 1:
             stored = [outputs(got)[store][place] for store, place in outer_stores.places(args[2])]
             truth = bound = torch.stack([t.double().square().sum((1, 2)) for t in stored])

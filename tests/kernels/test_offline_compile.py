@@ -10,10 +10,11 @@ from pathlib import Path
 
 from machine_code import disassembled, early_reads
 
-from flashdp_compile.kernels import FAMILIES, clip, hopper, tuning
+from flashdp_compile.kernels import FAMILIES, clip, hopper, product_sums, tuning
 
 MATRIX = [name for name, family in FAMILIES.items() if family.tiled]
-OTHERS = [family for name, family in FAMILIES.items() if name != "outer_stores"]  # whose Triton is outer_store's
+# the Triton of outer_stores is outer_store's, and clipped_product launches that and product_sums
+OTHERS = [family for name, family in FAMILIES.items() if name not in ("outer_stores", "clipped_product")]
 # also with noise, and with layers of two kinds; 197 tokens end in a block of 16
 WARP_SPECIALISED = (
     ("gram_sqnorm", (2, 197, 1024, 2048)),
@@ -66,6 +67,8 @@ def compile_all() -> None:
     FAMILIES["sketch_sqnorm"].launch(*sketched[:-1], 64)
     ids, g, weights, rows = arguments(FAMILIES["embedding_sum"], (2, 65, 129, 9), torch.bfloat16)
     FAMILIES["embedding_sum"].launch(ids, g, weights, rows, torch.zeros(2, dtype=torch.int64), 1, 0.5)  # two kernels
+    products, *rest = arguments(FAMILIES["product_sums"], (2, 65, 129), torch.bfloat16)
+    product_sums.launch(products, *rest, onto=[torch.zeros(65, 129)])
     counter, sqnorm = torch.zeros((), dtype=torch.int64), torch.ones(3)
     for fn in clip.FUNCTIONS:
         clip.launch(counter, sqnorm, 1.0, fn, torch.tensor(1.0) if fn == "hard" else 1.0, 2.0)
@@ -122,7 +125,7 @@ def test_every_kernel_compiles_for_sm_90(tmp_path):
     built = [kernel for kernel in built if kernel not in estimates]
     beside = re.compile("add_noises|guarded_sums")  # of weighted sums and of norms
     built = [kernel for kernel in built if not kernel["gluon"] and not beside.search(kernel["name"])]
-    assert len(built) == 2 * (len(OTHERS) - len(ESTIMATES)) + 2 * len(MATRIX) + 5 + 2 * len(clip.FUNCTIONS), done.stdout
+    assert len(built) == 2 * (len(OTHERS) - len(ESTIMATES)) + 2 * len(MATRIX) + 6 + 2 * len(clip.FUNCTIONS), done.stdout
     fast = [kernel for kernel in built if kernel["tma"]]
     assert len(fast) == 2 * len(MATRIX) + 2, done.stdout  # one operand of an unaligned product is aligned
     for kernel in fast:

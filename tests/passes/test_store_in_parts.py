@@ -1,0 +1,137 @@
+"""Products that set the peak are made for a few samples at a time; nothing else changes, and what waits stays whole."""
+
+import pytest
+import torch
+from corrupt import NOISY
+from pass_support import random_inputs, rewritten, run
+from torch import fx, nn
+from torch.utils.checkpoint import checkpoint
+
+from flashdp_compile.compat import argument
+from flashdp_compile.passes import store_in_parts as module
+from flashdp_compile.passes.memory import Memory
+from flashdp_compile.passes.order import dependents
+from flashdp_compile.passes.store_in_parts import store_in_parts
+from flashdp_compile.runtime import noise
+
+flashdp = torch.ops.flashdp
+BATCH = 8
+
+
+class LanguageModel(nn.Module):
+    """Checkpointed layers, which hold little, and a head whose products [B, 16, 800] are larger than all else."""
+
+    def __init__(self, bias: bool = False) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+        self.head = nn.Linear(16, 800, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + checkpoint(lambda y, layer=layer: layer(y).relu(), x, use_reentrant=False)
+        return self.head(x).square().mean((1, 2))
+
+
+def graph(clipping: str = "per_layer", bias: bool = False, strategy: str = "store") -> fx.Graph:
+    x = torch.randn(BATCH, 12, 16)
+    return rewritten(
+        LanguageModel(bias), x, strategy=strategy, clipping=clipping, bound=0.5, mechanism=NOISY
+    ).joint.graph
+
+
+def outputs(of: fx.Graph, inputs: list[object]) -> list[torch.Tensor]:
+    noise.KEYS.reset()  # the same key for every run: the mechanism has a seed
+    return [value for value in run(of, inputs) if isinstance(value, torch.Tensor)]
+
+
+def made(of: fx.Graph) -> list[fx.Node]:
+    return list(of.find_nodes(op="call_function", target=flashdp.clipped_product.default))
+
+
+def test_the_head_is_made_in_parts_and_the_numbers_stay():
+    of = graph()
+    inputs = random_inputs(of)
+    before, peak = outputs(of, inputs), Memory(of).peak(list(of.nodes))
+    assert store_in_parts(of, "cpu") == 1
+    of.lint()
+    (node,) = made(of)
+    assert argument(node, "samples") < BATCH
+    assert Memory(of).peak(list(of.nodes)) < 0.9 * peak
+    for was, now in zip(before, outputs(of, inputs), strict=True):
+        torch.testing.assert_close(was, now, rtol=1e-6, atol=1e-7)
+    assert store_in_parts(of, "cpu") == 0
+
+
+def test_with_noise_in_the_sum():
+    """As fuse_noise leaves it on a GPU."""
+    of = graph()
+    inputs = random_inputs(of)
+    (total,) = (
+        n for n in of.find_nodes(op="call_function", target=flashdp.product_sum.default) if 800 in n.meta["val"].shape
+    )
+    noised = next(n for n in dependents([total]) if n.target is flashdp.add_noise.default)
+    before = outputs(of, inputs)
+    _, key, stream, std = noised.args
+    total.kwargs = {"key": key, "stream": stream, "std": std}
+    for node in (total, *noised.all_input_nodes):
+        if total in (node, *node.all_input_nodes):
+            noised.prepend(node)
+    noised.replace_all_uses_with(noised.args[0])
+    of.erase_node(noised)
+    assert store_in_parts(of, "cpu") == 1
+    assert made(of)[0].args[-3:] == (key, stream, std)
+    for was, now in zip(before, outputs(of, inputs), strict=True):
+        torch.testing.assert_close(was, now, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("least", [1, 2, 4])
+def test_parts_are_as_large_as_the_peak_allows(least, monkeypatch):
+    """Here by a model of memory in which parts of so many samples are free."""
+    of = graph()
+    peak, layer = (
+        Memory.peak,
+        max(
+            of.find_nodes(op="call_function", target=flashdp.outer_store.default),
+            key=lambda n: n.meta["val"][0].numel(),
+        ),
+    )
+    (product,) = (n for n in layer.users if n.args[1] == 0)
+
+    def flat_below(self, order, without=frozenset()):
+        free = product.meta["val"].numel() * 4 // BATCH * least
+        self.bytes[product] = max(self.bytes[product], free) if product in self.bytes else 0
+        return peak(self, order, without)
+
+    monkeypatch.setattr(Memory, "peak", flat_below)
+    monkeypatch.setattr(module, "GAIN", 0.0)
+    assert store_in_parts(of, "cpu") == 1
+    assert argument(made(of)[0], "samples") == least
+
+
+@pytest.mark.parametrize(
+    "settings", [{"clipping": "flat"}, {"bias": True}, {"strategy": "outer"}], ids=["flat", "bias", "outer"]
+)
+def test_what_waits_for_other_norms_stays_whole(settings):
+    of = graph(**settings)
+    assert store_in_parts(of, "cpu") == 0
+    assert not made(of)
+
+
+def test_the_group_that_counts_stays_whole():
+    of = graph()
+    for clip in of.find_nodes(op="call_function", target=flashdp.clip_factors.default):
+        clip.args = (*clip.args[:5], True, *clip.args[6:])
+    assert store_in_parts(of, "cpu") == 0
+
+
+def test_small_products_stay_whole(monkeypatch):
+    of = graph()
+    monkeypatch.setattr(module, "LARGE", 1.0)
+    assert store_in_parts(of, "cpu") == 0
+    monkeypatch.setattr(module, "LARGE", 0.0)
+    monkeypatch.setattr(module, "GAIN", 0.95)
+    assert store_in_parts(of, "cpu") == 0
+
+
+def test_other_devices_are_left_alone():
+    assert store_in_parts(graph()) == 0
