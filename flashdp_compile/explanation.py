@@ -14,6 +14,7 @@ from flashdp_compile.options import Options
 from flashdp_compile.passes import dump
 from flashdp_compile.passes.axes.domain import Batched, Reduced
 from flashdp_compile.passes.groups import sensitivity
+from flashdp_compile.passes.guarantee import Guarantee
 from flashdp_compile.passes.inputs import Input
 from flashdp_compile.passes.price_of_probes import Price, prices
 from flashdp_compile.pipeline import Record, analyse, mechanism_of
@@ -57,8 +58,9 @@ class Explanation:
         if self.record.options.noise_at == "step":
             moved = "; bounds move from step to step" if mechanism.bounds is not None else ""
             return f"every gradient {clipped}{moved}; the engine adds noise at each step"
-        std = mechanism.std(plan.groups, plan.slack)
+        guarantee = Guarantee(plan.groups, mechanism, plan.slack)
         over = " over the size of each batch" if mechanism.divides_by_batch else ""
+        std = guarantee.deviation / (guarantee.divisor(1) or 1)
         return f"every gradient {clipped} and gets Gaussian noise of standard deviation {std:.6g}{over}"
 
     def as_dict(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,13 @@ from flashdp_compile.passes.groups import MovingBounds, form_groups
 from flashdp_compile.passes.guarantee import Guarantee
 from flashdp_compile.passes.inline import inline_kernels
 from flashdp_compile.passes.inputs import Input
+from flashdp_compile.passes.mechanism import Mechanism
 from flashdp_compile.passes.own_memory import own_memory
 from flashdp_compile.passes.patches import take_patches_apart
 from flashdp_compile.passes.plan import Plan, make_plan
 from flashdp_compile.passes.points import ParameterGradient, check_single, find_points
 from flashdp_compile.passes.release_late import release_late
-from flashdp_compile.passes.rewrite import Mechanism, private_gradients, rewrite, rewrite_empty, rewrite_single
+from flashdp_compile.passes.rewrite import private_gradients, rewrite, rewrite_empty, rewrite_single
 from flashdp_compile.passes.store_in_parts import store_in_parts
 from flashdp_compile.passes.strategies.catalogue import MOST_SLACK
 from flashdp_compile.passes.strategies.materialize import MATERIALIZE
@@ -72,14 +73,14 @@ class Record:
 def mechanism_of(options: Options) -> Mechanism:
     """The fields of `Options` that say how clipped sums become releases."""
     return Mechanism(
-        options.noise_in_graph,
-        options.clip_fn,
-        options.loss_reduction == "mean",
-        options.expected_batch_size,
-        options.seed,
-        _place(options),
-        _moving(options),
-        _probes(options),
+        noise_multiplier=options.noise_in_graph,
+        clip_fn=options.clip_fn,
+        mean=options.loss_reduction == "mean",
+        expected_batch_size=options.expected_batch_size,
+        seed=options.seed,
+        grad_scaler=None if options.grad_scaler is None else scaling.place(options.grad_scaler),
+        bounds=_moving(options),
+        held_probes=None if options.held_probes is None else options.held_probes.place,
     )
 
 
@@ -88,33 +89,11 @@ def _moving(options: Options) -> MovingBounds | None:
     return None if scales is None else MovingBounds(scales.place, tuple(scales.groups))
 
 
-def _probes(options: Options) -> int | None:
-    """The number by which compiled code knows the probes of an engine."""
-    return None if options.held_probes is None else options.held_probes.place
-
-
-def _place(options: Options) -> int | None:
-    """The number by which compiled code knows the scaler of the loss."""
-    return None if options.grad_scaler is None else scaling.place(options.grad_scaler)
-
-
 def guarantee_of(options: Options, before: Before, slack: float) -> Guarantee:
     """What must leave a graph, from the options and the gradients that it had."""
     names = [g.name for g in before.released.values()]
-    return Guarantee(
-        groups=form_groups(names, options.clipping, options.max_grad_norm),
-        clip_fn=options.clip_fn,
-        noise_multiplier=options.noise_in_graph,
-        mean=options.loss_reduction == "mean",
-        expected_batch_size=options.expected_batch_size,
-        slack=slack,
-        seed=options.seed,
-        grad_scaler=_place(options),
-        bounds=_moving(options),
-        norm=options.norm,
-        probes=options.probes,
-        held_probes=_probes(options),
-    )
+    groups = form_groups(names, options.clipping, options.max_grad_norm)
+    return Guarantee(groups, mechanism_of(options), slack, options.norm, options.probes)
 
 
 def analyse(graph: fx.Graph, record: Record) -> None:
@@ -244,8 +223,7 @@ class FlashDPPass(CustomGraphPass):
             return None
         described = [(i.name, i.role) for i in self._inputs]
         held = self._options.held_probes
-        probes = _probes(self._options), None if held is None else held.groups
-        policy = [self._options.policy(), _place(self._options), _moving(self._options), probes]
+        policy = [self._options.policy(), asdict(mechanism_of(self._options)), None if held is None else held.groups]
         key = json.dumps([policy, described, rules, sources_digest(), versions()], sort_keys=True)
         return hashlib.sha256(key.encode()).hexdigest()
 

@@ -10,7 +10,8 @@ import math
 from dataclasses import dataclass
 
 from flashdp_compile.passes.axes.domain import Size
-from flashdp_compile.passes.groups import Group, MovingBounds
+from flashdp_compile.passes.groups import Group
+from flashdp_compile.passes.mechanism import Mechanism
 
 
 @dataclass(frozen=True)
@@ -19,38 +20,31 @@ class Guarantee:
 
         released_k = ( sum_b clip_fn(g_bk, C_k) + N(0, deviation^2) ) / divisor
 
-    `mean`: what backward was called on is a mean over the samples, so g_bk is B times what arrives from sample b.
-    `grad_scaler`: its scale s multiplies that, too; what leaves the graph is s released_k.
-    `bounds`: g_bk is divided by the present scale of its group first, and the norms within bounds are counted.
+    `mechanism.mean`: what backward was called on is a mean over the samples, so g_bk is B times what arrives from
+    sample b. `mechanism.grad_scaler`: its scale s multiplies that, too; what leaves the graph is s released_k.
+    `mechanism.bounds`: g_bk is divided by the present scale of its group first, and the norms within bounds are
+    counted.
     `norm`: "exact", or clip_fn sees estimates of the norms of some g_bk, from at least `probes` Gaussian probes that
-    every release draws anew, no two of its gradients sharing any. `held_probes`: their place
-    in runtime/probe_keys.py, if a logical batch keeps them.
+    every release draws anew (or a logical batch, which keeps them), no two of its gradients sharing any.
     `slack`: how far rounding may carry a clipped norm beyond its bound, relative to it; the noise is raised by as much.
     """
 
     groups: tuple[Group, ...]
-    clip_fn: str
-    noise_multiplier: float
-    mean: bool
-    expected_batch_size: int | None
+    mechanism: Mechanism
     slack: float
-    seed: int | None
-    grad_scaler: int | None = None
-    bounds: MovingBounds | None = None
     norm: str = "exact"
     probes: int = 0
-    held_probes: int | None = None
 
     @property
     def deviation(self) -> float:
         """sigma sqrt(sum_k C_k^2) (1 + slack), of the noise on the undivided sum."""
         total = math.fsum(group.bound * group.bound for group in self.groups)
-        return self.noise_multiplier * math.sqrt(total) * (1 + self.slack)
+        return self.mechanism.noise_multiplier * math.sqrt(total) * (1 + self.slack)
 
     def divisor(self, batch: Size) -> int | None:
         """1, the expected size of a batch, or the size of the batch at hand; None if only the run will tell it."""
-        if not self.mean:
+        if not self.mechanism.mean:
             return 1
-        if self.expected_batch_size is not None:
-            return self.expected_batch_size
+        if self.mechanism.expected_batch_size is not None:
+            return self.mechanism.expected_batch_size
         return max(batch, 1) if isinstance(batch, int) else None

@@ -29,3 +29,11 @@ def call(graph: fx.Graph, op: Callable[..., Any], *args: Any) -> fx.Node:
 def per_dimension(setting: list[int], rank: int) -> list[int]:
     """A setting of a convolution, of which one number may stand for all dimensions."""
     return list(setting) * rank if len(setting) == 1 else list(setting)
+
+
+def is_zero(node: Any) -> bool:
+    """Whether a node makes a tensor of zeros out of nothing."""
+    if not isinstance(node, fx.Node) or node.all_input_nodes:
+        return False
+    filled: dict[Any, int] = {torch.ops.aten.full.default: 1, torch.ops.aten.scalar_tensor.default: 0}
+    return node.target in filled and node.args[filled[node.target]] == 0

@@ -12,7 +12,6 @@ by how far its bound has, and it is left at that.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
@@ -21,7 +20,8 @@ from flashdp_compile.errors import Refusal
 from flashdp_compile.passes.axes.engine import Axes
 from flashdp_compile.passes.capture import Gradient, JointGraph
 from flashdp_compile.passes.emit import Emitter
-from flashdp_compile.passes.groups import Group, MovingBounds, sensitivity
+from flashdp_compile.passes.groups import Group, sensitivity
+from flashdp_compile.passes.mechanism import Mechanism
 from flashdp_compile.passes.plan import Plan
 from flashdp_compile.passes.points import ParameterGradient
 from flashdp_compile.passes.strategies.base import Prepared, accumulation_dtype, widened
@@ -30,32 +30,6 @@ from flashdp_compile.passes.strategies.shared import prepare_shared
 
 ops = torch.ops.flashdp
 Released = list[tuple[int, fx.Node]]
-
-
-@dataclass(frozen=True)
-class Mechanism:
-    """How clipped sums become releases; what `Options` says about it, in plain values."""
-
-    noise_multiplier: float
-    clip_fn: str
-    mean: bool
-    expected_batch_size: int | None
-    seed: int | None
-    grad_scaler: int | None = None
-    """The place of the loss's GradScaler in runtime/scaling.py."""
-    bounds: MovingBounds | None = None
-    held_probes: int | None = None
-    """The place in runtime/probe_keys.py of the probes that all backward passes of a logical batch have in common."""
-
-    @property
-    def divides_by_batch(self) -> bool:
-        """Whether the divisor L is the size of the batch at hand."""
-        return self.mean and self.expected_batch_size is None
-
-    def std(self, groups: tuple[Group, ...], slack: float) -> float:
-        """sigma * C (1 + slack), over L where L is known in advance."""
-        std = self.noise_multiplier * sensitivity(groups) * (1 + slack)
-        return std / self.expected_batch_size if self.mean and self.expected_batch_size else std
 
 
 def rewrite(axes: Axes, plan: Plan, mechanism: Mechanism) -> None:
@@ -70,7 +44,7 @@ def rewrite(axes: Axes, plan: Plan, mechanism: Mechanism) -> None:
     scale = _scale(emit, axes.joint, mechanism)
     for members, weights in zip(prepared, _clip(emit, axes.joint, plan.groups, norms, mechanism, scale), strict=True):
         released += [(g.gradient.position, p.finish(weights)) for g, p in members]
-    _release(emit, axes.joint, released, mechanism, mechanism.std(plan.groups, plan.slack), scale)
+    _release(emit, axes.joint, released, mechanism, _std(mechanism, plan.groups, plan.slack), scale)
 
 
 def _prepare(emit: Emitter, axes: Axes, plan: Plan, group: str) -> list[tuple[ParameterGradient, Prepared]]:
@@ -89,7 +63,7 @@ def rewrite_empty(joint: JointGraph, groups: tuple[Group, ...], mechanism: Mecha
     """The release of a batch without samples: zero, and the noise that every release carries."""
     emit = Emitter(joint)
     zeros = [(g.position, emit(_zeros, g.node)) for g in private_gradients(joint)]
-    _release(emit, joint, zeros, mechanism, mechanism.std(groups, 0.0), _scale(emit, joint, mechanism))
+    _release(emit, joint, zeros, mechanism, _std(mechanism, groups, 0.0), _scale(emit, joint, mechanism))
 
 
 def rewrite_single(joint: JointGraph, groups: tuple[Group, ...], mechanism: Mechanism) -> None:
@@ -104,7 +78,13 @@ def rewrite_single(joint: JointGraph, groups: tuple[Group, ...], mechanism: Mech
     scale = _scale(emit, joint, mechanism)
     for group, weights in zip(groups, _clip(emit, joint, groups, norms, mechanism, scale), strict=True):
         released += [(private[n].position, emit(_weigh_one, private[n].node, weights)) for n in group.members]
-    _release(emit, joint, released, mechanism, mechanism.std(groups, MATERIALIZE.slack), scale)
+    _release(emit, joint, released, mechanism, _std(mechanism, groups, MATERIALIZE.slack), scale)
+
+
+def _std(mechanism: Mechanism, groups: tuple[Group, ...], slack: float) -> float:
+    """sigma * C (1 + slack), over L where L is known in advance."""
+    std = mechanism.noise_multiplier * sensitivity(groups) * (1 + slack)
+    return std / mechanism.expected_batch_size if mechanism.mean and mechanism.expected_batch_size else std
 
 
 def _zeros(gradient: Tensor) -> Tensor:

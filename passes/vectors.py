@@ -19,8 +19,7 @@ import torch
 from torch import fx
 
 from flashdp_compile.compat import sort_topologically
-from flashdp_compile.passes.clipped import is_zero
-from flashdp_compile.passes.nodes import call, is_static
+from flashdp_compile.passes.nodes import call, is_static, is_zero
 from flashdp_compile.passes.points import RESHAPES
 
 aten, flashdp = torch.ops.aten, torch.ops.flashdp

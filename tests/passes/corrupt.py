@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from pass_support import Rewritten, rewritten
 from torch import fx, nn
 
 from flashdp_compile.errors import InternalError
-from flashdp_compile.passes.rewrite import Mechanism
+from flashdp_compile.passes.guarantee import Guarantee
+from flashdp_compile.passes.mechanism import Mechanism
 
 aten, flashdp = torch.ops.aten, torch.ops.flashdp
 NOISY = Mechanism(noise_multiplier=1.0, clip_fn="hard", mean=False, expected_batch_size=None, seed=3)
@@ -25,6 +28,12 @@ def fails(found: Rewritten, words: str) -> None:
     with pytest.raises(InternalError, match=words) as caught:
         found.verify()
     assert "failed its own verification" in str(caught.value) and "othing was released" in str(caught.value)
+
+
+def stated(found: Rewritten, **changes: object) -> Guarantee:
+    """The guarantee of a graph for another mechanism."""
+    mechanism = dataclasses.replace(found.guarantee.mechanism, **changes)
+    return dataclasses.replace(found.guarantee, mechanism=mechanism)
 
 
 def before_noise(found: Rewritten, name: str) -> fx.Node:

@@ -15,9 +15,10 @@ from flashdp_compile.passes.capture import JointGraph
 from flashdp_compile.passes.dump import table
 from flashdp_compile.passes.groups import form_groups
 from flashdp_compile.passes.guarantee import Guarantee
+from flashdp_compile.passes.mechanism import Mechanism
 from flashdp_compile.passes.plan import Plan, make_plan
 from flashdp_compile.passes.points import ParameterGradient, find_points
-from flashdp_compile.passes.rewrite import Mechanism, rewrite
+from flashdp_compile.passes.rewrite import rewrite
 from flashdp_compile.passes.verify import verify
 from flashdp_compile.testing import joint_graph
 
@@ -92,20 +93,8 @@ def guarantee(
     probes: int = 0,
 ) -> Guarantee:
     """What verify() is to find behind these settings."""
-    return Guarantee(
-        groups=form_groups([g.name for g in before.released.values()], clipping, bound),
-        clip_fn=mechanism.clip_fn,
-        noise_multiplier=mechanism.noise_multiplier,
-        mean=mechanism.mean,
-        expected_batch_size=mechanism.expected_batch_size,
-        slack=slack,
-        seed=mechanism.seed,
-        grad_scaler=mechanism.grad_scaler,
-        bounds=mechanism.bounds,
-        norm=norm,
-        probes=probes,
-        held_probes=mechanism.held_probes,
-    )
+    groups = form_groups([g.name for g in before.released.values()], clipping, bound)
+    return Guarantee(groups, mechanism, slack, norm, probes)
 
 
 @dataclass(frozen=True)

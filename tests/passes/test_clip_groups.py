@@ -15,8 +15,8 @@ from flashdp_compile.passes import group_layers as grouped
 from flashdp_compile.passes.clip_groups import clip_groups
 from flashdp_compile.passes.fuse_noise import fuse_noise
 from flashdp_compile.passes.group_layers import group_layers
+from flashdp_compile.passes.mechanism import Mechanism
 from flashdp_compile.passes.memory import Memory
-from flashdp_compile.passes.rewrite import Mechanism
 from flashdp_compile.passes.strategies.catalogue import NAMES
 from flashdp_compile.passes.vectors import norm_vectors, sum_vectors
 from flashdp_compile.runtime import clipping, noise

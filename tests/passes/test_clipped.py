@@ -7,9 +7,9 @@ from pass_support import Rewritten, rewritten
 from small_models import Tied
 from torch import fx, nn
 
-from flashdp_compile.passes.clipped import NotProved, Reader
-from flashdp_compile.passes.norms import squared_norms
 from flashdp_compile.passes.values import Values
+from flashdp_compile.passes.verify.clipped import NotProved, Reader
+from flashdp_compile.passes.verify.norms import squared_norms
 
 convert = torch.ops.prims.convert_element_type.default
 

@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from flashdp_compile.errors import Refusal
 from flashdp_compile.passes.groups import Group
-from flashdp_compile.passes.rewrite import Mechanism, rewrite_empty, rewrite_single
+from flashdp_compile.passes.mechanism import Mechanism
+from flashdp_compile.passes.rewrite import rewrite_empty, rewrite_single
 from flashdp_compile.passes.strategies.catalogue import NAMES
 from flashdp_compile.testing import joint_graph
 from zoo import Model

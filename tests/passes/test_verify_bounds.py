@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from corrupt import NOISY, fails, graph, insert, replace_arg, weights_of
+from corrupt import NOISY, fails, graph, insert, replace_arg, stated, weights_of
 
 from flashdp_compile.passes.groups import MovingBounds
 from flashdp_compile.runtime.bounds import BoundScales
@@ -84,11 +84,12 @@ def test_a_count_of_other_norms(change):
 
 def test_scales_that_nobody_asked_for():
     found = graph(mechanism=MOVING)
-    stated = dataclasses.replace(found.guarantee, bounds=None)
-    fails(dataclasses.replace(found, guarantee=stated), "weights of group 0 undo the scale|bounds are moved by")
+    fails(
+        dataclasses.replace(found, guarantee=stated(found, bounds=None)),
+        "weights of group 0 undo the scale|bounds are moved by",
+    )
 
 
 def test_no_scales_where_they_were_asked_for():
     found = graph()
-    stated = dataclasses.replace(found.guarantee, bounds=MOVING.bounds)
-    fails(dataclasses.replace(found, guarantee=stated), "bounds are moved by")
+    fails(dataclasses.replace(found, guarantee=stated(found, bounds=MOVING.bounds)), "bounds are moved by")

@@ -4,13 +4,13 @@ import dataclasses
 
 import pytest
 import torch
-from corrupt import NOISY, aten, before_noise, fails, flashdp, graph, insert, replace_arg, weights_of
+from corrupt import NOISY, aten, before_noise, fails, flashdp, graph, insert, replace_arg, stated, weights_of
 from pass_support import SILENT, Rewritten, rewritten
 from small_models import Block
 from torch import nn
 
 from flashdp_compile.passes.groups import Group
-from flashdp_compile.passes.rewrite import Mechanism
+from flashdp_compile.passes.mechanism import Mechanism
 from flashdp_compile.passes.strategies.catalogue import NAMES
 
 
@@ -126,7 +126,7 @@ class TestNoise:
     def test_noise_where_none_is_stated(self):
         found = graph()
         fails(
-            dataclasses.replace(found, guarantee=dataclasses.replace(found.guarantee, noise_multiplier=0.0)),
+            dataclasses.replace(found, guarantee=stated(found, noise_multiplier=0.0)),
             "is not a clipped sum|noise that belongs",
         )
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from corrupt import NOISY, fails, graph, insert, replace_arg, weights_of
+from corrupt import NOISY, fails, graph, insert, replace_arg, stated, weights_of
 
 aten, flashdp = torch.ops.aten, torch.ops.flashdp
 SCALED = dataclasses.replace(NOISY, grad_scaler=2)
@@ -73,10 +73,9 @@ def test_two_scales():
 
 def test_a_scale_that_nobody_asked_for():
     found = graph(mechanism=SCALED)
-    fails(dataclasses.replace(found, guarantee=dataclasses.replace(found.guarantee, grad_scaler=None)), "is scaled by")
+    fails(dataclasses.replace(found, guarantee=stated(found, grad_scaler=None)), "is scaled by")
 
 
 def test_no_scale_where_one_was_asked_for():
     found = graph()
-    stated = dataclasses.replace(found.guarantee, grad_scaler=2)
-    fails(dataclasses.replace(found, guarantee=stated), "which is not what the options say")
+    fails(dataclasses.replace(found, guarantee=stated(found, grad_scaler=2)), "which is not what the options say")

@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from flashdp_compile.kernels import catalogue  # noqa: F401  registers the ops that the table names
+from flashdp_compile.passes.nodes import is_zero
 from flashdp_compile.passes.values import Values, plain
 
 aten, prims, flashdp = torch.ops.aten, torch.ops.prims, torch.ops.flashdp
@@ -186,14 +187,6 @@ def _kept(reader: Reader, node: fx.Node) -> tuple[fx.Node, Part]:
     if values.meta["val"].dtype not in WIDE:
         raise NotProved(f"{values} would be rounded to {values.meta['val'].dtype} after its norm was taken")
     return reader.expect_weights(weights), reader.part("tensor", values)
-
-
-def is_zero(node: Any) -> bool:
-    """Whether a node makes a tensor of zeros out of nothing."""
-    if not isinstance(node, fx.Node) or node.all_input_nodes:
-        return False
-    filled: dict[Any, int] = {aten.full.default: 1, aten.scalar_tensor.default: 0}
-    return node.target in filled and node.args[filled[node.target]] == 0
 
 
 _SUMS: dict[Any, Callable[[Reader, fx.Node], tuple[fx.Node, Part]]] = {

@@ -16,11 +16,11 @@ import torch
 from torch import fx
 
 from flashdp_compile.kernels.guard import SLACK, gamma
-from flashdp_compile.passes.clipped import WIDE, NotProved, Reader, Share, arguments, share_of
 from flashdp_compile.passes.strategies.embedding import EMBEDDING, TIED
 from flashdp_compile.passes.strategies.linear import GRAM, OUTER, STORE
 from flashdp_compile.passes.strategies.materialize import MATERIALIZE
 from flashdp_compile.passes.values import plain
+from flashdp_compile.passes.verify.clipped import WIDE, NotProved, Reader, Share, arguments, share_of
 
 aten, flashdp = torch.ops.aten, torch.ops.flashdp
 
