@@ -54,17 +54,11 @@ def expected_gradients(
     Raises:
         CheckFailed: a sample's gradient is not finite, so there is nothing to compare with.
     """
-    parameters = dict(model.named_parameters())
-    groups = _groups(list(parameters), clipping)
-    names = sorted(set(groups.values()))
-    bound = max_grad_norm / sqrt(len(names))
-    total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
+    groups, bound = _groups([name for name, _ in model.named_parameters()], clipping, max_grad_norm)
+    total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in model.named_parameters()}
     size = len(batch[0])
-    for i in range(size):
-        with autocast():
-            (loss,) = model(*(part[i : i + 1] for part in batch))
-        gradients = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
-        squares = dict.fromkeys(names, 0.0)
+    for i, gradients in enumerate(_of_samples(model, batch, autocast)):
+        squares = dict.fromkeys(groups.values(), 0.0)
         for name, gradient in gradients.items():
             squares[groups[name]] += float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) ** 2
         if not all(map(isfinite, squares.values())):
@@ -76,12 +70,47 @@ def expected_gradients(
     return total
 
 
-def _groups(names: list[str], clipping: str | None) -> dict[str, str]:
+@_full_sums()
+def combination(model: nn.Module, batch: Batch, clipping: str, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """{parameter: the sum of its samples' gradients that is nearest to `gradients`}, with one factor for every sample
+    and clipping group: what a step may release that clips by estimates of norms. All samples' gradients are held."""
+    groups, _ = _groups([name for name, _ in model.named_parameters()], clipping, 1.0)
+    samples = [{n: g.float() for n, g in own.items()} for own in _of_samples(model, batch, nullcontext)]
+    nearest = {}
+    for group in dict.fromkeys(groups.values()):
+        members = [name for name, own in groups.items() if own == group]
+
+        def inner(one: Mapping[str, Tensor], other: Mapping[str, Tensor], members: list[str] = members) -> float:
+            return sum(float((one[n].double() * other[n].double()).sum()) for n in members)
+
+        gram = torch.tensor([[inner(one, other) for other in samples] for one in samples], dtype=torch.float64)
+        along = torch.tensor([inner(one, gradients) for one in samples], dtype=torch.float64)
+        factors = (torch.linalg.pinv(gram, rtol=1e-10, hermitian=True) @ along).tolist()
+        for n in members:
+            nearest[n] = sum(factor * own[n] for factor, own in zip(factors, samples, strict=True))
+    return nearest
+
+
+def _of_samples(
+    model: nn.Module, batch: Batch, autocast: Callable[[], AbstractContextManager]
+) -> Iterator[dict[str, Tensor]]:
+    """The gradients of each sample's own loss, by plain autograd, one sample at a time."""
+    parameters = dict(model.named_parameters())
+    for i in range(len(batch[0])):
+        with autocast():
+            (loss,) = model(*(part[i : i + 1] for part in batch))
+        yield dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
+
+
+def _groups(names: list[str], clipping: str | None, max_grad_norm: float) -> tuple[dict[str, str], float]:
+    """{parameter: its clipping group}, and the bound of each group."""
     if clipping == "per_layer":
-        return {name: name.rpartition(".")[0] for name in names}
-    if clipping in ("flat", None):
-        return dict.fromkeys(names, "all")
-    raise ValueError(f"clipping={clipping!r} is none of 'flat', 'per_layer', None")
+        groups = {name: name.rpartition(".")[0] for name in names}
+    elif clipping in ("flat", None):
+        groups = dict.fromkeys(names, "all")
+    else:
+        raise ValueError(f"clipping={clipping!r} is none of 'flat', 'per_layer', None")
+    return groups, max_grad_norm / sqrt(len(set(groups.values())))
 
 
 SMALL = 1 / 200  # of the whole gradient's norm

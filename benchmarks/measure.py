@@ -2,7 +2,7 @@
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import pairwise
 from statistics import median
@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.check import CheckFailed, check, expected_gradients
+from benchmarks.check import CheckFailed, check, combination, expected_gradients
 from benchmarks.environment import environment
 from benchmarks.implementations import IMPLEMENTATIONS, Implementation
 from benchmarks.profile import profile
 from benchmarks.rounds import ALONE, Place, patiently
 from benchmarks.settings import Settings
-from benchmarks.steps import Step, run_steps
+from benchmarks.steps import Observed, Step, run_steps
 from benchmarks.workloads import WORKLOADS, Batch, Workload
 from flashdp_compile.compat import compile_clocks
 
@@ -72,7 +72,27 @@ def _checked(its: Workload, maker: Implementation, settings: Settings, place: Pl
     seconds = patiently(lambda: _first(step, batches[0], settings), place)
     observed = patiently(lambda: step.observe(batches[0]), place)
     error = check(observed.gradients, expected, observed.rounding, max(settings.tolerance, maker.leeway), plain)
+    if maker.probes is not None:
+        nearest = partial(combination, model, batches[0], maker.clipping)
+        with place.alone():
+            patiently(lambda: _check_directions(observed, nearest, plain, settings), place)
     return Prepared(step, batches, seconds, *error)
+
+
+def _check_directions(
+    observed: Observed,
+    nearest: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
+    plain: Mapping[str, Tensor] | None,
+    settings: Settings,
+) -> None:
+    """Estimated norms may change how much a sample weighs, and nothing else: what is left of the gradients besides a
+    sum of those of the samples is rounding."""
+    found = nearest(observed.gradients)
+    rounded = None
+    if plain is not None:
+        own = nearest(plain)
+        rounded = {name: found[name] + (p - own[name]) for name, p in plain.items()}
+    check(observed.gradients, found, observed.rounding, settings.tolerance, rounded)
 
 
 def _first(step: Step, batch: Batch, settings: Settings) -> float:

@@ -325,6 +325,43 @@ def test_a_warm_start_is_timed_in_a_process_of_its_own(monkeypatch, tmp_path):
     assert (run.compile_s, run.warm_s, run.warm) == (0.5, 0.25, {"caches": {"autograd_cache_hit": 1}})
 
 
+@pytest.mark.parametrize("clipping", ["flat", "per_layer"])
+def test_the_nearest_sum_of_the_samples_gradients(clipping):
+    """Any weights of samples, one for each group, are found; what belongs to no sample is left over."""
+    model, (batch,) = TINY.model(), TINY.batches(1, "cpu")
+    samples = [check.expected_gradients(model, tuple(p[i : i + 1] for p in batch), None, 1.0) for i in range(4)]
+    weigh = {n: torch.rand(4) for n in ({"all"} if clipping == "flat" else {n.rpartition(".")[0] for n in samples[0]})}
+    summed = {
+        n: sum(
+            w * own[n]
+            for w, own in zip(weigh["all" if clipping == "flat" else n.rpartition(".")[0]], samples, strict=True)
+        )
+        for n in samples[0]
+    }
+    nearest = check.combination(model, batch, clipping, summed)
+    assert check.check(nearest, summed, dict.fromkeys(summed, 0.0), 1e-4)[0] < 1e-4
+    strange = {n: g + 0.1 * g.norm() * torch.randn_like(g) / g.numel() ** 0.5 for n, g in summed.items()}
+    with pytest.raises(check.CheckFailed):
+        check.check(strange, check.combination(model, batch, clipping, strange), dict.fromkeys(summed, 0.0), 2e-2)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_estimates_that_do_more_than_weigh_samples_are_not_timed(monkeypatch, dtype):
+    """A block of the gradient off by a tenth: less than what the weights of samples may be off by."""
+    own = replace(QUICK, dtype=dtype, max_grad_norm=0.1)
+    measure.prepare("tiny-llama", "flashdp-per_layer-probes", own)
+    observe = FlashDPStep.observe
+
+    def wrong(self, batch):
+        found = observe(self, batch)
+        found.gradients["blocks.0.up.weight"][:8] *= 0.9
+        return found
+
+    monkeypatch.setattr(FlashDPStep, "observe", wrong)
+    with pytest.raises(check.CheckFailed, match="blocks.0.up.weight is off by"):
+        measure.prepare("tiny-llama", "flashdp-per_layer-probes", own)
+
+
 def test_a_shallow_check_is_of_one_block_and_finds_what_is_wrong(monkeypatch):
     own, seen = replace(QUICK, shallow=True), []
     gradients = Step.gradients
