@@ -14,11 +14,21 @@ S is of stream streams_0, P of streams_1. Where d is at most `probes` the first 
 import torch
 from torch import Tensor
 
-from flashdp_compile.kernels import sketch_sqnorm
+from flashdp_compile.kernels import sketches
 from flashdp_compile.kernels.common import accumulator, example_key, randn, widen
 from flashdp_compile.kernels.family import Family
 from flashdp_compile.kernels.probes import LEAST, probe_matrix
-from flashdp_compile.kernels.sketch_sqnorm import draw, estimate, in_halves, lengths, project, sketch
+from flashdp_compile.kernels.sketches import (
+    PROJECT,
+    Projection,
+    draw,
+    estimate,
+    in_halves,
+    lengths,
+    project,
+    projection,
+    sketch,
+)
 
 
 def reference(x: Tensor, g: Tensor, key: Tensor, streams: list[int], probes: int) -> Tensor:
@@ -46,8 +56,8 @@ def fake(x: Tensor, g: Tensor, key: Tensor, streams: list[int], probes: int) -> 
     return x.new_empty(x.shape[0], dtype=accumulator(x, g))
 
 
-def specialise(x: Tensor, g: Tensor, key: Tensor, streams: list[int], probes: int) -> sketch_sqnorm.Projection:
-    return sketch_sqnorm.specialise(x, [g], key, streams[:1], probes)
+def specialise(x: Tensor, g: Tensor, key: Tensor, streams: list[int], probes: int) -> Projection:
+    return projection([g], probes)
 
 
 def launch(x: Tensor, g: Tensor, key: Tensor, streams: list[int], probes: int) -> Tensor:
@@ -67,7 +77,7 @@ def launch(x: Tensor, g: Tensor, key: Tensor, streams: list[int], probes: int) -
 
 
 def supports(x: Tensor, g: Tensor, key: Tensor, streams: list[int], probes: int) -> bool:
-    return sketch_sqnorm.supports(x, [g], key, streams, probes)
+    return sketches.supports([x, g], probes)
 
 
 def example(case, dtype, device, generator):
@@ -89,7 +99,7 @@ FAMILY = Family(
     launch=launch,
     fake=fake,
     specialise=specialise,
-    template=sketch_sqnorm.PROJECT.template,
+    template=PROJECT.template,
     cases=((3, 5, 17, 9), (2, 130, 63, 65), (1, 1, 1, 1), (2, 33, 129, 1), (0, 4, 3, 2), (2, 0, 3, 2)),  # B, T, d, p
     example=example,
     supports=supports,

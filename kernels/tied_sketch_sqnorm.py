@@ -11,11 +11,11 @@ Positions with a negative id are excluded and their ge is not read; other ids mu
 import torch
 from torch import Tensor
 
-from flashdp_compile.kernels import sketch_sqnorm
+from flashdp_compile.kernels import sketches
 from flashdp_compile.kernels.common import accumulator, example_key, randn, random_ids, widen
 from flashdp_compile.kernels.family import Family
 from flashdp_compile.kernels.probes import LEAST, probe_matrix
-from flashdp_compile.kernels.sketch_sqnorm import draw, estimate, lengths, project, sketch
+from flashdp_compile.kernels.sketches import PROJECT, Projection, draw, estimate, lengths, project, projection, sketch
 
 
 def reference(ids: Tensor, ge: Tensor, x: Tensor, gl: Tensor, key: Tensor, stream: int, probes: int) -> Tensor:
@@ -33,10 +33,8 @@ def fake(ids: Tensor, ge: Tensor, x: Tensor, gl: Tensor, key: Tensor, stream: in
     return x.new_empty(x.shape[0], dtype=accumulator(ge, x, gl))
 
 
-def specialise(
-    ids: Tensor, ge: Tensor, x: Tensor, gl: Tensor, key: Tensor, stream: int, probes: int
-) -> sketch_sqnorm.Projection:
-    return sketch_sqnorm.specialise(x, [gl], key, [stream], probes)
+def specialise(ids: Tensor, ge: Tensor, x: Tensor, gl: Tensor, key: Tensor, stream: int, probes: int) -> Projection:
+    return projection([gl], probes)
 
 
 def launch(ids: Tensor, ge: Tensor, x: Tensor, gl: Tensor, key: Tensor, stream: int, probes: int) -> Tensor:
@@ -54,7 +52,7 @@ def launch(ids: Tensor, ge: Tensor, x: Tensor, gl: Tensor, key: Tensor, stream: 
 
 
 def supports(ids: Tensor, ge: Tensor, x: Tensor, gl: Tensor, key: Tensor, stream: int, probes: int) -> bool:
-    return sketch_sqnorm.supports(x, [ge, gl], key, [stream], probes)
+    return sketches.supports([ge, x, gl], probes)
 
 
 def example(case, dtype, device, generator):
@@ -71,7 +69,7 @@ FAMILY = Family(
     launch=launch,
     fake=fake,
     specialise=specialise,
-    template=sketch_sqnorm.PROJECT.template,
+    template=PROJECT.template,
     # B, T, S, d, V
     cases=((3, 5, 5, 7, 9), (2, 65, 63, 33, 65), (1, 1, 1, 1, 1), (2, 3, 66, 1, 7), (0, 4, 4, 3, 2), (2, 0, 3, 4, 2)),
     example=example,

@@ -11,7 +11,7 @@ from flashdp_compile.kernels import FAMILIES, probes
 from flashdp_compile.kernels.gaussian import gaussian
 from flashdp_compile.kernels.guard import SLACK
 from flashdp_compile.kernels.halves import SPLIT
-from flashdp_compile.kernels.sketch_sqnorm import draw
+from flashdp_compile.kernels.sketches import draw
 
 ops = torch.ops.flashdp
 
