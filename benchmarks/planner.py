@@ -9,7 +9,6 @@ prediction led to another choice than the measurement would have.
 import argparse
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -46,7 +45,7 @@ COLUMNS = (
 
 def points(workload: Workload, device: str) -> list[dict[str, Any]]:
     """One record for each clipping and distinct layer: seconds of each strategy, and the choices that they lead to."""
-    one = replace(workload, size={**workload.size, "layers": 1})
+    one = workload.shallow()
     model, (batch,) = one.model(device=device), one.batches(1, device)
     with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
         axes = propagate(joint_graph(model, *batch))

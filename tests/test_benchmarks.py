@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import reference
-from benchmarks import check, measure, plot, rounds, step, tables
+from benchmarks import check, measure, peak, plot, rounds, step, tables
 from benchmarks.implementations import BASELINE, IMPLEMENTATIONS
 from benchmarks.processes import call
 from benchmarks.results import Results, Run
@@ -400,6 +400,34 @@ def test_a_run_of_a_round_waits_for_memory_that_others_have(monkeypatch):
         with pytest.raises(torch.OutOfMemoryError):
             rounds.patiently(never, place)
         assert len(tried) == times
+
+
+def test_what_is_held_at_the_peak(tmp_path):
+    """Generated code by its text, other code by its place; the allocator's other events are none of ours."""
+    folder = tmp_path / "torchinductor_me"
+    folder.mkdir()
+    (folder / "code.py").write_text("first\n    buf3 = empty((4,))\n")
+    library = {"filename": "/site-packages/torch/empty.py", "line": 1, "name": "empty"}
+    generated = [library, {"filename": str(folder / "code.py"), "line": 2, "name": "call"}]
+    ours = [library, {"filename": "/src/kernels/clip.py", "line": 7, "name": "launch"}, *generated]
+
+    def event(action, addr, size, frames=()):
+        return {"action": action, "addr": addr, "size": size, "frames": frames}
+
+    events = [
+        event("segment_alloc", 9, 1000),
+        event("alloc", 1, 10, generated),
+        event("alloc", 2, 30, ours),
+        event("free_requested", 1, 10),
+        event("free_completed", 1, 10),
+        event("alloc", 1, 20, generated),
+        event("free_completed", 7, 500),  # from before
+        event("alloc", 3, 5, ours),
+        event("free_completed", 2, 30),
+        event("alloc", 4, 8, ours),
+    ]
+    assert peak.at_peak(events) == [(35, 2, "clip.py:7 launch"), (20, 1, "buf3 = empty((4,))")]
+    assert peak.at_peak([]) == []
 
 
 def test_a_process_tells_why_it_failed(tmp_path):

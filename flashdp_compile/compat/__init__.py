@@ -19,6 +19,7 @@ from flashdp_compile.compat.compilers import (
 )
 from flashdp_compile.compat.execution import (
     COMPILED_BACKWARD,
+    allocations,
     backward_number,
     compile_calls,
     compile_clocks,
@@ -80,6 +81,7 @@ __all__ = [
     "RestartAnalysis",
     "TangentAOTInput",
     "UnwrappedCompilerError",
+    "allocations",
     "argument",
     "belongs_to_backward",
     "backward_number",

@@ -7,12 +7,13 @@ import functools
 import gc
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 __all__ = [
+    "allocations",
     "COMPILED_BACKWARD",
     "backward_number",
     "compile_calls",
@@ -264,3 +265,17 @@ def scale_of(scaler: torch.amp.GradScaler) -> torch.Tensor | None:
     """The scale of an enabled scaler, float32 [], without waiting for its device; None before it has scaled anything.
     2.11, 2.13."""
     return scaler._get_scale_async()
+
+
+@contextlib.contextmanager
+def allocations() -> Iterator[list[dict[str, Any]]]:
+    """A list that holds, once the context is left, what the allocator of the first CUDA device did within, in order:
+    dicts with `action` ("alloc", "free_completed", ...), `addr`, `size` and `frames` of Python, the innermost first."""
+    events: list[dict[str, Any]] = []
+    torch.cuda.memory._record_memory_history("all", context="alloc", stacks="python")
+    try:
+        yield events
+        torch.cuda.synchronize()
+        events += torch.cuda.memory._snapshot()["device_traces"][torch.cuda.current_device()]
+    finally:
+        torch.cuda.memory._record_memory_history(None)
