@@ -29,9 +29,9 @@ def reference(ids: Tensor, g: Tensor) -> Tensor:
     if sample.numel() == 0:
         return out
     pairs, segment = torch.unique(torch.stack([sample, ids[sample, position]]), dim=1, return_inverse=True)
-    rows = g[sample, position]
-    sums = g.new_zeros((pairs.shape[1], g.shape[2])).index_add_(0, segment, rows)
-    lengths = g.new_zeros(pairs.shape[1]).index_add_(0, segment, rows.square().sum(1).sqrt())
+    rows = g[sample, position].double()  # one after the other they would be rounded to one side
+    sums = rows.new_zeros((pairs.shape[1], g.shape[2])).index_add_(0, segment, rows).to(g.dtype)
+    lengths = rows.new_zeros(pairs.shape[1]).index_add_(0, segment, rows.square().sum(1).sqrt()).to(g.dtype)
     est = out.index_add(0, pairs[0], sums.square().sum(1))
     bound = gamma(g.dtype, g.shape[1]) * out.index_add(0, pairs[0], lengths.square()).sqrt()
     return guarded_root(est, bound)

@@ -31,8 +31,8 @@ def reference(
 ) -> Tensor:
     (g,) = widen(g)
     sample, position = torch.nonzero((ids >= 0) & (weights != 0)[:, None], as_tuple=True)
-    scaled = g[sample, position] * weights.to(g.dtype)[sample, None]
-    out = g.new_zeros((num_embeddings, g.shape[2])).index_add_(0, ids[sample, position], scaled)
+    scaled = g[sample, position].double() * weights.double()[sample, None]  # see embedding_sqnorm.py
+    out = scaled.new_zeros((num_embeddings, g.shape[2])).index_add_(0, ids[sample, position], scaled).to(g.dtype)
     return out if key is None else gaussian.reference(out, key, stream, std)
 
 

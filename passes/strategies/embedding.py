@@ -7,7 +7,8 @@ al. 2024, phantom clipping). Where the head's gradients of all samples are store
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +74,21 @@ def _lengths(x: Tensor) -> Tensor:
     return widened(x).square().sum(-1).sqrt()
 
 
+def _rows(ids: Tensor, ge: Tensor) -> Tensor:
+    """[B]: the lengths of all rows that are looked up, together."""
+    return torch.where(ids >= 0, _lengths(ge), 0).sum(1)
+
+
+def _guarded(est: Tensor, R: Tensor, ids: Tensor, shape: Sequence[Any]) -> Tensor:
+    """|e|^2 + |l|^2 + 2 <e, l> with the guard of kernels/guard.py as a whole, since e and l may cancel.
+
+    Sums run over V, over d and over the lookups of one id: these are counted, for their number may be symbolic.
+    """
+    chain = sum(shape)
+    longer = (16 + (chain + (ids >= 0).sum(1)).to(est.dtype).sqrt()) / (16 + math.sqrt(chain))
+    return guarded(est, gamma(est.dtype, chain) * (R * longer.sqrt()).square())
+
+
 @dataclass(frozen=True)
 class TiedOperands:
     """Graph values that a tied table's gradient is made of; `view(B, *values)` gives ids [B, T] and ge [B, T, d] of the
@@ -109,18 +125,20 @@ def tied_sum(emit: Emitter, axes: Axes, gradient: ParameterGradient) -> Callable
     return lambda weights: emit.per_sample(weighted, *lookups.leaves, *products.leaves, weights)
 
 
+def tied_sqnorm(ids: Tensor, ge: Tensor, x: Tensor, gl: Tensor) -> Tensor:
+    """|e + l|^2 [B] of the lookups' gradients e and the head's l.
+
+    ids [B, T], ge [B, T, d], x [B, S, d], gl [B, S, V].
+    """
+    own = ops.embedding_sqnorm(ids, ge) + ops.gram_sqnorm(x, [gl], [False])
+    est = own + 2 * ops.tied_cross(ids, ge, x, gl)
+    return _guarded(est, _rows(ids, ge) + (_lengths(x) * _lengths(gl)).sum(1), ids, (gl.shape[2], x.shape[2]))
+
+
 def _prepare_tied(emit: Emitter, axes: Axes, gradient: ParameterGradient) -> Prepared:
-    operands, shape = tied_operands(gradient, axes), gradient.shape
-
-    def sqnorm(batch: Any, *values: Tensor) -> Tensor:
-        ids, ge, x, gl = operands.view(batch, *values)
-        own = ops.embedding_sqnorm(ids, ge) + ops.gram_sqnorm(x, [gl], [False])
-        # e and l may cancel, so the sum of the three parts carries the guard of kernels/guard.py as a whole
-        lengths = _lengths(ge).sum(1) + (_lengths(x) * _lengths(gl)).sum(1)
-        est = own + 2 * ops.tied_cross(ids, ge, x, gl)
-        return guarded(est, gamma(est.dtype, sum(shape)) * lengths.square())
-
-    return Prepared(emit.per_sample(sqnorm, *operands.leaves), tied_sum(emit, axes, gradient))
+    operands = tied_operands(gradient, axes)
+    sqnorm = emit.per_sample(lambda batch, *values: tied_sqnorm(*operands.view(batch, *values)), *operands.leaves)
+    return Prepared(sqnorm, tied_sum(emit, axes, gradient))
 
 
 def stored_tied_sqnorm(ids: Tensor, ge: Tensor, x: Tensor, gl: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,9 +152,8 @@ def stored_tied_sqnorm(ids: Tensor, ge: Tensor, x: Tensor, gl: Tensor) -> tuple[
     product, head = ops.outer_store(gl, x)
     table = ops.embedding_sqnorm(ids, ge)
     est = table + head + 2 * ops.stored_cross(ids, ge, product)
-    own, rows = table.sqrt() + head.sqrt(), _lengths(ge).sum(1)
-    total = (own * (own + 2 * rows)).sqrt()
-    return product, guarded(est, gamma(est.dtype, sum(product.shape[1:])) * total.square())
+    own = table.sqrt() + head.sqrt()
+    return product, _guarded(est, (own * (own + 2 * _rows(ids, ge))).sqrt(), ids, product.shape[1:])
 
 
 def _prepare_tied_store(emit: Emitter, axes: Axes, gradient: ParameterGradient) -> Prepared:

@@ -6,7 +6,7 @@ import torch
 import flashdp_compile.pipeline  # noqa: F401  registers the ops
 from flashdp_compile.kernels import SLACK
 from flashdp_compile.passes.strategies import embedding
-from flashdp_compile.passes.strategies.embedding import stored_tied_sqnorm
+from flashdp_compile.passes.strategies.embedding import stored_tied_sqnorm, tied_sqnorm
 
 B, S, D, V = 3, 48, 40, 24
 
@@ -56,3 +56,30 @@ def test_uses_that_cancel(left, repeats, monkeypatch):
         monkeypatch.setattr(embedding, "guarded", lambda est, bound: est)
         _, naive = stored_tied_sqnorm(ids, ge, x, gl)
         assert not (naive.sqrt() * (1 + SLACK) >= true.sqrt()).all(), "this example no longer needs the guard"
+
+
+@pytest.mark.parametrize("tokens, left", [(4096, 0.01), (16384, 0.01), (32768, 0.005)])
+@pytest.mark.parametrize("path", ["store", "gram"])
+def test_one_row_again_and_again(tokens, left, path):
+    """Far more lookups than the table has rows and columns, all alike, which the head's gradient almost undoes."""
+    for seed in range(3):
+        row = torch.rand(4, generator=torch.Generator().manual_seed(seed)) + 0.1
+        ids, ge = torch.zeros(1, tokens, dtype=torch.int64), row.expand(1, tokens, 4).clone()
+        x, gl = torch.zeros(1, 4, 4), torch.eye(4)[None]
+        x[0, 0] = -((1 - left) * ge.double().sum(1)[0]).float()
+        product, got = (
+            stored_tied_sqnorm(ids, ge, x, gl) if path == "store" else (gl.mT @ x, tied_sqnorm(ids, ge, x, gl))
+        )
+        true = product.double()
+        true[0, 0] += ge.double().sum(1)[0]
+        summed = torch.ops.flashdp.embedding_sum(ids, ge, torch.ones(1), 4) + product[0]
+        assert got.sqrt() * (1 + SLACK) >= true.norm()
+        assert got.sqrt() * (1 + SLACK) >= summed.norm()
+
+
+def test_positions_without_an_id_have_no_part():
+    ids, ge, x, gl = parts(torch.float32)
+    ids[:, 3] = -1
+    _, clean = stored_tied_sqnorm(ids, ge, x, gl)
+    ge[:, 3] = float("nan")
+    assert torch.equal(stored_tied_sqnorm(ids, ge, x, gl)[1], clean)
