@@ -76,7 +76,9 @@ class Reader:
     def clipped_sum(self, node: fx.Node) -> tuple[fx.Node, Share]:
         """(weights, share): the clip_factors node w and the v of sum_b w_b v_b, a sample of weight 0 left out."""
         root, _ = self.values.layout(node)
-        addends = root.args if root.target is aten.add.Tensor and not root.kwargs else (node,)
+        addends = root.args if root.target is aten.add.Tensor and not root.kwargs else (root,)
+        if any(plain(addend) != plain(root) for addend in addends):
+            raise NotProved(f"{root} adds values of other shapes, so that some are added more than once")
         parts, weights = [], set()
         for addend in addends:
             found, _ = self.values.layout(addend)

@@ -151,12 +151,12 @@ def _guards(bound: Any, estimate: fx.Node) -> bool:
     if bound.target is not aten.div.Tensor or not math.isclose(bound.args[1], (1 + TIED.slack) ** 2, rel_tol=1e-12):
         return False
     raised = bound.args[0]
-    if raised.target is not aten.add.Tensor or raised.args[0] is not estimate:
+    if raised.target is not aten.add.Tensor or raised.args[0] is not estimate or raised.kwargs:
         return False
     error = raised.args[1]
     least = gamma(estimate.meta["val"].dtype, 1)
     squared = error.target is aten.mul.Tensor and error.args[0].target is aten.pow.Tensor_Scalar
-    return squared and error.args[1] >= least
+    return squared and error.args[0].args[1] == 2 and error.args[1] >= least
 
 
 _NORMS: dict[Any, Callable[[Reader, fx.Node], list[Share]]] = {

@@ -100,6 +100,17 @@ class TestTied:
         replace_arg(cross, 2, insert(found, cross, aten.mul.Tensor, cross.args[2], 0.5))
         fails(found, "cross term of one sum to the norms of another")
 
+    def test_a_sum_that_is_added_to_every_row(self, found):
+        """A table of one row would be broadcast over the product."""
+        (lookup,) = found.joint.graph.find_nodes(op="call_function", target=flashdp.embedding_sum.default)
+        replace_arg(lookup, 3, 1)
+        lookup.meta["val"] = lookup.meta["val"].new_empty((1, lookup.meta["val"].shape[1]))
+        fails(found, "adds values of other shapes")
+
+    def test_a_guard_of_another_power(self, found):
+        replace_arg(self.guard(found).args[1].args[0].args[1].args[0], 1, 0)
+        fails(found, "is no guard against rounding")
+
     def test_no_guard(self, found):
         guard = self.guard(found)
         guard.replace_all_uses_with(guard.args[0])
