@@ -25,7 +25,7 @@ def aligned_rows(graph: fx.Graph, device: str = "cuda") -> Iterator[list[fx.Node
     Afterwards they have their own values again: by the storage of these Inductor tells what shares memory with what,
     and what it may overwrite.
     """
-    ops = [family.op.default for family in FAMILIES.values() if family.tiled]
+    ops = [f.op.default for f in FAMILIES.values() if f.tiled or f.name == "clipped_product"]  # which runs a tiled one
     readers = [n for op in ops for n in graph.find_nodes(op="call_function", target=op)]
     operands = dict.fromkeys(n for reader in readers for n in reader.all_input_nodes)
     own = {n: n.meta["val"] for n in operands if _is_misaligned(n, device)}

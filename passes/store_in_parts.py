@@ -19,6 +19,7 @@ from torch import fx
 from flashdp_compile.compat import argument, sort_topologically
 from flashdp_compile.passes.memory import Memory
 from flashdp_compile.passes.nodes import call, is_static
+from flashdp_compile.passes.order import Step
 
 flashdp = torch.ops.flashdp
 
@@ -42,17 +43,22 @@ def store_in_parts(graph: fx.Graph, device: str = "cuda") -> int:
     layers = [found for store in stores if (found := _read(store, device)) is not None]
     if not layers:
         return 0
-    memory, nodes, done = Memory(graph), list(graph.nodes), 0
-    peak = memory.peak(nodes)
+    memory, order, parted = Memory(graph), list[Step](graph.nodes), list[tuple[Layer, int]]()
+    peak = memory.peak(order)
     for layer in sorted(layers, key=lambda layer: -memory.bytes[layer.product]):
         if memory.bytes[layer.product] < LARGE * peak:
             break
-        samples, peak = _samples(memory, nodes, layer, peak)
-        if samples is not None:
-            _replace(graph, layer, samples)
-            done += 1
+        whole, as_one = memory.bytes[layer.product], _as_one(order, layer)
+        samples, lower = _samples(memory, as_one, layer)
+        if lower <= (1 - GAIN) * peak:
+            parted.append((layer, samples))
+            order, peak = as_one, lower
+        else:
+            memory.bytes[layer.product] = whole
+    for layer, samples in parted:  # behind the loop: the memory knows the nodes that were there before
+        _replace(graph, layer, samples)
     sort_topologically(graph)
-    return done
+    return len(parted)
 
 
 def _read(store: fx.Node, device: str) -> Layer | None:
@@ -75,20 +81,22 @@ def _read(store: fx.Node, device: str) -> Layer | None:
     return Layer(store, product, norms, clip, total)
 
 
-def _samples(memory: Memory, nodes: list[fx.Node], layer: Layer, peak: int) -> tuple[int | None, int]:
-    """How many samples at a time, None for all; and the peak. The products stay counted as that many."""
-    whole, batch = memory.bytes[layer.product], layer.product.meta["val"].shape[0]
-    peaks = {}
+def _as_one(order: list[Step], layer: Layer) -> list[Step]:
+    """The order in which the layer's nodes run at once, where its sum was made."""
+    return [tuple(layer) if step is layer.total else step for step in order if step is layer.total or step not in layer]
+
+
+def _samples(memory: Memory, order: list[Step], layer: Layer) -> tuple[int, int]:
+    """How many samples at a time, for the lowest peak or almost that; and the peak. Their products alone are counted
+    from here on."""
+    batch = layer.product.meta["val"].shape[0]
+    each, peaks = memory.bytes[layer.product] // batch, dict[int, int]()
     for samples in sorted({max(1, batch // 2**n) for n in range(1, batch.bit_length())}):
-        memory.bytes[layer.product] = whole // batch * samples
-        peaks[samples] = memory.peak(nodes)
-    lowest = min(peaks.values())
-    if lowest > (1 - GAIN) * peak:
-        memory.bytes[layer.product] = whole
-        return None, peak
-    samples = max(n for n, p in peaks.items() if p <= (1 + GAIN) * lowest)
-    memory.bytes[layer.product] = whole // batch * samples
-    return samples, peaks[samples]
+        memory.bytes[layer.product] = samples * each
+        peaks[samples] = memory.peak(order)
+    enough = max(n for n, p in peaks.items() if p <= (1 + GAIN) * min(peaks.values()))
+    memory.bytes[layer.product] = enough * each
+    return enough, peaks[enough]
 
 
 def _replace(graph: fx.Graph, layer: Layer, samples: int) -> None:
