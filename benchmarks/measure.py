@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import pairwise
+from math import isfinite
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ class Prepared(NamedTuple):
 
     step: Step
     batches: list[Batch]
-    first_step_s: float
+    first_step_s: float | None  # None if it took several tries
     error: float
     worst: str  # the parameter that has this error
 
@@ -53,8 +54,22 @@ def prepare(workload: str, implementation: str, settings: Settings, place: Place
         raise RuntimeError(f"{left} bytes of the model of one block are still there, and would count as the step's")
     model, batches = _inputs(its, maker, settings)
     step = maker.make(model, its.batch, settings)
-    seconds = patiently(lambda: _first(step, batches[0], settings), place)
-    return Prepared(step, batches, seconds, error, worst)
+    tries = list[float]()
+    patiently(lambda: (tries.append(0.0), tries.append(_first(step, batches[0], settings))), place)
+    _check_sanity(patiently(lambda: step.observe(batches[0]), place))
+    return Prepared(step, batches, tries[1] if len(tries) == 2 else None, error, worst)
+
+
+def _check_sanity(observed: Observed) -> None:
+    """What can be told without a reference: each gradient is there. `observe` has looked at the noise.
+
+    Raises:
+        CheckFailed: a gradient is zero, or not finite.
+    """
+    for name, gradient in observed.gradients.items():
+        norm = float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
+        if not isfinite(norm) or not norm > observed.rounding[name]:
+            raise CheckFailed(f"the gradient of {name} has the norm {norm:.3g}")
 
 
 def _inputs(its: Workload, maker: Implementation, settings: Settings) -> tuple[nn.Module, list[Batch]]:
@@ -121,7 +136,7 @@ def measure(
         found = _timed(prepared.step, prepared.batches, own)
     return {
         "environment": environment(own.device),
-        "compile_s": round(prepared.first_step_s, 2),
+        "compile_s": None if prepared.first_step_s is None else round(prepared.first_step_s, 2),
         "error": prepared.error,
         "worst": prepared.worst,
         **found,

@@ -6,6 +6,7 @@ nobody is timed before all marks are there: until then others compile and run th
 
 import contextlib
 import fcntl
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -45,8 +46,13 @@ class Place:
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
         """Within, the device is this run's: all others are ready and wait, or have ended."""
-        self.leave_mark()
-        while self.folder is not None and len(list(Path(self.folder).glob("*.mark"))) < self.size:
+        parent = os.getppid()
+        while self.folder is not None:
+            if os.getppid() != parent or not Path(self.folder).exists():
+                raise RuntimeError("the process that began this round has ended")
+            self.leave_mark()
+            if len(list(Path(self.folder).glob("*.mark"))) >= self.size:
+                break
             time.sleep(POLL_S)
         with self.alone():
             yield

@@ -46,8 +46,10 @@ def run(
         place.leave_mark()
         return outcome("skipped", reason=reason)
     arguments = {"workload": workload, "implementation": implementation, "settings": own.record()}
-    found = call("benchmarks.measure:measure", arguments | {"place": asdict(place)}, caches)
-    place.leave_mark()  # if it failed before
+    try:
+        found = call("benchmarks.measure:measure", arguments | {"place": asdict(place)}, caches)
+    finally:
+        place.leave_mark()  # the others wait for it
     if "failed" in found:
         return outcome("failed", reason=found["failed"])
     environment = found.pop("environment")
@@ -89,16 +91,18 @@ def _round(
     before = list(results.runs)
     with tempfile.TemporaryDirectory(prefix="benchmark_round_") as folder:
 
-        def one(implementation: str) -> Run:
-            place, caches = Place(folder, implementation, len(implementations)), Path(folder) / implementation
-            outcome = run(workload, implementation, own, arguments.warm, results, caches, place)
+        def one(numbered: tuple[int, str]) -> Run:
+            number, implementation = numbered
+            name = f"{number}-{implementation}"
+            place = Place(folder, name, len(implementations))
+            outcome = run(workload, implementation, own, arguments.warm, results, Path(folder) / name, place)
             console.print(f"{workload}: {implementation}: {outcome.status} {outcome.reason}", highlight=False)
             results.runs.append(outcome)
             results.save(arguments.out)
             return outcome
 
         with ThreadPoolExecutor(len(implementations)) as pool:
-            results.runs = before + list(pool.map(one, implementations))
+            results.runs = before + list(pool.map(one, enumerate(implementations)))
     results.save(arguments.out)
 
 

@@ -281,10 +281,10 @@ def test_runs_of_a_round_are_timed_when_all_are_ready_or_have_ended(monkeypatch,
 
     def call(function, arguments, caches):
         place = Place(**arguments["place"])
-        time.sleep(0.3 if place.name == "eager" else 0.0)
+        time.sleep(0.3 if place.name.endswith("eager") else 0.0)
         with lock:
             log.append(("ready", place.name))
-        if place.name == "compile-graphs":
+        if place.name.endswith("compile-graphs"):
             return {"failed": "no graphs here"}
         with place.turn():
             with lock:
@@ -374,10 +374,57 @@ def test_a_shallow_check_is_of_one_block_and_finds_what_is_wrong(monkeypatch):
     monkeypatch.setitem(WORKLOADS, "tiny-gpt", deep)
     monkeypatch.setattr(Step, "gradients", watched)
     prepared = measure.prepare("tiny-gpt", "flashdp-flat", own)
-    assert set(seen) == {1} and len(prepared.step.model.blocks) == 2
+    assert seen == [1, 1, 2, 2] and len(prepared.step.model.blocks) == 2
     monkeypatch.setattr(Step, "gradients", lambda self: {n: 1.01 * g for n, g in gradients(self).items()})
     with pytest.raises(check.CheckFailed):
         measure.prepare("tiny-gpt", "eager", own)
+
+
+def test_a_shallow_check_does_not_excuse_the_whole_model(monkeypatch):
+    """Nothing but the depth tells these two apart."""
+    gradients = Step.gradients
+
+    def none_at_depth(self):
+        found = gradients(self)
+        return {n: 0 * g for n, g in found.items()} if len(self.model.blocks) > 1 else found
+
+    monkeypatch.setitem(WORKLOADS, "tiny-gpt", replace(TINY, size={**TINY.size, "layers": 2}))
+    measure.prepare("tiny-gpt", "flashdp-flat", replace(QUICK, shallow=True))
+    monkeypatch.setattr(Step, "gradients", none_at_depth)
+    for implementation in ("eager", "flashdp-flat"):
+        with pytest.raises(check.CheckFailed):
+            measure.prepare("tiny-gpt", implementation, replace(QUICK, shallow=True))
+
+
+def test_compilation_that_took_several_tries_has_no_time(monkeypatch):
+    tries, first = [], measure._first
+
+    def failing(*args):
+        tries.append(1)
+        if len(tries) == 2:
+            raise torch.OutOfMemoryError
+        return first(*args)
+
+    monkeypatch.setattr(measure, "_first", failing)
+    monkeypatch.setattr(rounds, "PAUSE_S", 0.0)
+    prepared = measure.prepare("tiny-gpt", "eager", replace(QUICK, shallow=True), Place(size=2))
+    assert len(tries) == 3 and prepared.first_step_s is None
+    assert measure.prepare("tiny-gpt", "eager", replace(QUICK, shallow=True)).first_step_s > 0
+
+
+def test_nobody_waits_for_a_round_that_is_over(monkeypatch, tmp_path):
+    """Its folder is gone, or the process that would have left the last mark."""
+
+    def call(*given):
+        raise OSError("no space left")
+
+    with pytest.raises(RuntimeError, match="has ended"), Place(str(tmp_path / "gone"), "one", 2).turn():
+        pass
+    results = Results(environment={}, settings={})
+    monkeypatch.setattr(step, "call", call)
+    with pytest.raises(OSError, match="no space left"):
+        step.run("tiny-gpt", "eager", QUICK, False, results, tmp_path, Place(str(tmp_path), "one", 2))
+    assert (tmp_path / "one.mark").exists()
 
 
 def test_a_run_of_a_round_waits_for_memory_that_others_have(monkeypatch):
