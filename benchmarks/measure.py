@@ -32,7 +32,7 @@ class Prepared(NamedTuple):
 
     step: Step
     batches: list[Batch]
-    first_step_s: float | None  # None if it took several tries
+    first_step_s: float | None
     error: float
     worst: str  # the parameter that has this error
 
@@ -54,10 +54,9 @@ def prepare(workload: str, implementation: str, settings: Settings, place: Place
         raise RuntimeError(f"{left} bytes of the model of one block are still there, and would count as the step's")
     model, batches = _inputs(its, maker, settings)
     step = maker.make(model, its.batch, settings)
-    tries = list[float]()
-    patiently(lambda: (tries.append(0.0), tries.append(_first(step, batches[0], settings))), place)
+    seconds = _first(step, batches[0], settings, place)
     _check_sanity(patiently(lambda: step.observe(batches[0]), place))
-    return Prepared(step, batches, tries[1] if len(tries) == 2 else None, error, worst)
+    return Prepared(step, batches, seconds, error, worst)
 
 
 def _check_sanity(observed: Observed) -> None:
@@ -84,7 +83,7 @@ def _checked(its: Workload, maker: Implementation, settings: Settings, place: Pl
         expected = patiently(reference, place)
         plain = patiently(lambda: reference(settings.autocast), place) if settings.dtype == "bf16" else None
     step = maker.make(model, its.batch, settings)
-    seconds = patiently(lambda: _first(step, batches[0], settings), place)
+    seconds = _first(step, batches[0], settings, place)
     observed = patiently(lambda: step.observe(batches[0]), place)
     error = check(observed.gradients, expected, observed.rounding, max(settings.tolerance, maker.leeway), plain)
     if maker.probes is not None:
@@ -110,9 +109,17 @@ def _check_directions(
     check(observed.gradients, found, observed.rounding, settings.tolerance, rounded)
 
 
-def _first(step: Step, batch: Batch, settings: Settings) -> float:
-    """Seconds of the first forward and backward."""
-    return _seconds(lambda: step.backward(batch), settings)
+def _first(step: Step, batch: Batch, settings: Settings, place: Place) -> float | None:
+    """Seconds of the first forward and backward; None if memory had to be waited for."""
+    tries = 0
+
+    def seconds() -> float:
+        nonlocal tries
+        tries += 1
+        return _seconds(lambda: step.backward(batch), settings)
+
+    found = patiently(seconds, place)
+    return found if tries == 1 else None
 
 
 def _release(settings: Settings) -> None:

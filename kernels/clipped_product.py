@@ -2,9 +2,9 @@
 
     product[b] = round(x_b^T g_b), sqnorm[b] = |product[b]|_F^2, out = sum_b w(sqnorm[b]) product[b] (+ noise)
 
-x [B, T, d], g [B, T, p] -> [d, p] float32, [B]. What `outer_store`, `clip_factors` and `product_sum` do, to the same
-bits, but only `samples` products are there at a time: those of all samples for the head of a language model are as
-large as the gradient of its logits. Weights are those of clip.py, for a loss over all B samples.
+x [B, T, d], g [B, T, p] -> [d, p] float32, [B]. What `outer_store`, `clip_factors` and `product_sum` do, but only
+`samples` products are there at a time: those of all samples for the head of a language model are as large as the
+gradient of its logits. Weights are those of clip.py, for a loss over all B samples.
 
 An op that stays one: its parts take turns in memory that Inductor would give to each of them.
 """

@@ -127,7 +127,7 @@ def launch(
 ) -> list[Tensor]:
     """Without weights, which the op always has: plain sums.
 
-    With `onto`, dense and in float32, sums are added to that in place, to the bits of one sum over all samples.
+    With `onto`, dense and in float32, sums are added to that in place, in the order of one sum over all samples.
     """
     spec = specialise(products, weights, key, onto=onto is not None)
     by_kind = several.kinds(products, *([] if weights is None else [weights]))

@@ -397,15 +397,15 @@ def test_a_shallow_check_does_not_excuse_the_whole_model(monkeypatch):
 
 
 def test_compilation_that_took_several_tries_has_no_time(monkeypatch):
-    tries, first = [], measure._first
+    tries, seconds = [], measure._seconds
 
     def failing(*args):
         tries.append(1)
         if len(tries) == 2:
             raise torch.OutOfMemoryError
-        return first(*args)
+        return seconds(*args)
 
-    monkeypatch.setattr(measure, "_first", failing)
+    monkeypatch.setattr(measure, "_seconds", failing)
     monkeypatch.setattr(rounds, "PAUSE_S", 0.0)
     prepared = measure.prepare("tiny-gpt", "eager", replace(QUICK, shallow=True), Place(size=2))
     assert len(tries) == 3 and prepared.first_step_s is None
