@@ -36,11 +36,15 @@ class LanguageModel(nn.Module):
 
 
 def graph(
-    clipping: str = "per_layer", model: nn.Module | None = None, strategy: str = "store", mechanism: Mechanism = NOISY
+    clipping: str = "per_layer",
+    model: nn.Module | None = None,
+    strategy: str = "store",
+    mechanism: Mechanism = NOISY,
+    bound: float = 0.5,
 ) -> fx.Graph:
     x = torch.randn(BATCH, 12, 16)
     return rewritten(
-        model or LanguageModel(), x, strategy=strategy, clipping=clipping, bound=0.5, mechanism=mechanism
+        model or LanguageModel(), x, strategy=strategy, clipping=clipping, bound=bound, mechanism=mechanism
     ).joint.graph
 
 
@@ -62,12 +66,13 @@ MECHANISMS = {
     "automatic": dataclasses.replace(NOISY, clip_fn="automatic"),
     "normalize": dataclasses.replace(NOISY, clip_fn="normalize"),
     "scaled": dataclasses.replace(NOISY, grad_scaler=scaling.place(SCALER)),
+    "scaled and within the bound": dataclasses.replace(NOISY, grad_scaler=scaling.place(SCALER), noise_multiplier=0.0),
 }
 
 
 @pytest.mark.parametrize("name", MECHANISMS)
 def test_the_head_is_made_in_parts_and_the_numbers_stay(name):
-    of = graph(mechanism=MECHANISMS[name])
+    of = graph(mechanism=MECHANISMS[name], bound=1e6 if "within" in name else 0.5)  # what is clipped hides its scale
     inputs = random_inputs(of)
     before = outputs(of, inputs)
     assert store_in_parts(of, "cpu") == 1

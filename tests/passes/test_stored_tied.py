@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import flashdp_compile.pipeline  # noqa: F401  registers the ops
-from flashdp_compile.kernels import SLACK
+from flashdp_compile.kernels import FAMILIES, SLACK
+from flashdp_compile.kernels.guard import gamma
 from flashdp_compile.passes.strategies import embedding
 from flashdp_compile.passes.strategies.embedding import stored_tied_sqnorm, tied_sqnorm
 
@@ -83,3 +84,22 @@ def test_positions_without_an_id_have_no_part():
     _, clean = stored_tied_sqnorm(ids, ge, x, gl)
     ge[:, 3] = float("nan")
     assert torch.equal(stored_tied_sqnorm(ids, ge, x, gl)[1], clean)
+
+
+@pytest.mark.parametrize("path", ["store", "gram"])
+def test_the_guard_counts_the_lookups(path, monkeypatch):
+    """With far more of them than rows and columns, the bound on the error is that of chains of their number."""
+    ids, ge, x, gl = parts(torch.float32, 256)
+    bounds = []
+    monkeypatch.setattr(embedding, "guarded", lambda est, bound: bounds.append(bound) or est)
+    measured = stored_tied_sqnorm if path == "store" else embedding.tied_sqnorm
+    measured(ids, ge, x, gl)
+    ids_of_all = ids.clone()
+    ids[:, V:] = -1  # nearly all of them masked: fewer rows, and shorter chains
+    measured(ids, ge, x, gl)
+    long, short = bounds
+    rows = ge.norm(dim=2).sum(1)
+    lookups = FAMILIES["embedding_sqnorm"].reference(ids_of_all, ge).sqrt()
+    least = gamma(torch.float32, 256 * V) * (2 * lookups * rows if path == "store" else rows.square())
+    assert (long >= least).all()
+    assert (short < long / 16).all()
