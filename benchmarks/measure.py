@@ -52,7 +52,7 @@ def prepare(workload: str, implementation: str, settings: Settings, place: Place
     _release(settings)
     if settings.device == "cuda" and (left := torch.cuda.memory_allocated()) > LEFT:
         raise RuntimeError(f"{left} bytes of the model of one block are still there, and would count as the step's")
-    model, batches = _inputs(its, maker, settings)
+    model, batches = inputs(its, maker, settings)
     step = maker.make(model, its.batch, settings)
     seconds = _first(step, batches[0], settings, place)
     _check_sanity(patiently(lambda: step.observe(batches[0]), place))
@@ -71,13 +71,14 @@ def _check_sanity(observed: Observed) -> None:
             raise CheckFailed(f"the gradient of {name} has the norm {norm:.3g}")
 
 
-def _inputs(its: Workload, maker: Implementation, settings: Settings) -> tuple[nn.Module, list[Batch]]:
+def inputs(its: Workload, maker: Implementation, settings: Settings) -> tuple[nn.Module, list[Batch]]:
+    """The model and batches that this implementation is run on."""
     model = its.model(batched_positions=maker.batched_positions, device=settings.device)
     return model, its.batches(settings.pool, settings.device)
 
 
 def _checked(its: Workload, maker: Implementation, settings: Settings, place: Place) -> Prepared:
-    model, batches = _inputs(its, maker, settings)
+    model, batches = inputs(its, maker, settings)
     reference = partial(expected_gradients, model, batches[0], maker.clipping, settings.max_grad_norm)
     with place.alone():
         expected = patiently(reference, place)
@@ -179,8 +180,7 @@ def first_step(workload: str, implementation: str, settings: dict[str, Any]) -> 
     """
     own = Settings(**settings)
     its, maker = WORKLOADS[workload], IMPLEMENTATIONS[implementation]
-    model = its.model(batched_positions=maker.batched_positions, device=own.device)
-    (batch,) = its.batches(1, own.device)
+    model, (batch, *_) = inputs(its, maker, own)
     # like the check of a full run, this starts the device's libraries, which is no part of compiling
     expected_gradients(model, (batch[0][:1], batch[1][:1]), maker.clipping, own.max_grad_norm, own.autocast)
     step = maker.make(model, its.batch, own)

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.implementations import IMPLEMENTATIONS
+from benchmarks.measure import inputs
 from benchmarks.processes import call
 from benchmarks.settings import Settings
 from benchmarks.steps import run_steps
@@ -64,9 +65,9 @@ def _line(frames: Iterable[Mapping[str, Any]]) -> str:
 def measure(workload: str, implementation: str, settings: dict[str, Any]) -> dict[str, Any]:
     """The peak of one step after others, what of it was there before, and what was allocated within."""
     own = Settings(**settings)
-    its = WORKLOADS[workload]
-    model, batches = its.model(device=own.device), its.batches(own.pool, own.device)
-    step = IMPLEMENTATIONS[implementation].make(model, its.batch, own)
+    its, maker = WORKLOADS[workload], IMPLEMENTATIONS[implementation]
+    model, batches = inputs(its, maker, own)
+    step = maker.make(model, its.batch, own)
     run_steps(step, batches, own.warmup)
     step.optimizer.zero_grad(set_to_none=True)
     before = torch.cuda.memory_allocated()

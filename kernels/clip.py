@@ -121,6 +121,7 @@ def release_weights_into(
     mean: bool,
     expected_batch_size: int | None,
     grad_scale: Tensor | None = None,
+    *,
     batch: int | None = None,
 ) -> Tensor:
     """release_weights that adds to `counter` how many samples have no finite norm, here or in `others` [B, K].

@@ -4,7 +4,8 @@
 
 x [B, T, d], g [B, T, p] -> [d, p] float32, [B]. What `outer_store`, `clip_factors` and `product_sum` do, but only
 `samples` products are there at a time: those of all samples for the head of a language model are as large as the
-gradient of its logits. Weights are those of clip.py, for a loss over all B samples.
+gradient of its logits. Weights are those of clip.py, for a loss over all B samples: bound, fn, mean,
+expected_batch_size and grad_scale are told as they are to `clip_factors`.
 
 An op that stays one: its parts take turns in memory that Inductor would give to each of them.
 """
@@ -20,21 +21,10 @@ from flashdp_compile.kernels.common import accumulator, example_key, randn
 from flashdp_compile.kernels.family import Family, supported
 
 
-def reference(
-    x: Tensor,
-    g: Tensor,
-    samples: int,
-    bound: float,
-    fn: str,
-    mean: bool,
-    expected_batch_size: int | None,
-    grad_scale: Tensor | None,
-    key: Tensor | None,
-    stream: int,
-    std: float,
-) -> tuple[Tensor, Tensor]:
+def reference(x: Tensor, g: Tensor, samples: int, *told: Any) -> tuple[Tensor, Tensor]:
+    *policy, key, stream, std = told
     product, sqnorm = outer_store.reference(x, g)
-    weights = release_weights_into(None, sqnorm, None, bound, fn, mean, expected_batch_size, grad_scale)
+    weights = release_weights_into(None, sqnorm, None, *policy)
     return product_sums.reference([product], [weights], key, [stream], std)[0], sqnorm
 
 
@@ -50,25 +40,12 @@ def specialise(x: Tensor, g: Tensor, samples: int, *rest: Any) -> product_sums.S
     return product_sums.specialise([product], [product[:, 0, 0]], key, onto=True)
 
 
-def launch(
-    x: Tensor,
-    g: Tensor,
-    samples: int,
-    bound: float,
-    fn: str,
-    mean: bool,
-    expected_batch_size: int | None,
-    grad_scale: Tensor | None,
-    key: Tensor | None,
-    stream: int,
-    std: float,
-) -> tuple[Tensor, Tensor]:
+def launch(x: Tensor, g: Tensor, samples: int, *told: Any) -> tuple[Tensor, Tensor]:
+    *policy, key, stream, std = told
     batch, total, norms = x.shape[0], list[Tensor](), list[Tensor]()
     for first in range(0, max(batch, 1), samples):
         product, sqnorm = outer_store.launch(x[first : first + samples], g[first : first + samples])
-        weights = release_weights_into(
-            None, sqnorm, None, bound, fn, mean, expected_batch_size, grad_scale, batch=batch
-        )
+        weights = release_weights_into(None, sqnorm, None, *policy, batch=batch)
         last = first + samples >= batch  # behind which the noise comes
         total = product_sums.launch([product], [weights], key if last else None, [stream], std, onto=total or None)
         norms.append(sqnorm)

@@ -212,23 +212,22 @@ def embedding_cost(gradient: ParameterGradient, axes: Axes) -> Cost:
 
 def tied_cost(gradient: ParameterGradient, axes: Axes) -> Cost:
     """Both parts, and T x T dot products of the embedding's gradient with the head's input for the cross term."""
-    lookup, head = embedding_cost(gradient, axes), gram_cost(gradient, axes)
     B, T, d, item = _embedding_sizes(gradient, axes)
     S = linear_sizes(gradient, axes).T
     cross = Kernel("tied_cross", 2 * B * T * S * d, B * T * S * item)
-    return Cost(
-        lookup.flops + head.flops + cross.flops,
-        lookup.moved + head.moved + cross.moved,
-        lookup.held + head.held,
-        (*lookup.kernels, *head.kernels, cross),
-    )
+    return _with_lookups(gradient, axes, gram_cost(gradient, axes), cross)
 
 
 def tied_store_cost(gradient: ParameterGradient, axes: Axes) -> Cost:
     """Both parts, and a row of the stored product for every token."""
-    lookup, head = embedding_cost(gradient, axes), store_cost(gradient, axes)
     B, T, d, item = _embedding_sizes(gradient, axes)
     cross = Kernel("stored_cross", 2 * B * T * d, 2 * B * T * d * item)
+    return _with_lookups(gradient, axes, store_cost(gradient, axes), cross)
+
+
+def _with_lookups(gradient: ParameterGradient, axes: Axes, head: Cost, cross: Kernel) -> Cost:
+    """What a tied table costs, from its head and the cross term."""
+    lookup = embedding_cost(gradient, axes)
     return Cost(
         lookup.flops + head.flops + cross.flops,
         lookup.moved + head.moved + cross.moved,
