@@ -65,6 +65,7 @@ def _line(frames: Iterable[Mapping[str, Any]]) -> str:
 def measure(workload: str, implementation: str, settings: dict[str, Any]) -> dict[str, Any]:
     """The peak of one step after others, what of it was there before, and what was allocated within."""
     own = Settings(**settings)
+    own.limit_memory()
     its, maker = WORKLOADS[workload], IMPLEMENTATIONS[implementation]
     model, batches = inputs(its, maker, own)
     step = maker.make(model, its.batch, own)
@@ -81,8 +82,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", required=True, choices=WORKLOADS, metavar="NAME")
     parser.add_argument("--implementations", nargs="+", required=True, choices=IMPLEMENTATIONS, metavar="NAME")
+    parser.add_argument("--memory-gb", type=float, metavar="GB", help="what a process may use of the device")
     arguments = parser.parse_args()
-    console, own = Console(width=160), Settings(device="cuda", dtype="bf16", warmup=2, pool=1)
+    console = Console(width=160)
+    own = Settings(device="cuda", dtype="bf16", warmup=1, pool=1, memory_gb=arguments.memory_gb)
     for implementation in arguments.implementations:
         given = {"workload": arguments.workload, "implementation": implementation, "settings": own.record()}
         with tempfile.TemporaryDirectory() as caches:

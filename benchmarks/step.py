@@ -5,8 +5,8 @@
 Every step's gradients are compared with a reference before it is timed; a step that fails has no times. Results are
 saved after every run. The exit status is 1 if one of them failed.
 
-With `--at-once N` the runs of a workload compile N at a time and are timed when all of these are ready, one by one:
-much sooner, but their compile times are those of a busy machine.
+With `--at-once N` the runs compile N at a time and are timed when all of these are ready, one by one: much sooner, but
+their compile times are those of a busy machine.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -71,17 +72,15 @@ def main() -> None:
     own = settings.from_arguments(arguments)
     console = Console(width=None if sys.stdout.isatty() else 180)
     results = Results(environment={}, settings=own.record() | {"at_once": arguments.at_once})
-    n = arguments.at_once
-    for workload in arguments.workloads:
-        for i in range(0, len(arguments.implementations), n):
-            _round(workload, arguments.implementations[i : i + n], own, arguments, results, console)
+    pairs = list(product(arguments.workloads, arguments.implementations))
+    for i in range(0, len(pairs), arguments.at_once):
+        _round(pairs[i : i + arguments.at_once], own, arguments, results, console)
     console.print(terminal(results))
     sys.exit(any(r.status == "failed" for r in results.runs))
 
 
 def _round(
-    workload: str,
-    implementations: list[str],
+    pairs: list[tuple[str, str]],
     own: settings.Settings,
     arguments: argparse.Namespace,
     results: Results,
@@ -91,18 +90,18 @@ def _round(
     before = list(results.runs)
     with tempfile.TemporaryDirectory(prefix="benchmark_round_") as folder:
 
-        def one(numbered: tuple[int, str]) -> Run:
-            number, implementation = numbered
+        def one(numbered: tuple[int, tuple[str, str]]) -> Run:
+            number, (workload, implementation) = numbered
             name = f"{number}-{implementation}"
-            place = Place(folder, name, len(implementations))
+            place = Place(folder, name, len(pairs))
             outcome = run(workload, implementation, own, arguments.warm, results, Path(folder) / name, place)
             console.print(f"{workload}: {implementation}: {outcome.status} {outcome.reason}", highlight=False)
             results.runs.append(outcome)
             results.save(arguments.out)
             return outcome
 
-        with ThreadPoolExecutor(len(implementations)) as pool:
-            results.runs = before + list(pool.map(one, enumerate(implementations)))
+        with ThreadPoolExecutor(len(pairs)) as pool:
+            results.runs = before + list(pool.map(one, enumerate(pairs)))
     results.save(arguments.out)
 
 
@@ -112,7 +111,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--implementations", nargs="+", required=True, choices=IMPLEMENTATIONS, metavar="NAME")
     parser.add_argument("--out", type=Path, required=True, help="the JSON file")
     parser.add_argument("--warm", action="store_true", help="also time the first step of another process")
-    parser.add_argument("--at-once", type=int, default=1, metavar="N", help="let N runs of a workload compile together")
+    parser.add_argument("--at-once", type=int, default=1, metavar="N", help="let N runs compile together")
     settings.add_arguments(parser)
     return parser.parse_args()
 
