@@ -9,7 +9,7 @@ from itertools import accumulate
 import torch
 from torch import fx
 
-from flashdp_compile.compat import OpOverload, argument, padded_row, returns_views
+from flashdp_compile.compat import OpOverload, argument, belongs_to_caller, padded_row, returns_views
 from flashdp_compile.passes.order import Step
 
 _CALLS = (
@@ -27,9 +27,12 @@ _CALLS = (
 class Memory:
     """The memory of a graph's values in any order of its nodes: each is held from its maker to its last reader.
 
-    A view is held as what it views, and so is a matrix that is padded in place; the values of an op with several are
-    held one by one. What neither a library nor one of our kernels makes or reads is left out: Inductor fuses most of it
-    away, and a softmax over a vocabulary in float32 would hide everything else.
+    Parameters and what else is the caller's are held throughout: a layer that is done leaves no room. A view is held as
+    what it views, and so is a matrix that is padded in place; the values of an op with several are held one by one.
+
+    What neither a library nor one of our kernels makes or reads is left out: Inductor fuses most of it away, and a
+    softmax over a vocabulary in float32 would hide everything else. Where that is a conversion, its readers read what
+    it converts.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
@@ -37,14 +40,20 @@ class Memory:
         self._owner: dict[fx.Node, fx.Node] = {}
         self._makes: dict[fx.Node, list[fx.Node]] = {}  # those of its values that are held by themselves
         for node in graph.nodes:
-            viewed = node.args[0] if _is_view(node) else None
-            self._owner[node] = self._owner[viewed] if isinstance(viewed, fx.Node) else node
+            self._owner[node] = self._viewed(node) if _is_view(node) else node
             self._makes[node] = [] if _is_element(node) else [n for n in node.users if _is_element(n)] or [node]
         for node in graph.nodes:
             kept = node.op in ("placeholder", "output") or _is_opaque(node.target)
             for value in (node, *node.all_input_nodes) if kept else ():
                 for owner in self._makes[self._owner[value]] or [self._owner[value]]:
                     self.bytes[owner] = _size(owner.meta.get("val"))
+        for node in graph.nodes:
+            if _is_view(node) or (_is_conversion(node) and not self.bytes[node]):
+                self._owner[node] = self._viewed(node)
+
+    def _viewed(self, node: fx.Node) -> fx.Node:
+        """What is held for a node that is another's view, or stands for it."""
+        return self._owner[node.args[0]] if isinstance(node.args[0], fx.Node) else node
 
     def made(self, node: fx.Node) -> int:
         """Bytes that a node makes."""
@@ -53,6 +62,10 @@ class Memory:
     def peak(self, order: Sequence[Step], without: Set[fx.Node] = frozenset()) -> int:
         """The most bytes held at a time when nodes run in this order, those of a tuple at once; `without` are not run
         and make nothing."""
+        return max(self.held(order, without))
+
+    def held(self, order: Sequence[Step], without: Set[fx.Node] = frozenset()) -> list[int]:
+        """The bytes held at each step of this order."""
         made: dict[fx.Node, int] = {}
         read: dict[fx.Node, int] = {}
         for at, step in enumerate(order):
@@ -63,12 +76,15 @@ class Memory:
                     made[value] = 0 if node.op == "placeholder" else at
                 for used in (node, *node.all_input_nodes):
                     read[self._owner[used]] = at
+        for value in made:
+            if value.op == "placeholder" and belongs_to_caller(value):
+                read[value] = len(order) - 1
         ends = self._reused(made, {value: read.get(value, at) + 1 for value, at in made.items()})
         change = [0] * (len(order) + 1)
         for value, at in made.items():
             change[at] += self.bytes[value]
             change[ends[value]] -= self.bytes[value]
-        return max(accumulate(change))
+        return list(accumulate(change[:-1]))
 
     def _reused(self, made: dict[fx.Node, int], ends: dict[fx.Node, int]) -> dict[fx.Node, int]:
         """Until when values are held if a later one of the same size takes the place of one that nobody reads any more,
@@ -82,6 +98,10 @@ class Memory:
             if self.bytes[value] and free.get(self.bytes[value]):
                 ends[free[self.bytes[value]].pop()] = at
         return ends
+
+
+def _is_conversion(node: fx.Node) -> bool:
+    return node.target is torch.ops.prims.convert_element_type.default
 
 
 def _is_element(node: fx.Node) -> bool:

@@ -40,6 +40,7 @@ __all__ = [
     "TangentAOTInput",
     "argument",
     "belongs_to_backward",
+    "belongs_to_caller",
     "detect_fake_mode",
     "graph_label",
     "is_argument",
@@ -66,6 +67,13 @@ def belongs_to_backward(description: Any) -> bool:
         return False
     parts = (getattr(description, field.name) for field in dataclasses.fields(description))
     return any(belongs_to_backward(part) for part in parts if dataclasses.is_dataclass(part))
+
+
+def belongs_to_caller(placeholder: torch.fx.Node) -> bool:
+    """Whether whoever calls a compiled graph holds this input until the graph has ended: parameters, buffers, data and
+    tangents. What a forward saves for its backward is freed there at its last use. AOTAutograd names them. 2.11, 2.13.
+    """
+    return str(placeholder.target).startswith(("primals", "tangents", "arg"))
 
 
 def size_expression(size: int | torch.SymInt) -> int | sympy.Expr:

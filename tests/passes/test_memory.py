@@ -68,6 +68,48 @@ def test_a_value_is_held_until_another_of_its_size_takes_its_place():
     assert Memory(graph).peak(list(graph.nodes)) == 4 * 8 * (8 + 1 + 300 + 3)
 
 
+@pytest.mark.parametrize("name, held", [("mul_3", False), ("primals_3", True), ("tangents_1", True), ("arg3_1", True)])
+def test_what_is_the_callers_is_held_throughout(name, held):
+    """A value that is read once, and a product of twice its size later: the parameters of a layer that is done leave no
+    room, what the forward has saved for it does."""
+    graph = fx.Graph()
+
+    def add(rows: int, *operands: fx.Node) -> fx.Node:
+        node = graph.call_function(aten.mm.default, operands) if operands else graph.placeholder("mul_1")
+        node.meta["val"] = torch.empty(rows, 8)
+        return node
+
+    given = graph.placeholder(name)
+    given.meta["val"] = torch.empty(100, 8)
+    x = add(8)
+    first = add(1, given, x)
+    graph.output((first, add(1, add(200, x, x), x)))
+    late = 8 + 1 + 200 + 1 + (100 if held else 0)
+    assert Memory(graph).peak(list(graph.nodes)) == 4 * 8 * late
+
+
+@pytest.mark.parametrize("read_by", [aten.neg.default, aten.mm.default])
+def test_a_conversion_that_is_fused_leaves_what_it_converts(read_by):
+    """x [8, 8] in bfloat16 and a product of it, converted to float32 before a larger value comes and goes, and read
+    behind it: by what Inductor fuses with the conversion, or by a library."""
+    graph = fx.Graph()
+
+    def add(target, rows: int, *args, dtype=torch.bfloat16) -> fx.Node:
+        node = graph.call_function(target, args)
+        node.meta["val"] = torch.empty(rows, 8, dtype=dtype)
+        return node
+
+    x = graph.placeholder("x")
+    x.meta["val"] = torch.empty(8, 8, dtype=torch.bfloat16)
+    made = add(aten.mm.default, 100, x, x)
+    wide = add(torch.ops.prims.convert_element_type.default, 100, made, torch.float32, dtype=torch.float32)
+    large = add(aten.mm.default, 3, add(aten.mm.default, 300, x, x), x)
+    fused = read_by is aten.neg.default
+    last = add(read_by, 90, *((wide,) if fused else (wide, x)))
+    graph.output((large, add(aten.mm.default, 1, last, x)))
+    assert Memory(graph).peak(list(graph.nodes)) == 2 * 8 * (8 + (100 if fused else 200) + 300 + 3)
+
+
 def test_values_of_one_op_are_held_one_by_one():
     graph = fx.Graph()
     x = graph.placeholder("x")
