@@ -6,6 +6,9 @@
 The head of a language model has B x vocabulary x width products. `release_late` finds them a place where activations
 have been freed; under activation checkpointing there is none. A layer that is clipped by itself need not have them all
 at once. The sum is read and written once more for each part, so parts are as large as the peak allows.
+
+What is made in parts may also run as soon as its operands are there, and these, such as the gradient of the logits, are
+then no longer held for it.
 """
 
 from __future__ import annotations
@@ -37,26 +40,37 @@ class Layer(NamedTuple):
     total: fx.Node
 
 
+class Parts(NamedTuple):
+    """A layer made behind `place`, so many samples at a time: the order of all nodes then, and its peak."""
+
+    place: fx.Node
+    samples: int
+    order: list[Step]
+    peak: int
+
+
 def store_in_parts(graph: fx.Graph, device: str = "cuda") -> int:
     """Rewrites layers on devices of this type, in place; returns how many."""
     stores = graph.find_nodes(op="call_function", target=flashdp.outer_store.default)
     layers = [found for store in stores if (found := _read(store, device)) is not None]
     if not layers:
         return 0
-    memory, order, parted = Memory(graph), list[Step](graph.nodes), list[tuple[Layer, int]]()
+    memory, order, parted = Memory(graph), list[Step](graph.nodes), list[tuple[Layer, fx.Node, int]]()
     peak = memory.peak(order)
     for layer in sorted(layers, key=lambda layer: -memory.bytes[layer.product]):
         if memory.bytes[layer.product] < LARGE * peak:
             break
-        whole, as_one = memory.bytes[layer.product], _as_one(order, layer)
-        samples, lower = _samples(memory, as_one, layer)
-        if lower <= (1 - GAIN) * peak:
-            parted.append((layer, samples))
-            order, peak = as_one, lower
+        whole = memory.bytes[layer.product]
+        tried = [_tried(memory, order, layer, place) for place in (_earliest(order, layer), layer.total)]
+        found = min(tried, key=lambda parts: parts.peak)
+        if found.peak <= (1 - GAIN) * peak:
+            parted.append((layer, found.place, found.samples))
+            order, peak = found.order, found.peak
+            memory.bytes[layer.product] = whole // _batch(layer) * found.samples
         else:
             memory.bytes[layer.product] = whole
-    for layer, samples in parted:  # behind the loop: the memory knows the nodes that were there before
-        _replace(graph, layer, samples)
+    for layer, place, samples in parted:  # behind the loop: the memory knows the nodes that were there before
+        _replace(graph, layer, place, samples)
     sort_topologically(graph)
     return len(parted)
 
@@ -81,28 +95,46 @@ def _read(store: fx.Node, device: str) -> Layer | None:
     return Layer(store, product, norms, clip, total)
 
 
-def _as_one(order: list[Step], layer: Layer) -> list[Step]:
-    """The order in which the layer's nodes run at once, where its sum was made."""
-    return [tuple(layer) if step is layer.total else step for step in order if step is layer.total or step not in layer]
+def _earliest(order: list[Step], layer: Layer) -> fx.Node:
+    """The node behind which all operands of a layer are there."""
+    needed = {operand for node in layer for operand in node.all_input_nodes}.difference(layer)
+    return next(n for n in reversed(_nodes(order)) if n in needed or n.op == "placeholder")
 
 
-def _samples(memory: Memory, order: list[Step], layer: Layer) -> tuple[int, int]:
-    """How many samples at a time, for the lowest peak or almost that; and the peak. Their products alone are counted
-    from here on."""
-    batch = layer.product.meta["val"].shape[0]
-    each, peaks = memory.bytes[layer.product] // batch, dict[int, int]()
-    for samples in sorted({max(1, batch // 2**n) for n in range(1, batch.bit_length())}):
+def _nodes(order: list[Step]) -> list[fx.Node]:
+    return [node for step in order for node in (step if isinstance(step, tuple) else (step,))]
+
+
+def _as_one(order: list[Step], layer: Layer, place: fx.Node) -> list[Step]:
+    """The order in which the layer's nodes run at once, behind a node or in the place of its sum."""
+    moved = list[Step]()
+    for step in order:
+        if step not in layer:
+            moved.append(step)
+        if step is place or (isinstance(step, tuple) and place in step):
+            moved.append(tuple(layer))
+    return moved
+
+
+def _tried(memory: Memory, order: list[Step], layer: Layer, place: fx.Node) -> Parts:
+    """With how many samples at a time the peak is the lowest or almost that. Their products alone are counted."""
+    as_one, peaks = _as_one(order, layer, place), dict[int, int]()
+    each = layer.product.meta["val"].nbytes // _batch(layer)
+    for samples in sorted({max(1, _batch(layer) // 2**n) for n in range(1, _batch(layer).bit_length())}):
         memory.bytes[layer.product] = samples * each
-        peaks[samples] = memory.peak(order)
+        peaks[samples] = memory.peak(as_one)
     enough = max(n for n, p in peaks.items() if p <= (1 + GAIN) * min(peaks.values()))
-    memory.bytes[layer.product] = enough * each
-    return enough, peaks[enough]
+    return Parts(place, enough, as_one, peaks[enough])
 
 
-def _replace(graph: fx.Graph, layer: Layer, samples: int) -> None:
+def _batch(layer: Layer) -> int:
+    return int(layer.product.meta["val"].shape[0])
+
+
+def _replace(graph: fx.Graph, layer: Layer, place: fx.Node, samples: int) -> None:
     policy = [argument(layer.clip, n) for n in ("bound", "fn", "mean", "expected_batch_size", "grad_scale")]
     noise = [argument(layer.total, n) for n in ("key", "stream", "std")]
-    with graph.inserting_before(layer.total):
+    with graph.inserting_after(place):
         made = call(graph, flashdp.clipped_product.default, *layer.store.args, samples, *policy, *noise)
         total, norms = (call(graph, operator.getitem, made, at) for at in (0, 1))
     layer.total.replace_all_uses_with(total)

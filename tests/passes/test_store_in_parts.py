@@ -13,7 +13,7 @@ from flashdp_compile.compat import argument
 from flashdp_compile.passes import store_in_parts as module
 from flashdp_compile.passes.mechanism import Mechanism
 from flashdp_compile.passes.memory import Memory
-from flashdp_compile.passes.order import dependents
+from flashdp_compile.passes.order import behind, dependents
 from flashdp_compile.passes.store_in_parts import store_in_parts
 from flashdp_compile.runtime import noise, scaling
 
@@ -82,6 +82,39 @@ def test_the_head_is_made_in_parts_and_the_numbers_stay(name):
     for was, now in zip(before, outputs(of, inputs), strict=True):
         torch.testing.assert_close(was, now, rtol=1e-6, atol=1e-7)
     assert store_in_parts(of, "cpu") == 0
+
+
+class Wide(LanguageModel):
+    """Whose checkpointed layers hold more in their backward than the head's sum takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(16, 256, bias=False), nn.ReLU(), nn.Linear(256, 16, bias=False)) for _ in range(2)
+        )
+
+
+def test_what_was_put_off_no_longer_waits():
+    """The head's release is behind all others and holds its operands; in parts it runs as soon as they are there."""
+    of = graph(model=Wide())
+    inputs = random_inputs(of)
+    before = outputs(of, inputs)
+    stores = of.find_nodes(op="call_function", target=flashdp.outer_store.default)
+    head = max(stores, key=lambda n: n.meta["val"][0].numel())
+    nodes = list(of.nodes)
+    order = behind(nodes, len(nodes) - 2, {head}, dependents([head]))
+    for node, following in zip(order, order[1:], strict=False):
+        node.append(following)
+    high = Memory(of).peak(list(of.nodes))
+    assert list(of.nodes).index(head) > max(list(of.nodes).index(n) for n in stores if n is not head)
+    assert store_in_parts(of, "cpu") >= 1
+    of.lint()
+    order = list(of.nodes)
+    (node,) = (n for n in made(of) if 800 in n.meta["val"][0].shape)
+    assert order.index(node) < min(order.index(n) for n in (*stores, *made(of)) if n in order and n is not node)
+    assert Memory(of).peak(list(of.nodes)) < high
+    for was, now in zip(before, outputs(of, inputs), strict=True):
+        torch.testing.assert_close(was, now, rtol=1e-6, atol=1e-7)
 
 
 class TwoHeads(LanguageModel):
