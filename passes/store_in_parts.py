@@ -62,11 +62,11 @@ def store_in_parts(graph: fx.Graph, device: str = "cuda") -> int:
             break
         whole = memory.bytes[layer.product]
         tried = [_tried(memory, order, layer, place) for place in (_earliest(order, layer), layer.total)]
-        found = min(tried, key=lambda parts: parts.peak)
-        if found.peak <= (1 - GAIN) * peak:
-            parted.append((layer, found.place, found.samples))
-            order, peak = found.order, found.peak
-            memory.bytes[layer.product] = whole // _batch(layer) * found.samples
+        best = min(tried, key=lambda parts: parts.peak)
+        if best.peak <= (1 - GAIN) * peak:
+            parted.append((layer, best.place, best.samples))
+            order, peak = best.order, best.peak
+            memory.bytes[layer.product] = whole // _batch(layer) * best.samples
         else:
             memory.bytes[layer.product] = whole
     for layer, place, samples in parted:  # behind the loop: the memory knows the nodes that were there before
