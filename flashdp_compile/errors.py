@@ -34,5 +34,9 @@ class BudgetExhaustedError(FlashDPError):
     """A step would spend more than the run may. Nothing was released by it."""
 
 
+class RanksError(FlashDPError):
+    """Processes that train one model together do not agree, or one of them has failed. Nothing was released."""
+
+
 class InternalError(FlashDPError):
     """flashdp failed, or a rewritten graph failed its own verification. Nothing was released; this is a bug in it."""

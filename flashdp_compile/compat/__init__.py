@@ -70,6 +70,7 @@ from flashdp_compile.compat.launches import (
     start_kernel,
     written_by,
 )
+from flashdp_compile.compat.ranks import add_up, compile_in_place, running_ddp, unsplit_ddp_graphs, wait_of
 
 __all__ = [
     "COMPILED_BACKWARD",
@@ -82,6 +83,7 @@ __all__ = [
     "RestartAnalysis",
     "TangentAOTInput",
     "UnwrappedCompilerError",
+    "add_up",
     "allocations",
     "argument",
     "belongs_to_backward",
@@ -90,6 +92,7 @@ __all__ = [
     "cache_folder",
     "compile_calls",
     "compile_clocks",
+    "compile_in_place",
     "compile_with_inductor",
     "compile_with_interpreter",
     "configured_graph_hooks",
@@ -118,6 +121,7 @@ __all__ = [
     "real_tensors",
     "recorded_launches",
     "returns_views",
+    "running_ddp",
     "scale_of",
     "settle_equal",
     "settle_size",
@@ -129,6 +133,8 @@ __all__ = [
     "start_kernel",
     "steps_within",
     "trace",
+    "unsplit_ddp_graphs",
     "versions",
+    "wait_of",
     "written_by",
 ]

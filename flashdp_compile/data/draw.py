@@ -8,12 +8,14 @@ _DOMAIN = 0x64617461  # "data": the same seed elsewhere in a program starts anot
 _DIGITS = 16  # binary digits of a uniform number that are drawn for every sample
 
 
-def generator(seed: int | None, step: int) -> np.random.Generator:
-    """The random numbers of a step: 128 bits of the operating system, or a function of (seed, step) alone, so that a
-    run can go on at any step."""
-    if seed is None:
-        return np.random.Generator(np.random.PCG64DXSM())
-    return np.random.Generator(np.random.PCG64DXSM(np.random.SeedSequence((_DOMAIN, seed), spawn_key=(step,))))
+def generator(seed: int | None, step: int, shared: tuple[int, ...] = ()) -> np.random.Generator:
+    """The random numbers of a step: a function of (seed, step) alone, so that a run can go on at any step; or without a
+    seed 128 bits of the operating system. Processes that draw together have `shared` numbers instead of these."""
+    if seed is not None:
+        drawn = np.random.SeedSequence((_DOMAIN, seed), spawn_key=(step,))
+    else:
+        drawn = np.random.SeedSequence((_DOMAIN, *shared), spawn_key=(step,)) if shared else np.random.SeedSequence()
+    return np.random.Generator(np.random.PCG64DXSM(drawn))
 
 
 def taking_part(sample_size: int, rate: float, numbers: np.random.Generator) -> np.ndarray:

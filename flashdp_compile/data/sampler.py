@@ -36,6 +36,18 @@ class MicroBatch(NamedTuple):
     """It ends its logical batch: the optimizer's step is due."""
 
 
+class Part(NamedTuple):
+    """What one of several processes takes of every logical batch: all of them draw the same and share it."""
+
+    rank: int
+    ranks: int
+    secret: int
+    """128 bits, the same on all ranks, and known to nobody else."""
+
+
+ALONE = Part(0, 1, 0)
+
+
 class PoissonSampler(Sampler[list[int]]):
     """The indices of `steps` logical batches, as the `batch_sampler` of a DataLoader.
 
@@ -48,8 +60,9 @@ class PoissonSampler(Sampler[list[int]]):
     seed                 None: every logical batch is drawn from 128 fresh bits of the operating system. A number: the
                          same batches on every run, for tests only, as whoever knows it knows who took part
 
-    least                no micro-batch has fewer samples, unless its whole logical batch does; then
+    least                no micro-batch has fewer samples, unless it has none or its whole logical batch does; then
                          physical_batch_size is at least 2 least - 1
+    part                 which part this process takes, of as many micro-batches as the largest: some may be empty
 
     A logical batch without samples is one micro-batch without indices. `sampling` is what was drawn, in the words of
     the accounting. Iterating starts behind the logical batches that are done.
@@ -67,6 +80,7 @@ class PoissonSampler(Sampler[list[int]]):
         cap: int | None = None,
         seed: int | None = None,
         least: int = 1,
+        part: Part = ALONE,
     ) -> None:
         self.sample_size = integer("sample_size", sample_size, 1)
         self.sample_rate = rate("sample_rate", sample_rate)
@@ -79,6 +93,7 @@ class PoissonSampler(Sampler[list[int]]):
         enough = 2 * self._least - 1  # then the last part can take what it lacks from the one before it
         if (self.physical_batch_size or enough) < enough:
             raise not_allowed("physical_batch_size", physical_batch_size, f"at least {enough}, or None")
+        self._part, self._iterations = part, 0
         self._record: deque[MicroBatch] = deque()
         if self.seed is not None:
             _warn_once("a seed draws the samples: whoever knows it knows who took part; give none outside tests")
@@ -93,12 +108,18 @@ class PoissonSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         # outside of the generator: `received` must ask the newest iteration, also before it has begun
         self._record = deque()
-        return self._micro_batches(self._record)
+        self._iterations += 1
+        return self._micro_batches(self._record, self._iterations)
 
-    def _micro_batches(self, record: deque[MicroBatch]) -> Iterator[list[int]]:
+    def _micro_batches(self, record: deque[MicroBatch], iteration: int) -> Iterator[list[int]]:
+        rank, ranks, secret = self._part
+        shared = (secret, iteration) if ranks > 1 else ()
+        size = self.physical_batch_size or self.sample_size
         for step in range(self.steps_done, self.steps):
-            drawn = logical_batch(self.sample_size, self.sample_rate, self.cap, generator(self.seed, step))
-            parts = _cut(drawn, self.physical_batch_size or self.sample_size, self._least)
+            drawn = logical_batch(self.sample_size, self.sample_rate, self.cap, generator(self.seed, step, shared))
+            first, last, largest = _share(len(drawn), rank, ranks, self._least)
+            parts = _cut(drawn[first:last], size, self._least)
+            parts += [[]] * (-(-largest // size) - len(parts))
             for number, part in enumerate(parts, 1):
                 record.append(MicroBatch(len(part), number == len(parts)))
                 yield part
@@ -117,7 +138,7 @@ class PoissonSampler(Sampler[list[int]]):
 
     def __len__(self) -> int:
         """Batches that an iteration gives which begins now. TypeError if micro-batches make it a matter of chance."""
-        largest = min(self.sample_size, self.cap or self.sample_size)
+        largest = -(-min(self.sample_size, self.cap or self.sample_size) // self._part.ranks)
         if self.physical_batch_size is not None and self.physical_batch_size < largest:
             raise TypeError(
                 "the number of micro-batches is random, so there is no len(): a logical batch may be larger than "
@@ -155,6 +176,15 @@ class PoissonSampler(Sampler[list[int]]):
             raise not_allowed(_STEPS_DONE, done, f"at most steps, {self.steps}")
         self.steps_done = done
         self._record = deque()
+
+
+def _share(count: int, rank: int, ranks: int, least: int) -> tuple[int, int, int]:
+    """First and last (exclusive) of so many samples that are a rank's, and how many the largest part has. Where parts
+    would have less than `least`, some ranks have none."""
+    ranks = min(ranks, max(count // least, 1))
+    each, more = divmod(count, ranks)
+    first, last = (min(r * each + min(r, more), count) for r in (rank, rank + 1))
+    return first, last, each + (more > 0)
 
 
 def _cut(drawn: list[int], size: int, least: int) -> list[list[int]]:

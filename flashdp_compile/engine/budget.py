@@ -8,11 +8,10 @@ from flashdp_compile.errors import BudgetExhaustedError
 
 
 class Budget:
-    """`steps_done` of `plan`: steps that have been taken, or may have been."""
+    """`steps_done` of `plan`: steps that have been taken, or may have been, beginning with those that are `spent`."""
 
-    def __init__(self, plan: Plan, journal: Journal | None) -> None:
-        self.plan, self._journal = plan, journal
-        self.steps_done = 0 if journal is None else journal.spent
+    def __init__(self, plan: Plan, journal: Journal | None, spent: int) -> None:
+        self.plan, self._journal, self.steps_done = plan, journal, spent
 
     @property
     def steps_left(self) -> int | None:

@@ -1,4 +1,4 @@
-"""The noise of a step, added to sums that lack it: a key for each device, a counter for the steps.
+"""The noise of a step, added to sums that lack it: one key for all devices and processes, a counter for the steps.
 
 A key that nobody gave lives as long as this object and this process; a run that is resumed has another, so that no
 draw is ever repeated, whatever happened between a checkpoint and the end of the process that made it.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -25,12 +25,13 @@ _TRIED = 4099  # normals of the check of a device: several blocks, the last not 
 
 
 class Noise:
-    """Adds noise that nobody has seen before. Subclasses say from which key it comes, and by which op."""
+    """Adds noise that nobody has seen before. Subclasses say from which key it comes, and by which op. `secret` gives
+    so many bytes that nobody knows, the same to all processes that make the steps together."""
 
     secure: ClassVar[bool]
     op: ClassVar[Any]
 
-    def __init__(self, seed: int | None) -> None:
+    def __init__(self, seed: int | None, secret: Callable[[int], bytes] = os.urandom) -> None:
         self._seed = seed
         self._tables: dict[Any, NoiseTable] = {}
 
@@ -78,16 +79,15 @@ class SecureNoise(Noise):
 
     secure, op = True, staticmethod(torch.ops.flashdp.add_secure_noise)
 
-    def __init__(self, seed: int | None) -> None:
+    def __init__(self, seed: int | None, secret: Callable[[int], bytes] = os.urandom) -> None:
         super().__init__(seed)
-        self._states: dict[torch.device, Tensor] = {}
+        self._key = secure_key.shared(secret(32)) if seed is None else secure_key.derived(seed, _DOMAIN)
+        self._states: dict[torch.device, Tensor] = {torch.device("cpu"): self._key}
 
     def key(self, device: torch.device, step: int) -> Tensor:
         if device not in self._states:
-            if device.type != "cpu":
-                _try_out(device)
-            derived = None if self._seed is None else secure_key.derived(self._seed, f"{_DOMAIN} {device}")
-            self._states[device] = secure_key.fresh(device) if derived is None else derived.to(device)
+            _try_out(device)
+            self._states[device] = self._key.to(device)
         key = self._states[device].clone()
         key[4:].fill_(step)  # unlike an assignment, it does not wait for the device
         return key
@@ -113,20 +113,18 @@ class PhiloxNoise(Noise):
 
     secure, op = False, staticmethod(torch.ops.flashdp.add_noise)
 
-    def __init__(self, seed: int | None) -> None:
+    def __init__(self, seed: int | None, secret: Callable[[int], bytes] = os.urandom) -> None:
         super().__init__(seed)
-        self._keys: dict[torch.device, int] = {}
+        told = f"{_DOMAIN}\0{seed}".encode()
+        self._key = secret(8) if seed is None else hashlib.sha256(told).digest()[:8]
         self._process = os.getpid()
 
     def key(self, device: torch.device, step: int) -> Tensor:
         if self._process != os.getpid():  # a child of a fork must not draw what its parent draws
             self._process = os.getpid()
-            self._keys.clear()
-        if device not in self._keys:
-            told = f"{_DOMAIN}\0{device}\0{self._seed}".encode()
-            entropy = os.urandom(8) if self._seed is None else hashlib.sha256(told).digest()[:8]
-            self._keys[device] = int.from_bytes(entropy, "little", signed=True)
-        return torch.tensor([self._keys[device], step], dtype=torch.int64).to(device, non_blocking=True)
+            self._key = os.urandom(8) if self._seed is None else self._key
+        key = int.from_bytes(self._key, "little", signed=True)
+        return torch.tensor([key, step], dtype=torch.int64).to(device, non_blocking=True)
 
 
 def _no_copy(self: Any) -> NoReturn:

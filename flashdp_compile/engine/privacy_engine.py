@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import nn
@@ -13,20 +13,24 @@ from torch.optim import Optimizer
 
 from flashdp_compile.accounting import Poisson, Sampling, Schedule, TruncatedPoisson
 from flashdp_compile.checks import choice, first_difference, integer
+from flashdp_compile.compat import compile_in_place, unsplit_ddp_graphs
 from flashdp_compile.data import PoissonSampler
 from flashdp_compile.data.loader import rows
+from flashdp_compile.data.sampler import Part
 from flashdp_compile.engine.attach import check_optimizer, replace_step
 from flashdp_compile.engine.bounds import MovingBounds, Quantile
 from flashdp_compile.engine.budget import Budget
 from flashdp_compile.engine.journal import Journal
 from flashdp_compile.engine.loader import EngineLoader
-from flashdp_compile.engine.noise import NOISES
+from flashdp_compile.engine.noise import NOISES, Noise
 from flashdp_compile.engine.norms import accounted_norms
 from flashdp_compile.engine.plan import make_plan
+from flashdp_compile.engine.ranks import Ranks
 from flashdp_compile.engine.steps import Steps
 from flashdp_compile.errors import OptionError
 from flashdp_compile.options import Options
 from flashdp_compile.runtime.probe_keys import HeldProbes
+from flashdp_compile.runtime.replicas import hold_back
 
 FORMAT = 1
 UNLIMITED = 2**31 - 1  # steps of a loader
@@ -80,7 +84,8 @@ class PrivacyEngine:
         options: further options of the backend.
 
     Raises:
-        OptionError: an argument is missing, not allowed, or contradicts another; or this is one process of several.
+        OptionError: an argument is missing, not allowed, or contradicts another.
+        RanksError: of several processes one has failed, or was given other arguments.
     """
 
     def __init__(
@@ -106,52 +111,59 @@ class PrivacyEngine:
         groups: int | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        _refuse_ranks()
-        self.expected_batch_size = integer("expected_batch_size", expected_batch_size, 1)
-        self.micro_batches = integer("micro_batches", micro_batches, 1)
-        self.seed = integer("seed", seed, 0, optional=True)
-        if twice := sorted({*OWN} & {*(options or {})}):
-            raise OptionError(
-                f"options holds {twice[0]!r}, which is the engine's own: leave it out, or give it as an argument"
+        self._ranks = Ranks()
+        with self._ranks.together():
+            self.expected_batch_size = integer("expected_batch_size", expected_batch_size, 1)
+            self.micro_batches = integer("micro_batches", micro_batches, 1)
+            self.seed = integer("seed", seed, 0, optional=True)
+            self.noise = choice("noise", noise, tuple(NOISES))
+            if twice := sorted({*OWN} & {*(options or {})}):
+                raise OptionError(
+                    f"options holds {twice[0]!r}, which is the engine's own: leave it out, or give it as an argument"
+                )
+            if (options or {}).get("loss_reduction", "mean") != "mean":
+                raise OptionError(
+                    "options holds loss_reduction, but a step is divided by expected_batch_size: call backward on means"
+                )
+            self._options = {
+                **(options or {}),
+                "max_grad_norm": max_grad_norm,
+                "clipping": clipping,
+                "expected_batch_size": self.expected_batch_size,
+                "noise_at": "step",
+            }
+            parsed = Options.parse(self._options)  # what is not allowed is said now
+            norms, norm_groups = accounted_norms(parsed, groups, bounds)
+            self.plan = make_plan(
+                target_delta=target_delta,
+                expected_batch_size=self.expected_batch_size,
+                sample_size=sample_size,
+                target_epsilon=target_epsilon,
+                noise_multiplier=noise_multiplier,
+                epochs=epochs,
+                steps=steps,
+                cap=cap,
+                sampling=sampling,
+                accountant=accountant,
+                norms=norms,
             )
-        self._options = {
-            **(options or {}),
-            "max_grad_norm": max_grad_norm,
-            "clipping": clipping,
-            "expected_batch_size": self.expected_batch_size,
-            "noise_at": "step",
-        }
-        parsed = Options.parse(self._options)  # what is not allowed is said now
-        norms, norm_groups = accounted_norms(parsed, groups, bounds)
-        self.plan = make_plan(
-            target_delta=target_delta,
-            expected_batch_size=self.expected_batch_size,
-            sample_size=sample_size,
-            target_epsilon=target_epsilon,
-            noise_multiplier=noise_multiplier,
-            epochs=epochs,
-            steps=steps,
-            cap=cap,
-            sampling=sampling,
-            accountant=accountant,
-            norms=norms,
-        )
-        self._bounds = None if bounds is None else MovingBounds(bounds, self.expected_batch_size)
-        probes = None if norm_groups is None else HeldProbes(parsed.norm, parsed.probes, norm_groups, self.seed)
+            self._bounds = None if bounds is None else MovingBounds(bounds, self.expected_batch_size)
+            own = journal is not None and self._ranks.first  # the others count the same
+            written = Journal(journal, self._configuration()) if own and journal is not None else None
+            self._ranks.agree("the engine's arguments", self._configuration() | {"options": parsed.policy()})
+        spent = self._ranks.number(0 if written is None else written.spent)
+        self._budget = Budget(self.plan, written, spent)
+        probes = None
+        if norm_groups is not None:
+            probes = HeldProbes(parsed.norm, parsed.probes, norm_groups, self.seed, self._ranks.secret(16))
         self._options |= {
             "noise_multiplier": self.plan.sigma(0),
             "bound_scales": None if self._bounds is None else self._bounds.state,
             "held_probes": probes,
         }
-        if (options or {}).get("loss_reduction", "mean") != "mean":
-            raise OptionError(
-                "options holds loss_reduction, but a step is divided by expected_batch_size: call backward on means"
-            )
         Options.parse(self._options)
-        self.noise = choice("noise", noise, tuple(NOISES))
-        self._budget = Budget(self.plan, None if journal is None else Journal(journal, self._configuration()))
         self._begin_bounds(None)
-        self._steps = Steps(self._budget, NOISES[self.noise](self.seed), self.micro_batches, self._bounds, probes)
+        self._steps = Steps(self._ranks, self._budget, self._new_noise(), self.micro_batches, self._bounds, probes)
         if self.noise == "philox":
             _log.warning(
                 "flashdp: noise='philox' is no cryptographic generator: whoever can predict it can subtract it"
@@ -196,12 +208,23 @@ class PrivacyEngine:
 
     def compile(self, model: nn.Module, **settings: Any) -> Any:
         """`torch.compile(model, backend="flashdp")` with the engine's options; `settings` are further arguments of
-        torch.compile. fullgraph is True unless it is among them."""
+        torch.compile. fullgraph is True unless it is among them.
+
+        A model inside `DistributedDataParallel` is compiled in its place; one that is compiled may be put into it.
+        """
         if refused := {"backend", "options", "mode"} & settings.keys():
             raise OptionError(
                 f"{min(refused)} is the engine's own; options of the backend are an argument of the engine"
             )
-        return torch.compile(model, backend="flashdp", options=dict(self._options), **{"fullgraph": True, **settings})
+        how = {"backend": "flashdp", "options": dict(self._options), "fullgraph": True, **settings}
+        inside_ddp = isinstance(model, nn.parallel.DistributedDataParallel)
+        if (inside_ddp or self._ranks.size > 1) and unsplit_ddp_graphs():
+            _log.warning("flashdp: torch._dynamo.config.optimize_ddp is off now: a model is one graph, to be proved")
+        if not inside_ddp:
+            return torch.compile(model, **how)
+        hold_back(model)
+        compile_in_place(cast(nn.Module, model.module), **how)
+        return model
 
     def data_loader(
         self,
@@ -221,20 +244,24 @@ class PrivacyEngine:
         how = self.plan.sampling
         if self.plan.own_sampling or not isinstance(how, (Poisson, TruncatedPoisson)):
             raise OptionError("sampling is given, which says that samples are drawn elsewhere: leave it out")
+        with self._ranks.together():
+            if (count := rows(dataset)) != how.sample_size:
+                raise OptionError(f"dataset has {count} rows, but sample_size={how.sample_size}")
+            self._ranks.agree("the loader's physical_batch_size, pad", (physical_batch_size, pad))
+        part = Part(self._ranks.rank, self._ranks.size, int.from_bytes(self._ranks.secret(16), "little"))
         sampler = PoissonSampler(
-            rows(dataset),
+            count,
             how.rate,
             steps=UNLIMITED if self.plan.steps is None else self.plan.steps,
             physical_batch_size=physical_batch_size,
             cap=how.cap if isinstance(how, TruncatedPoisson) else None,
             seed=self.seed,
             least=2 if self.plan.norms and not pad else 1,  # a graph of one sample has exact norms
+            part=part,
         )
         loader = EngineLoader(
             dataset, sampler, pad=pad, read_ahead=read_ahead, begins=self._steps.begin, **dataloader_options
         )
-        if sampler.sample_size != how.sample_size:
-            raise OptionError(f"dataset has {sampler.sample_size} rows, but sample_size={how.sample_size}")
         self._steps.loader = loader
         self._go_on()
         return loader
@@ -299,23 +326,20 @@ class PrivacyEngine:
                 f"{name} is {here.get(name)!r}, but was {there.get(name)!r} in the run that is resumed: its guarantee "
                 "is that of one mechanism"
             )
-        self._budget.load(integer("steps_done", state["steps_done"], 0))
+        with self._ranks.together():
+            done = integer("steps_done", state["steps_done"], 0)
+            self._ranks.agree("the state that is loaded", (done, state["bound_scales"]))
+        self._budget.load(done)
         self._begin_bounds(state["bound_scales"])
-        self._steps.noise = NOISES[self.noise](self.seed)
+        self._steps.noise = self._new_noise()
         self._go_on()
+
+    def _new_noise(self) -> Noise:
+        return NOISES[self.noise](self.seed, self._ranks.secret)
 
     def __reduce__(self) -> NoReturn:
         raise OptionError(
             "a PrivacyEngine cannot be copied: two of them would draw the same noise. Save its state_dict"
-        )
-
-
-def _refuse_ranks() -> None:
-    ranks = torch.distributed
-    if ranks.is_available() and ranks.is_initialized() and ranks.get_world_size() > 1:
-        raise OptionError(
-            "a PrivacyEngine is made in one of several processes of torch.distributed: each would draw samples and "
-            "noise for itself, and gradients would be added up behind its back. It works in one process"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from flashdp_compile.engine.bounds import MovingBounds
 from flashdp_compile.engine.budget import Budget
 from flashdp_compile.engine.loader import EngineLoader
 from flashdp_compile.engine.noise import Noise
+from flashdp_compile.engine.ranks import Ranks
 from flashdp_compile.errors import UnprotectedGradientError
 from flashdp_compile.runtime.logical import LogicalBatch, Sum
 from flashdp_compile.runtime.probe_keys import HeldProbes
@@ -28,6 +30,7 @@ class Steps:
 
     def __init__(
         self,
+        ranks: Ranks,
         budget: Budget,
         noise: Noise,
         micro_batches: int,
@@ -36,7 +39,9 @@ class Steps:
     ) -> None:
         self.noise, self.stepped = noise, False
         self.loader: EngineLoader | None = None
-        self._budget, self._micro_batches, self._bounds, self._probes = budget, micro_batches, bounds, probes
+        self._ranks, self._budget, self._micro_batches = ranks, budget, micro_batches
+        self._bounds, self._probes = bounds, probes
+        self._equal: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # whose parameters are the same on all ranks
         self._attached: weakref.WeakKeyDictionary[Optimizer, LogicalBatch] = weakref.WeakKeyDictionary()
         self._numbers = 0
         self._accounted: set[Release] = set()  # the backward passes of the last step
@@ -62,11 +67,15 @@ class Steps:
     def _step(self, number: int, logical: LogicalBatch, original: Callable[[], Any]) -> None:
         self.stepped = False
         try:
-            releases = self._whole(logical)
-            if not releases:
-                return
-            self._account(number, releases)
-            sums = logical.take()
+            with self._ranks.together():
+                releases = self._whole(logical)
+                if not releases:
+                    return
+                move = self._account(number, releases)
+                sums = logical.take()
+            self._agree(number, logical, sums)
+            move()
+            self._ranks.add_up([one.total for one in sums])
             gradients = self._released(number, releases[0], sums)
             logical.put(f"step {self._budget.steps_done} of the engine", sums, gradients)
         except BaseException:
@@ -74,6 +83,22 @@ class Steps:
             raise
         original()
         self.stepped = True
+
+    def _agree(self, number: int, logical: LogicalBatch, sums: Sequence[Sum]) -> None:
+        """Returns once all ranks are at this step, with sums of the same parameters, and were not told to wait."""
+        places = hashlib.sha256(repr([(one.place, *one.total.shape) for one in sums]).encode()).hexdigest()[:8]
+        self._ranks.agree(
+            "a step",
+            f"step {self._budget.steps_done} of optimizer {number}, behind {logical.used} micro-batches of the loader, "
+            f"with sums for {len(sums)} parameters ({places})",
+        )
+        optimizer = logical.optimizer
+        if optimizer not in self._equal:
+            self._ranks.check_equal(
+                "the parameters (wrap the model into DistributedDataParallel, which makes them equal)",
+                [one.parameter for one in sums],
+            )
+            self._equal.add(optimizer)
 
     def _released(self, number: int, release: Release, sums: Sequence[Sum]) -> list[Tensor]:
         """What becomes of the clipped sums, to which this release and others have added."""
@@ -92,11 +117,12 @@ class Steps:
     def _sigma_of_gradients(self) -> float:
         return self._sigma() if self._bounds is None else self._sigma() / (1 - self._bounds.share) ** 0.5
 
-    def _account(self, number: int, releases: Sequence[Release]) -> None:
-        """Optimizers share a step if they share its backward passes; each draws once in it."""
+    def _account(self, number: int, releases: Sequence[Release]) -> Callable[[], None]:
+        """Counts a step. Optimizers share one if they share its backward passes; each draws once in it. Gives what is
+        to be done once all ranks have counted it."""
         if number not in self._drawn and set(releases) <= self._accounted:
             self._drawn.add(number)
-            return
+            return lambda: None
         left = self._budget.steps_left
         last = left is not None and left <= 1  # behind which nothing is scheduled
         factor = 1.0 if self._bounds is None or last else self._bounds.scheduled(self._budget.steps_done + 1)
@@ -104,13 +130,17 @@ class Steps:
         if self._probes is not None:
             self._probes.move()
         self._accounted, self._drawn = set(releases), {number}
-        if self._bounds is not None:
 
-            def add_noise(votes: Tensor, std: float) -> Tensor:
-                (noised,) = self.noise.add([votes], self._budget.steps_done, [number * STREAMS + COUNTS], std)
-                return noised
+        def add_noise(votes: Tensor, std: float) -> Tensor:
+            self._ranks.add_up([votes])
+            (noised,) = self.noise.add([votes], self._budget.steps_done, [number * STREAMS + COUNTS], std)
+            return noised
 
-            self._bounds.settle(releases, factor, self._sigma(), add_noise)
+        def move() -> None:
+            if self._bounds is not None:
+                self._bounds.settle(releases, factor, self._sigma(), add_noise)
+
+        return move
 
     def _whole(self, logical: LogicalBatch) -> list[Release]:
         """The backward passes of a logical batch that is complete; none if more are to come.

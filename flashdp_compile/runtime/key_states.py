@@ -23,12 +23,13 @@ __all__ = ["KeyStates"]
 
 class KeyStates:
     """The states for one purpose. `domain` names it, so that equal seeds give different keys to different purposes;
-    `alike`: all devices have the same keys, with a seed or without, as long as they are held and advanced together."""
+    `alike`: all devices have the same keys, with a seed or without, as long as they are held and advanced together;
+    then `entropy` are the 16 bytes behind keys without a seed, for processes that are to have the same."""
 
-    def __init__(self, domain: str, alike: bool = False) -> None:
+    def __init__(self, domain: str, alike: bool = False, entropy: bytes | None = None) -> None:
         self._domain, self._alike = domain.encode(), alike
         self.states: dict[tuple[torch.device, int | None], Tensor] = {}
-        self._advanced, self._entropy = 0, os.urandom(16)
+        self._advanced, self._entropy = 0, os.urandom(16) if entropy is None else entropy
         self._lock = threading.Lock()
         _known.add(self)
 

@@ -46,14 +46,19 @@ class LogicalBatch:
         self._optimizer, self.divisor, self.bounds, self.probes = weakref.ref(optimizer), divisor, bounds, probes
         self.used = 0
 
+    @property
+    def optimizer(self) -> Optimizer:
+        found = self._optimizer()
+        assert found is not None
+        return found
+
     def releases(self) -> list[Release]:
         """The backward passes whose sums are held, in their order.
 
         Raises UnprotectedGradientError, and forgets the logical batch, unless there is nothing else than sums that owe
         the same noise.
         """
-        optimizer = self._optimizer()
-        assert optimizer is not None
+        optimizer = self.optimizer
         found = examine(optimizer, held=True)
         owed = {release.info.owed for release in found.releases}
         if len(owed) > 1 or any(one is None or not self._ours(one) for one in owed):

@@ -9,11 +9,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from flashdp_compile.compat import COMPILED_BACKWARD, hidden_from_dynamo, left_out, next_node_number, node_number
+from flashdp_compile.compat import (
+    COMPILED_BACKWARD,
+    hidden_from_dynamo,
+    left_out,
+    next_node_number,
+    node_number,
+    running_ddp,
+)
 from flashdp_compile.errors import FlashDPError, Refusal
 from flashdp_compile.runtime.bounds import BoundScales
 from flashdp_compile.runtime.messages import listed
 from flashdp_compile.runtime.release import LEDGER, Release, ReleaseInfo
+from flashdp_compile.runtime.replicas import hold_back
 from flashdp_compile.runtime.watch import Fault, Watch, watch
 
 _returned: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()  # by id: what regions computed
@@ -48,6 +56,8 @@ def wrap(
     def run(*args: Any) -> Any:
         if places and torch.is_grad_enabled():
             _refuse_thawed([name for place, name in places.items() if args[place].requires_grad])
+        if info.owed is not None and (ddp := running_ddp()) is not None:
+            hold_back(ddp)
         since, batch = next_node_number(), LEDGER.batch
         outputs = compiled(*args)
         if watch_outputs(outputs, info, since, batch):

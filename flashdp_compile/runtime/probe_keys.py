@@ -26,12 +26,14 @@ _known: list[HeldProbes] = []
 class HeldProbes:
     """The probes of the logical batches of one engine, and what its accountant was told of them: by which `norm`, from
     how many `probes`, in how many clipping `groups`. Compiled code knows it by its `place`. `moves` counts the releases
-    that have used them up."""
+    that have used them up. `entropy`: 16 bytes that all processes have which share the logical batches."""
 
-    def __init__(self, norm: str, probes: int, groups: int, seed: int | None = None) -> None:
+    def __init__(
+        self, norm: str, probes: int, groups: int, seed: int | None = None, entropy: bytes | None = None
+    ) -> None:
         self.norm, self.probes, self.groups, self.moves = norm, probes, groups, 0
         self.place, self._seed = len(_known), seed
-        self.keys = KeyStates(DOMAIN, alike=True)
+        self.keys = KeyStates(DOMAIN, alike=True, entropy=entropy)
         _known.append(self)
 
     def key(self, device: torch.device) -> Tensor:

@@ -23,7 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from flashdp_compile.compat import real_tensors
 
-__all__ = ["derived", "for_rank", "fresh", "next_key"]
+__all__ = ["derived", "for_rank", "fresh", "next_key", "shared"]
 
 STEPS = 1 << 62
 _DOMAIN = b"flashdp_compile secure noise key, version 1"
@@ -34,6 +34,13 @@ _lock = threading.Lock()
 def fresh(device: torch.device | str) -> Tensor:
     """A state whose key is 256 bits from the operating system, at step 0."""
     return _remembered(_state(os.urandom(32), device))
+
+
+def shared(secret: bytes) -> Tensor:
+    """The state on the CPU whose key is these 32 bytes, which somebody has drawn for several processes, at step 0."""
+    if len(secret) != 32:
+        raise ValueError(f"a key has 32 bytes: {len(secret)}")
+    return _remembered(_state(secret, "cpu"))
 
 
 def derived(seed: int, domain: str) -> Tensor:

@@ -135,12 +135,3 @@ def test_each_step_has_the_noise_of_its_place():
         compiled(torch.zeros(BATCH, 3000)).square().sum(1).mean().backward()
         optimizer.step()
         assert model.weight.grad.std().item() == pytest.approx(sigma * BOUND / BATCH, rel=0.05)
-
-
-def test_one_process(monkeypatch):
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(OptionError, match="works in one process"):
-        engine()
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
-    engine()

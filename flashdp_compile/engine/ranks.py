@@ -1,0 +1,146 @@
+"""The processes that train one model together: what they tell each other so that every step is the same on all of them.
+
+What the host says (that a step is due, that something is wrong) goes over a group of its own, so that nobody waits for
+a GPU. Every rank takes part in every exchange, one that has failed too: then all of them raise, and none is left
+waiting for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from flashdp_compile.compat import add_up, wait_of
+from flashdp_compile.errors import RanksError
+
+_NOTHING, _FAILED = 0, 1
+
+
+class Ranks:
+    """All processes of torch.distributed's default group, or this one alone.
+
+    Methods are called by all of them, in the same order; alone they do nothing.
+    """
+
+    def __init__(self) -> None:
+        several = dist.is_available() and dist.is_initialized()
+        self.size = dist.get_world_size() if several else 1
+        self.rank = dist.get_rank() if several else 0
+        self._host = _host_group() if self.size > 1 else None
+        self._told: BaseException | None = None
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def agree(self, what: str, told: Any) -> None:
+        """Returns once all ranks have said the same of `what`.
+
+        Raises RanksError on each of them if they differ, or if one of them has failed `together` instead.
+        """
+        if self.size > 1:
+            self._exchange(_NOTHING, f"{what}: {told!r}")
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """What fails within fails on all ranks, at the next `agree` of the others."""
+        try:
+            yield
+        except Exception as error:
+            if self.size > 1 and error is not self._told:  # what came from an exchange is known already
+                with contextlib.suppress(RanksError):
+                    self._exchange(_FAILED, f"{type(error).__name__}: {error}")
+                self._told = error
+            raise
+
+    def secret(self, count: int) -> bytes:
+        """Bytes of the first rank's operating system. Only behind an `agree`, as nobody may be missing."""
+        if self.size == 1:
+            return os.urandom(count)
+        drawn = torch.tensor(list(os.urandom(count)), dtype=torch.uint8)
+        return bytes(self._of_first(drawn).tolist())
+
+    def number(self, own: int) -> int:
+        """That of the first rank, as `secret`."""
+        return own if self.size == 1 else int(self._of_first(torch.tensor(own, dtype=torch.int64)))
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Replaces each by its sum over all ranks."""
+        if self.size == 1:
+            return
+        alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for tensor in tensors:
+            alike.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+        for (device, _), group in alike.items():
+            add_up(group, None if device.type == "cuda" else self._host)
+
+    def check_equal(self, what: str, tensors: Sequence[Tensor]) -> None:
+        """Raises RanksError unless tensors hold the same on all ranks, as told by two sums. Waits for their devices."""
+        if self.size == 1:
+            return
+        with torch.no_grad():
+            sums = [(t.double().sum(), t.double().square().sum()) for t in tensors]
+            told = torch.stack([s.cpu() for pair in sums for s in pair])
+        self.agree(what, hashlib.sha256(told.numpy().tobytes()).hexdigest())
+
+    def _of_first(self, value: Tensor) -> Tensor:
+        dist.broadcast(value, 0, group=self._host)
+        return value
+
+    def _exchange(self, status: int, text: str) -> None:
+        digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
+        mine = torch.tensor([status, digest])
+        found = [torch.empty_like(mine) for _ in range(self.size)]
+        try:
+            dist.all_gather(found, mine, group=self._host)
+            states = [tuple(one.tolist()) for one in found]
+            if len(set(states)) == 1 and status == _NOTHING:
+                return
+            texts: list[Any] = [None] * self.size
+            dist.all_gather_object(texts, (status, text), group=self._host)
+        except RuntimeError as error:
+            raise self._raised(
+                f"rank {self.rank} has waited in vain for the others ({error}). One of them has ended, or is busy with "
+                "something else: every rank makes the same engine, takes the same steps, and skips no batch"
+            ) from error
+        if status == _FAILED:
+            return  # the others are told, and this one raises what it has
+        raise self._raised(_difference(texts))
+
+    def _raised(self, text: str) -> RanksError:
+        self._told = error = RanksError(f"{text}. Nothing was released")
+        return error
+
+
+def _difference(texts: Sequence[tuple[int, str]]) -> str:
+    failed = [f"rank {rank} has failed: {text}" for rank, (status, text) in enumerate(texts) if status == _FAILED]
+    if failed:
+        return "; ".join(failed)
+    said: dict[str, list[int]] = {}
+    for rank, (_, text) in enumerate(texts):
+        said.setdefault(text, []).append(rank)
+    parts = (f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))}: {t}" for t, ranks in said.items())
+    return "ranks do not agree. " + "; ".join(parts)
+
+
+_groups: dict[Any, Any] = {}
+
+
+def _host_group() -> Any:
+    """A group of all ranks for tensors on the CPU."""
+    world = dist.group.WORLD
+    if world not in _groups:
+        _groups.clear()  # of a world that is gone
+        backends = dict(one.split(":") for one in dist.get_backend_config(world).split(",") if ":" in one)
+        if backends.get("cpu") == "gloo":
+            _groups[world] = world
+        else:
+            _groups[world] = dist.new_group(backend="gloo", timeout=wait_of(torch.device("cuda")))
+    return _groups[world]
