@@ -216,6 +216,7 @@ class PrivacyEngine:
             raise OptionError(
                 f"{min(refused)} is the engine's own; options of the backend are an argument of the engine"
             )
+        self._ranks.check()
         how = {"backend": "flashdp", "options": dict(self._options), "fullgraph": True, **settings}
         inside_ddp = isinstance(model, nn.parallel.DistributedDataParallel)
         if (inside_ddp or self._ranks.size > 1) and unsplit_ddp_graphs():

@@ -30,15 +30,22 @@ class Ranks:
     """
 
     def __init__(self) -> None:
-        several = dist.is_available() and dist.is_initialized()
-        self.size = dist.get_world_size() if several else 1
-        self.rank = dist.get_rank() if several else 0
+        self.size = _world()
+        self.rank = dist.get_rank() if self.size > 1 else 0
         self._host = _host_group() if self.size > 1 else None
         self._told: BaseException | None = None
 
     @property
     def first(self) -> bool:
         return self.rank == 0
+
+    def check(self) -> None:
+        """Raises RanksError if the ranks are not those of the beginning: each would train for itself, and spend."""
+        if (now := _world()) != self.size:
+            raise self._raised(
+                f"the engine was made in a group of {self.size}, and now torch.distributed has a group of {now}: make "
+                "the engine behind init_process_group"
+            )
 
     def agree(self, what: str, told: Any) -> None:
         """Returns once all ranks have said the same of `what`.
@@ -51,6 +58,7 @@ class Ranks:
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """What fails within fails on all ranks, at the next `agree` of the others."""
+        self.check()
         try:
             yield
         except Exception as error:
@@ -117,6 +125,10 @@ class Ranks:
     def _raised(self, text: str) -> RanksError:
         self._told = error = RanksError(f"{text}. Nothing was released")
         return error
+
+
+def _world() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _difference(texts: Sequence[tuple[int, str]]) -> str:
