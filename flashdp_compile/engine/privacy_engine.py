@@ -219,7 +219,7 @@ class PrivacyEngine:
         self._ranks.check()
         how = {"backend": "flashdp", "options": dict(self._options), "fullgraph": True, **settings}
         inside_ddp = isinstance(model, nn.parallel.DistributedDataParallel)
-        if (inside_ddp or self._ranks.size > 1) and unsplit_ddp_graphs():
+        if (inside_ddp or self._ranks.group) and unsplit_ddp_graphs():
             _log.warning("flashdp: torch._dynamo.config.optimize_ddp is off now: a model is one graph, to be proved")
         if not inside_ddp:
             return torch.compile(model, **how)

@@ -36,6 +36,11 @@ class Ranks:
         self._told: BaseException | None = None
 
     @property
+    def group(self) -> bool:
+        """Whether there is one now, be it of a single rank: then the model may be put into DistributedDataParallel."""
+        return dist.is_available() and dist.is_initialized()
+
+    @property
     def first(self) -> bool:
         return self.rank == 0
 
