@@ -65,7 +65,8 @@ class PoissonSampler(Sampler[list[int]]):
     part                 which part this process takes, of as many micro-batches as the largest: some may be empty
 
     A logical batch without samples is one micro-batch without indices. `sampling` is what was drawn, in the words of
-    the accounting. Iterating starts behind the logical batches that are done.
+    the accounting. Iterating starts behind the logical batches that are done. Without a seed every iteration draws
+    anew, so parts of several ranks are those of one draw only while their `iterations` are equal.
 
     Raises OptionError where a value is not allowed.
     """
@@ -93,7 +94,8 @@ class PoissonSampler(Sampler[list[int]]):
         enough = 2 * self._least - 1  # then the last part can take what it lacks from the one before it
         if (self.physical_batch_size or enough) < enough:
             raise not_allowed("physical_batch_size", physical_batch_size, f"at least {enough}, or None")
-        self._part, self._iterations = part, 0
+        self._part = part
+        self.iterations = 0  # that have begun: a DataLoader with workers makes one that it does not use
         self._record: deque[MicroBatch] = deque()
         if self.seed is not None:
             _warn_once("a seed draws the samples: whoever knows it knows who took part; give none outside tests")
@@ -108,12 +110,12 @@ class PoissonSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         # outside of the generator: `received` must ask the newest iteration, also before it has begun
         self._record = deque()
-        self._iterations += 1
-        return self._micro_batches(self._record, self._iterations)
+        return self._micro_batches(self._record)
 
-    def _micro_batches(self, record: deque[MicroBatch], iteration: int) -> Iterator[list[int]]:
+    def _micro_batches(self, record: deque[MicroBatch]) -> Iterator[list[int]]:
+        self.iterations += 1
         rank, ranks, secret = self._part
-        shared = (secret, iteration) if ranks > 1 else ()
+        shared = (secret, self.iterations) if ranks > 1 else ()
         size = self.physical_batch_size or self.sample_size
         for step in range(self.steps_done, self.steps):
             drawn = logical_batch(self.sample_size, self.sample_rate, self.cap, generator(self.seed, step, shared))

@@ -86,10 +86,11 @@ class Steps:
 
     def _agree(self, number: int, logical: LogicalBatch, sums: Sequence[Sum]) -> None:
         """Returns once all ranks are at this step, with sums of the same parameters, and were not told to wait."""
+        drawn = "" if self.loader is None else f" in its iteration {self.loader.sampler.iterations}"
         places = hashlib.sha256(repr([(one.place, *one.total.shape) for one in sums]).encode()).hexdigest()[:8]
         self._ranks.agree(
             "a step",
-            f"step {self._budget.steps_done} of optimizer {number}, behind {logical.used} micro-batches of the loader, "
+            f"step {self._budget.steps_done} of optimizer {number}, behind {logical.used} micro-batches of the loader{drawn}, "
             f"with sums for {len(sums)} parameters ({places})",
         )
         optimizer = logical.optimizer
