@@ -22,8 +22,8 @@ class Budget:
         """What has been spent so far."""
         return self.plan.epsilon(self.steps_done, delta)
 
-    def spend(self) -> None:
-        """Counts a step, before its noise is drawn. Raises BudgetExhaustedError if none is left."""
+    def reserve(self) -> None:
+        """Makes sure of a step, before `spend`. Raises BudgetExhaustedError if none is left."""
         if self.steps_left == 0:
             raise BudgetExhaustedError(
                 f"all {self.plan.steps} steps of this run are taken: epsilon is {self.epsilon():.4g} at delta "
@@ -33,6 +33,9 @@ class Budget:
             )
         if self._journal is not None:
             self._journal.reserve(self.steps_done + 1, self.plan.steps)
+
+    def spend(self) -> None:
+        """Counts a step that was reserved, before its noise is drawn."""
         self.steps_done += 1
 
     def settle(self) -> None:

@@ -44,6 +44,7 @@ class Steps:
         self._equal: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # whose parameters are the same on all ranks
         self._attached: weakref.WeakKeyDictionary[Optimizer, LogicalBatch] = weakref.WeakKeyDictionary()
         self._numbers = 0
+        self._factor = 1.0  # that a schedule gives the bounds behind the step
         self._accounted: set[Release] = set()  # the backward passes of the last step
         self._drawn: set[int] = set()  # the optimizers that have drawn noise in it
 
@@ -86,12 +87,13 @@ class Steps:
 
     def _agree(self, number: int, logical: LogicalBatch, sums: Sequence[Sum]) -> None:
         """Returns once all ranks are at this step, with sums of the same parameters, and were not told to wait."""
-        drawn = "" if self.loader is None else f" in its iteration {self.loader.sampler.iterations}"
+        drawn = "" if self.loader is None else f" in iteration {self.loader.sampler.iterations} of it"
+        bounds = "" if self._bounds is None else f"; the next step's bounds: times {self._factor}"
         places = hashlib.sha256(repr([(one.place, *one.total.shape) for one in sums]).encode()).hexdigest()[:8]
         self._ranks.agree(
             "a step",
-            f"step {self._budget.steps_done} of optimizer {number}, behind {logical.used} micro-batches of the loader{drawn}, "
-            f"with sums for {len(sums)} parameters ({places})",
+            f"of optimizer {number}, behind {self._budget.steps_done} steps and {logical.used} micro-batches of the "
+            f"loader{drawn}, with sums for {len(sums)} parameters ({places}){bounds}",
         )
         optimizer = logical.optimizer
         if optimizer not in self._equal:
@@ -119,18 +121,16 @@ class Steps:
         return self._sigma() if self._bounds is None else self._sigma() / (1 - self._bounds.share) ** 0.5
 
     def _account(self, number: int, releases: Sequence[Release]) -> Callable[[], None]:
-        """Counts a step. Optimizers share one if they share its backward passes; each draws once in it. Gives what is
-        to be done once all ranks have counted it."""
+        """Makes sure that a step can be taken. Optimizers share one if they share its backward passes; each draws once
+        in it. Gives what counts it, to be called once all ranks are sure: one that is not takes no step of the others.
+        """
         if number not in self._drawn and set(releases) <= self._accounted:
-            self._drawn.add(number)
-            return lambda: None
+            return lambda: self._drawn.add(number)
         left = self._budget.steps_left
         last = left is not None and left <= 1  # behind which nothing is scheduled
         factor = 1.0 if self._bounds is None or last else self._bounds.scheduled(self._budget.steps_done + 1)
-        self._budget.spend()
-        if self._probes is not None:
-            self._probes.move()
-        self._accounted, self._drawn = set(releases), {number}
+        self._factor = factor
+        self._budget.reserve()
 
         def add_noise(votes: Tensor, std: float) -> Tensor:
             self._ranks.add_up([votes])
@@ -138,6 +138,10 @@ class Steps:
             return noised
 
         def move() -> None:
+            self._budget.spend()
+            if self._probes is not None:
+                self._probes.move()
+            self._accounted, self._drawn = set(releases), {number}
             if self._bounds is not None:
                 self._bounds.settle(releases, factor, self._sigma(), add_noise)
 
