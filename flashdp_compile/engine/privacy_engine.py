@@ -150,7 +150,15 @@ class PrivacyEngine:
             self._bounds = None if bounds is None else MovingBounds(bounds, self.expected_batch_size)
             own = journal is not None and self._ranks.first  # the others count the same
             written = Journal(journal, self._configuration()) if own and journal is not None else None
-            self._ranks.agree("the engine's arguments", self._configuration() | {"options": parsed.policy()})
+            told = {
+                "options": parsed.policy(),
+                "micro_batches": self.micro_batches,
+                "target_delta": target_delta,
+                "accountant": accountant,
+                "journal": journal is not None,
+                "bounds(0)": None if self._bounds is None else self._bounds.scheduled(0),
+            }
+            self._ranks.agree("the engine's arguments", self._configuration() | told)
         spent = self._ranks.number(0 if written is None else written.spent)
         self._budget = Budget(self.plan, written, spent)
         probes = None
@@ -248,7 +256,8 @@ class PrivacyEngine:
         with self._ranks.together():
             if (count := rows(dataset)) != how.sample_size:
                 raise OptionError(f"dataset has {count} rows, but sample_size={how.sample_size}")
-            self._ranks.agree("the loader's physical_batch_size, pad", (physical_batch_size, pad))
+            told = {"physical_batch_size": physical_batch_size, "pad": pad, "read_ahead": read_ahead}
+            self._ranks.agree("the loader's arguments", told)
         part = Part(self._ranks.rank, self._ranks.size, int.from_bytes(self._ranks.secret(16), "little"))
         sampler = PoissonSampler(
             count,
@@ -319,15 +328,15 @@ class PrivacyEngine:
         Raises:
             OptionError: the state is that of another configuration.
         """
-        if state.get("format") != FORMAT:
-            raise OptionError(f"state has the format {state.get('format')!r}; allowed: {FORMAT}")
-        here, there = self._configuration(), state["configuration"]
-        if (name := first_difference(here, there)) is not None:
-            raise OptionError(
-                f"{name} is {here.get(name)!r}, but was {there.get(name)!r} in the run that is resumed: its guarantee "
-                "is that of one mechanism"
-            )
         with self._ranks.together():
+            if state.get("format") != FORMAT:
+                raise OptionError(f"state has the format {state.get('format')!r}; allowed: {FORMAT}")
+            here, there = self._configuration(), state["configuration"]
+            if (name := first_difference(here, there)) is not None:
+                raise OptionError(
+                    f"{name} is {here.get(name)!r}, but was {there.get(name)!r} in the run that is resumed: its "
+                    "guarantee is that of one mechanism"
+                )
             done = integer("steps_done", state["steps_done"], 0)
             self._ranks.agree("the state that is loaded", (done, state["bound_scales"]))
         self._budget.load(done)
