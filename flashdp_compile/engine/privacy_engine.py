@@ -151,14 +151,14 @@ class PrivacyEngine:
             own = journal is not None and self._ranks.first  # the others count the same
             written = Journal(journal, self._configuration()) if own and journal is not None else None
             told = {
-                "options": parsed.policy(),
+                **parsed.policy(),
                 "micro_batches": self.micro_batches,
                 "target_delta": target_delta,
                 "accountant": accountant,
                 "journal": journal is not None,
                 "bounds(0)": None if self._bounds is None else self._bounds.scheduled(0),
             }
-            self._ranks.agree("the engine's arguments", self._configuration() | told)
+            self._ranks.agree("the engine's arguments", told | self._configuration())
         spent = self._ranks.number(0 if written is None else written.spent)
         self._budget = Budget(self.plan, written, spent)
         probes = None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,7 +58,7 @@ class Ranks:
         Raises RanksError on each of them if they differ, or if one of them has failed `together` instead.
         """
         if self.size > 1:
-            self._exchange(_NOTHING, f"{what}: {told!r}")
+            self._exchange(_NOTHING, what, told)
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -69,7 +69,7 @@ class Ranks:
         except Exception as error:
             if self.size > 1 and error is not self._told:  # what came from an exchange is known already
                 with contextlib.suppress(RanksError):
-                    self._exchange(_FAILED, f"{type(error).__name__}: {error}")
+                    self._exchange(_FAILED, f"{type(error).__name__}: {error}", "")
                 self._told = error
             raise
 
@@ -107,8 +107,8 @@ class Ranks:
         dist.broadcast(value, 0, group=self._host)
         return value
 
-    def _exchange(self, status: int, text: str) -> None:
-        digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
+    def _exchange(self, status: int, what: str, told: Any) -> None:
+        digest = int.from_bytes(hashlib.sha256(f"{what}: {told!r}".encode()).digest()[:8], "little", signed=True)
         mine = torch.tensor([status, digest])
         found = [torch.empty_like(mine) for _ in range(self.size)]
         try:
@@ -116,8 +116,8 @@ class Ranks:
             states = [tuple(one.tolist()) for one in found]
             if len(set(states)) == 1 and status == _NOTHING:
                 return
-            texts: list[Any] = [None] * self.size
-            dist.all_gather_object(texts, (status, text), group=self._host)
+            all_told: list[Any] = [None] * self.size
+            dist.all_gather_object(all_told, (status, what, told), group=self._host)
         except RuntimeError as error:
             raise self._raised(
                 f"rank {self.rank} has waited in vain for the others ({error}). One of them has ended, or is busy with "
@@ -125,7 +125,7 @@ class Ranks:
             ) from error
         if status == _FAILED:
             return  # the others are told, and this one raises what it has
-        raise self._raised(_difference(texts))
+        raise self._raised(_difference(all_told))
 
     def _raised(self, text: str) -> RanksError:
         self._told = error = RanksError(f"{text}. Nothing was released")
@@ -136,15 +136,24 @@ def _world() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _difference(texts: Sequence[tuple[int, str]]) -> str:
-    failed = [f"rank {rank} has failed: {text}" for rank, (status, text) in enumerate(texts) if status == _FAILED]
+def _difference(all_told: Sequence[tuple[int, str, Any]]) -> str:
+    failed = [f"rank {rank} has failed: {what}" for rank, (status, what, _) in enumerate(all_told) if status == _FAILED]
     if failed:
         return "; ".join(failed)
     said: dict[str, list[int]] = {}
-    for rank, (_, text) in enumerate(texts):
-        said.setdefault(text, []).append(rank)
+    tolds = [told for _, _, told in all_told]
+    for rank, (_, what, told) in enumerate(all_told):
+        said.setdefault(f"{what}: {_apart(told, tolds)}", []).append(rank)
     parts = (f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))}: {t}" for t, ranks in said.items())
     return "ranks do not agree. " + "; ".join(parts)
+
+
+def _apart(told: Any, tolds: Sequence[Any]) -> str:
+    """What was told, of a mapping only what others have told otherwise."""
+    if not all(isinstance(other, Mapping) for other in tolds):
+        return str(told)
+    names = [name for name in told if len({repr(other.get(name)) for other in tolds}) > 1]
+    return ", ".join(f"{name}={told[name]!r}" for name in names)
 
 
 _groups: dict[Any, Any] = {}
