@@ -12,11 +12,6 @@ _ALL_IN_ONE = "gradients are clipped and kept until an engine's step, which adds
 def hold_back(ddp: Any) -> None:
     """Keeps a DistributedDataParallel from averaging what its next backward leaves, as its `no_sync` does: there is
     nothing in p.grad yet. Raises OptionError if it was told to do more than that."""
-    if ddp._comm_hooks:
-        raise OptionError(
-            f"DistributedDataParallel has a communication hook, which would not be called: {_ALL_IN_ONE}. What a hook "
-            "changes would change the sensitivity, too; register none"
-        )
     for name, on in (
         ("static_graph", ddp.static_graph),
         ("mixed_precision", getattr(ddp, "mixed_precision", None) is not None),
@@ -25,4 +20,9 @@ def hold_back(ddp: Any) -> None:
     ):
         if on:
             raise OptionError(f"DistributedDataParallel has {name}, which has no use here: {_ALL_IN_ONE}. Leave it out")
+    if ddp._comm_hooks:  # mixed precision has one, too
+        raise OptionError(
+            f"DistributedDataParallel has a communication hook, which would not be called: {_ALL_IN_ONE}. What a hook "
+            "changes would change the sensitivity, too; register none"
+        )
     ddp.require_backward_grad_sync = False
