@@ -45,8 +45,9 @@ def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, keys: tuple[Tensor, T
     return c0, c1, c2, c3
 
 
-def gaussian(shape: int | tuple[int, ...], key: Tensor, stream: int) -> Tensor:
-    """Standard normal float32 tensor of this shape on the key's device. key [2] int64, 0 <= stream < 2^32."""
+def gaussian(shape: int | tuple[int, ...], key: Tensor, stream: int, block: int = 0) -> Tensor:
+    """Standard normal float32 tensor of this shape on the key's device. key [2] int64, 0 <= stream < 2^32. It begins
+    with that block, as a shard does."""
     word(stream)
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
     numel = math.prod(shape)
@@ -57,7 +58,7 @@ def gaussian(shape: int | tuple[int, ...], key: Tensor, stream: int) -> Tensor:
     step = CHUNK * torch.get_num_threads() if key.device.type == "cpu" else blocks
     for first in range(0, blocks, max(step, 1)):
         rows = out[first : first + step]
-        indices = torch.arange(first, first + len(rows), device=key.device)
+        indices = torch.arange(block + first, block + first + len(rows), device=key.device)
         c1, c2, c3 = (word.expand(len(rows)) for word in (stream_word, low, high))
         words = philox(indices, c1, c2, c3, keys)
         for half in (0, 2):
@@ -68,8 +69,8 @@ def gaussian(shape: int | tuple[int, ...], key: Tensor, stream: int) -> Tensor:
     return out.view(-1)[:numel].view(shape)
 
 
-def reference(grad: Tensor, key: Tensor, stream: int, std: float) -> Tensor:
-    noise = gaussian(grad.shape, key, stream).to(accumulator(grad))
+def reference(grad: Tensor, key: Tensor, stream: int, std: float, block: int = 0) -> Tensor:
+    noise = gaussian(grad.shape, key, stream, block).to(accumulator(grad))
     return noise.mul_(std).add_(grad).to(grad.dtype)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +37,17 @@ class Spec:
         return self.block * (8 if self.secure else 4)
 
 
-# A row of the table: address, number of elements, stream, first program, number of the factor.
+class Entry(NamedTuple):
+    """A tensor: its elements, its stream, which of the factors is its own, and the block of noise that it begins with:
+    that of a shard is in the middle of what the whole tensor gets."""
+
+    elements: int
+    stream: int
+    factor: int = 0
+    block: int = 0
+
+
+# A row of the table: address, number of elements, stream, first program, number of the factor, first block.
 TEMPLATE = Template(
     "noise_table",
     chacha.MACROS
@@ -50,17 +61,18 @@ import triton.language as tl
 @triton.jit
 def kernel(table_ptr, owner_ptr, key_ptr, factor_ptr, std, grid, per_grid):
     program = tl.program_id(0)
-    row = table_ptr + tl.load(owner_ptr + program).to(tl.int64) * 5
+    row = table_ptr + tl.load(owner_ptr + program).to(tl.int64) * 6
     grad_ptr = tl.load(row).to(tl.pointer_type(tl.float32))
     grad_ptr = tl.multiple_of(grad_ptr, 16)
     N, noise_stream = tl.load(row + 1), tl.load(row + 2)
     first = (program - tl.load(row + 3)) * {{ block }}
+    shard = tl.load(row + 5)
 {% if secure %}
-    {{ draw_secure_normals("first + tl.arange(0, %d)" % block, "%d, 8" % block) | indent(4) }}
+    {{ draw_secure_normals("shard + first + tl.arange(0, %d)" % block, "%d, 8" % block) | indent(4) }}
 {% else %}
-    {{ draw_normals("first + tl.arange(0, %d)" % block, "%d, 4" % block) | indent(4) }}
+    {{ draw_normals("shard + first + tl.arange(0, %d)" % block, "%d, 4" % block) | indent(4) }}
 {% endif %}
-    n = {{ each }} * i[:, None] + tl.arange(0, {{ each }})[None, :]
+    n = {{ each }} * (i - shard)[:, None] + tl.arange(0, {{ each }})[None, :]
     grad = tl.load(grad_ptr + n, mask=n < N, other=0.0)
     out = grad + tl.full([], std, tl.float32) * normals
 {% if secure %}
@@ -75,19 +87,19 @@ def kernel(table_ptr, owner_ptr, key_ptr, factor_ptr, std, grid, per_grid):
 
 
 class NoiseTable:
-    """The launches for tensors of the same sizes, again and again: what stays the same is made once.
+    """The launches for tensors of the same sizes, again and again: what stays the same is made once."""
 
-    `tensors` are (elements, stream, which of the factors is its own) of each.
-    """
-
-    def __init__(self, tensors: Sequence[tuple[int, int, int]], secure: bool) -> None:
-        sizes, streams, groups = zip(*tensors, strict=True)
+    def __init__(self, tensors: Sequence[Entry], secure: bool) -> None:
         self._secure = secure
-        elements = Spec(secure, False).elements
-        programs = [cdiv(secure_noise.countable(size), elements) for size in sizes]
+        sizes = [entry.elements for entry in tensors]
+        for entry in tensors:
+            secure_noise.countable(8 * entry.block + entry.elements)
+        programs = [cdiv(size, Spec(secure, False).elements) for size in sizes]
         starts = [0, *itertools.accumulate(programs)]
-        rest = zip(sizes, map(word, streams), starts[:-1], groups, strict=True)
-        self._rows = [[0, *row] for row in rest]
+        self._rows = [
+            [0, entry.elements, word(entry.stream), start, entry.factor, entry.block]
+            for entry, start in zip(tensors, starts, strict=False)
+        ]
         self._owner = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32), torch.tensor(programs))
         self._addresses: tuple[int, ...] = ()
         self._table = torch.empty(0)

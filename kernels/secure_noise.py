@@ -61,25 +61,28 @@ def box_muller(words: Tensor) -> Tensor:
 
 
 def secure_gaussian(
-    shape: int | tuple[int, ...], key: Tensor, stream: int, dtype: torch.dtype = torch.float32
+    shape: int | tuple[int, ...], key: Tensor, stream: int, dtype: torch.dtype = torch.float32, block: int = 0
 ) -> Tensor:
-    """Standard normals of this shape on the key's device. key [5] int64, 0 <= stream < 2^32, at most 2^35 elements."""
+    """Standard normals of this shape on the key's device. key [5] int64, 0 <= stream < 2^32, at most 2^35 elements.
+    They begin with that block, as those of a shard do."""
     word(stream)
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
-    numel = countable(math.prod(shape))
+    numel = math.prod(shape)
+    countable(8 * block + numel)
     out = torch.empty((cdiv(numel, 8), 8), dtype=dtype, device=key.device)
     step = CHUNK * torch.get_num_threads() if key.device.type == "cpu" else max(len(out), 1)
     for first in range(0, len(out), step):
         rows = out[first : first + step]
-        rows.copy_(box_muller(chacha.words(key, torch.arange(first, first + len(rows), device=key.device), stream)))
+        counter = torch.arange(block + first, block + first + len(rows), device=key.device)
+        rows.copy_(box_muller(chacha.words(key, counter, stream)))
     return out.view(-1)[:numel].view(shape)
 
 
-def reference(grad: Tensor, key: Tensor, stream: int, std: float) -> Tensor:
+def reference(grad: Tensor, key: Tensor, stream: int, std: float, block: int = 0) -> Tensor:
     step = grid(std)
     if step == 0:
         return grad.clone(memory_format=torch.contiguous_format)
-    total = secure_gaussian(grad.shape, key, stream, accumulator(grad)).mul_(std).add_(grad)
+    total = secure_gaussian(grad.shape, key, stream, accumulator(grad), block).mul_(std).add_(grad)
     steps = total * (1 / step)  # exact, as it is a power of two, or infinite
     # a sum with so many steps is whole; adding zero makes 0 of -0, which would tell a sign
     return torch.where(steps.isinf(), total, steps.round().mul_(step).add_(0.0)).to(grad.dtype)

@@ -71,8 +71,24 @@ from flashdp_compile.compat.launches import (
     written_by,
 )
 from flashdp_compile.compat.ranks import add_up, compile_in_place, running_ddp, unsplit_ddp_graphs, wait_of
+from flashdp_compile.compat.sharding import (
+    first_element,
+    foreign_hooks,
+    is_sharded,
+    local_shard,
+    sharded_like,
+    sum_shards,
+    unusual_sums,
+)
 
 __all__ = [
+    "first_element",
+    "foreign_hooks",
+    "is_sharded",
+    "local_shard",
+    "sharded_like",
+    "sum_shards",
+    "unusual_sums",
     "COMPILED_BACKWARD",
     "CustomGraphPass",
     "GRAPH_HOOKS",

@@ -6,6 +6,7 @@ draw is ever repeated, whatever happened between a checkpoint and the end of the
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections.abc import Callable, Sequence
@@ -16,7 +17,8 @@ from torch import Tensor
 
 import flashdp_compile.kernels  # noqa: F401  the ops
 from flashdp_compile.errors import InternalError, OptionError
-from flashdp_compile.kernels.noise_table import NoiseTable, apart, fits
+from flashdp_compile.kernels import gaussian, secure_noise
+from flashdp_compile.kernels.noise_table import Entry, NoiseTable, apart, fits
 from flashdp_compile.kernels.secure_noise import grid, secure_gaussian
 from flashdp_compile.runtime import secure_key
 
@@ -30,6 +32,8 @@ class Noise:
 
     secure: ClassVar[bool]
     op: ClassVar[Any]
+    reference: ClassVar[Any]  # the op's twin, which may begin with any block
+    drawn: ClassVar[int]  # numbers of a block
 
     def __init__(self, seed: int | None, secret: Callable[[int], bytes] = os.urandom) -> None:
         self._seed = seed
@@ -47,11 +51,16 @@ class Noise:
         std: float,
         factors: Tensor | None = None,
         groups: Sequence[int] | None = None,
+        offsets: Sequence[int] | None = None,
     ) -> list[Tensor]:
         """Each of `totals` with noise of this deviation, times the factor of its group, if there are any. Memory may be
-        that of `totals`. No two tensors may have the same stream in a step. A deviation of 0 adds nothing."""
+        that of `totals`. No two tensors may have the same stream in a step. A deviation of 0 adds nothing. `offsets`:
+        how many elements of a larger tensor lie before each, whose noise has the stream."""
+        if offsets is not None and std > 0 and any(first % self.drawn for first in offsets):
+            return self._beside(totals, step, streams, std, factors, groups, offsets)
         added = list(totals)
         which = [0] * len(added) if groups is None else groups
+        blocks = [0] * len(added) if offsets is None else [first // self.drawn for first in offsets]
         alone, together = list[int](), dict[torch.device, list[int]]()
         for at, total in enumerate(added):
             fitting = std > 0 and total.is_cuda and fits(total)
@@ -61,16 +70,38 @@ class Noise:
             if not apart(own):
                 alone += places
                 continue
-            told = tuple((added[at].numel(), streams[at], which[at]) for at in places)
+            told = tuple(Entry(added[at].numel(), streams[at], which[at], blocks[at]) for at in places)
             if told not in self._tables:
                 self._tables[told] = NoiseTable(told, self.secure)
             self._tables[told].add(own, self.key(device, step), std, factors)
         for at in alone:
             total = added[at]
             if std > 0:
-                total = self.op(total, self.key(total.device, step), streams[at], std)
+                key = self.key(total.device, step)
+                op = self.op if blocks[at] == 0 else functools.partial(self.reference, block=blocks[at])
+                total = op(total, key, streams[at], std)
             added[at] = total if factors is None else total * factors[which[at]]
         return added
+
+    def _beside(
+        self,
+        totals: Sequence[Tensor],
+        step: int,
+        streams: Sequence[int],
+        std: float,
+        factors: Tensor | None,
+        groups: Sequence[int] | None,
+        offsets: Sequence[int],
+    ) -> list[Tensor]:
+        """`add` where a shard begins within a block of noise: behind zeros that complete the block."""
+        before = [first % self.drawn for first in offsets]
+        whole = [
+            torch.cat([total.new_zeros(n), total.flatten()]) if n else total
+            for total, n in zip(totals, before, strict=True)
+        ]
+        firsts = [first - n for first, n in zip(offsets, before, strict=True)]
+        added = self.add(whole, step, streams, std, factors, groups, firsts)
+        return [one[n:].view(total.shape) if n else one for one, total, n in zip(added, totals, before, strict=True)]
 
 
 class SecureNoise(Noise):
@@ -78,6 +109,7 @@ class SecureNoise(Noise):
     same in every process."""
 
     secure, op = True, staticmethod(torch.ops.flashdp.add_secure_noise)
+    reference, drawn = staticmethod(secure_noise.reference), 8
 
     def __init__(self, seed: int | None, secret: Callable[[int], bytes] = os.urandom) -> None:
         super().__init__(seed)
@@ -101,7 +133,7 @@ def _try_out(device: torch.device) -> None:
     alone = torch.ops.flashdp.add_secure_noise(torch.zeros(_TRIED, device=device), key.to(device), 3, std)
     tabled = torch.zeros(_TRIED, device=device)
     if fits(tabled):
-        NoiseTable([(_TRIED, 3, 0)], secure=True).add([tabled], key.to(device), std)
+        NoiseTable([Entry(_TRIED, 3)], secure=True).add([tabled], key.to(device), std)
     for found in (alone, tabled):
         off = (found.cpu() - expected).abs().max().item()
         if not off <= 0.51 * grid(std):  # half a step of the grid, and rounding
@@ -112,6 +144,7 @@ class PhiloxNoise(Noise):
     """Philox, as in a compiled backward: faster, and not meant to withstand anyone who tries to predict it."""
 
     secure, op = False, staticmethod(torch.ops.flashdp.add_noise)
+    reference, drawn = staticmethod(gaussian.reference), 4
 
     def __init__(self, seed: int | None, secret: Callable[[int], bytes] = os.urandom) -> None:
         super().__init__(seed)

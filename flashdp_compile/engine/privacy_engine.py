@@ -26,6 +26,7 @@ from flashdp_compile.engine.noise import NOISES, Noise
 from flashdp_compile.engine.norms import accounted_norms
 from flashdp_compile.engine.plan import make_plan
 from flashdp_compile.engine.ranks import Ranks
+from flashdp_compile.engine.sharded import BY_PART, compile_in_parts, is_in_parts
 from flashdp_compile.engine.steps import Steps
 from flashdp_compile.errors import OptionError
 from flashdp_compile.options import Options
@@ -69,7 +70,7 @@ class PrivacyEngine:
         target_epsilon: what the run may spend. From it comes the noise, or, if that is given too, the number of steps.
         noise_multiplier: sigma, the deviation of the noise over C; or a schedule of pairs (sigma, steps).
         epochs, steps: how long the run is planned; a step beyond it is refused.
-        max_grad_norm, clipping: as in `Options`.
+        max_grad_norm, clipping: as in `Options`; or clipping="per_block", a group for each part of a sharded model.
         bounds: how the clipping bounds move from step to step, each with its noise, max_grad_norm being where they
             begin: `Quantile(...)`, or a function of the steps done, for what they are multiplied by.
         cap: the most samples of a logical batch; if more are drawn, some are left out at random.
@@ -125,10 +126,11 @@ class PrivacyEngine:
                 raise OptionError(
                     "options holds loss_reduction, but a step is divided by expected_batch_size: call backward on means"
                 )
+            self._clipping = clipping
             self._options = {
                 **(options or {}),
                 "max_grad_norm": max_grad_norm,
-                "clipping": clipping,
+                "clipping": {"*": "all"} if clipping == BY_PART else clipping,
                 "expected_batch_size": self.expected_batch_size,
                 "noise_at": "step",
             }
@@ -218,13 +220,18 @@ class PrivacyEngine:
         """`torch.compile(model, backend="flashdp")` with the engine's options; `settings` are further arguments of
         torch.compile. fullgraph is True unless it is among them.
 
-        A model inside `DistributedDataParallel` is compiled in its place; one that is compiled may be put into it.
+        A model inside `DistributedDataParallel` is compiled in its place; one that is compiled may be put into it. One
+        to which `fully_shard` was applied is compiled in its place, part by part.
         """
         if refused := {"backend", "options", "mode"} & settings.keys():
             raise OptionError(
                 f"{min(refused)} is the engine's own; options of the backend are an argument of the engine"
             )
         self._ranks.check()
+        if is_in_parts(model):
+            self._check_parts()
+            compile_in_parts(model, self._options, self._clipping, self._ranks, **{"fullgraph": True, **settings})
+            return model
         how = {"backend": "flashdp", "options": dict(self._options), "fullgraph": True, **settings}
         inside_ddp = isinstance(model, nn.parallel.DistributedDataParallel)
         if (inside_ddp or self._ranks.group) and unsplit_ddp_graphs():
@@ -234,6 +241,13 @@ class PrivacyEngine:
         hold_back(model)
         compile_in_place(cast(nn.Module, model.module), **how)
         return model
+
+    def _check_parts(self) -> None:
+        if self._bounds is not None or self.plan.norms:
+            raise OptionError(
+                "bounds that move, and norms that are estimated, are not known yet for a model of sharded parts: leave "
+                "bounds and norm out"
+            )
 
     def data_loader(
         self,

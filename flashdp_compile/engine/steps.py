@@ -16,7 +16,7 @@ from flashdp_compile.engine.loader import EngineLoader
 from flashdp_compile.engine.noise import Noise
 from flashdp_compile.engine.ranks import Ranks
 from flashdp_compile.errors import UnprotectedGradientError
-from flashdp_compile.runtime.logical import LogicalBatch, Sum
+from flashdp_compile.runtime.logical import LogicalBatch, Sum, sensitivity
 from flashdp_compile.runtime.probe_keys import HeldProbes
 from flashdp_compile.runtime.release import Release
 
@@ -76,7 +76,7 @@ class Steps:
                 sums = logical.take()
             self._agree(number, logical, sums)
             move()
-            self._ranks.add_up([one.total for one in sums])
+            self._ranks.add_up([one.total for one in sums if one.first is None])
             gradients = self._released(number, releases[0], sums)
             logical.put(f"step {self._budget.steps_done} of the engine", sums, gradients)
         except BaseException:
@@ -89,7 +89,8 @@ class Steps:
         """Returns once all ranks are at this step, with sums of the same parameters, and were not told to wait."""
         drawn = "" if self.loader is None else f" in iteration {self.loader.sampler.iterations} of it"
         bounds = "" if self._bounds is None else f"; the next step's bounds: times {self._factor}"
-        places = hashlib.sha256(repr([(one.place, *one.total.shape) for one in sums]).encode()).hexdigest()[:8]
+        told = repr([(one.place, *one.parameter.shape, one.first is None) for one in sums])
+        places = hashlib.sha256(told.encode()).hexdigest()[:8]
         self._ranks.agree(
             "a step",
             f"of optimizer {number}, behind {self._budget.steps_done} steps and {logical.used} micro-batches of the "
@@ -99,7 +100,7 @@ class Steps:
         if optimizer not in self._equal:
             self._ranks.check_equal(
                 "the parameters (wrap the model into DistributedDataParallel, which makes them equal)",
-                [one.parameter for one in sums],
+                [one.parameter for one in sums if one.first is None],
             )
             self._equal.add(optimizer)
 
@@ -107,11 +108,14 @@ class Steps:
         """What becomes of the clipped sums, to which this release and others have added."""
         owed = release.info.owed
         assert owed is not None
-        std = self._sigma_of_gradients() * owed.sensitivity / owed.divisor
+        std = self._sigma_of_gradients() * sensitivity(release) / owed.divisor
         assert all(one.place < COUNTS for one in sums)
         streams, totals = [number * STREAMS + one.place for one in sums], [one.total for one in sums]
-        moved = () if self._bounds is None else self._bounds.undone(release, [one.parameter for one in sums])
-        return self.noise.add(totals, self._budget.steps_done, streams, std, *moved)
+        factors, groups = (
+            (None, None) if self._bounds is None else self._bounds.undone(release, [one.parameter for one in sums])
+        )
+        offsets = [one.first or 0 for one in sums]
+        return self.noise.add(totals, self._budget.steps_done, streams, std, factors, groups, offsets)
 
     def _sigma(self) -> float:
         """Of the step that is counted last."""

@@ -64,7 +64,7 @@ def check(optimizer: Optimizer, *, stepped_too: bool = False, closure: bool = Fa
     """
     again = _used.get(optimizer) if steps_within(optimizer) > 1 else None
     found = examine(optimizer, stepped_too=stepped_too, again=again)
-    if not stepped_too and len(found.releases) > 1 and Fault.GRAPHS not in found.faults:
+    if not stepped_too and len(found.releases) > 1 and not {Fault.GRAPHS, Fault.PARTS} & found.faults.keys():
         found.faults.setdefault(Fault.BACKWARDS, []).extend(index for index, _ in found.clean)
     if found.faults:
         refuse(optimizer, found, closure)
@@ -124,10 +124,21 @@ def examine(
         releases = list(dict.fromkeys(release for one in sums.values() for release in one.releases))
     else:
         releases = list(dict.fromkeys(content.release for _, content in clean if content.release is not None))
-    if not stepped_too and any(len(release.peers) > 1 for release in releases):
-        faults.setdefault(Fault.GRAPHS, []).extend(sums if held else (index for index, _ in clean))
+    wrong = None if stepped_too else next(filter(None, map(_wrong_graphs, releases)), None)
+    if wrong is not None:
+        faults.setdefault(wrong, []).extend(sums if held else (index for index, _ in clean))
         releases = list(dict.fromkeys(peer for release in releases for peer in release.peers))
     return Found(pairs, faults, clean, list(sums), releases)
+
+
+def _wrong_graphs(release: Release) -> Fault | None:
+    """What is wrong if a backward ran several graphs which are not the parts of one model, or not all of these."""
+    if release.part is None:
+        return Fault.GRAPHS if len(release.peers) > 1 else None
+    model = release.part[0]
+    if any(peer.part is None or peer.part[0] is not model for peer in release.peers):
+        return Fault.GRAPHS
+    return Fault.PARTS if model.missing(release.peers) else None
 
 
 def refuse(optimizer: Optimizer, found: Found, closure: bool = False) -> NoReturn:

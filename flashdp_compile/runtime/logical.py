@@ -6,6 +6,7 @@ in p.grad, so a loop may clear its gradients whenever it likes, and nothing can 
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -13,19 +14,28 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.optim import Optimizer
 
+from flashdp_compile.compat import sharded_like
 from flashdp_compile.runtime.bounds import BoundScales
 from flashdp_compile.runtime.check import examine, refuse
 from flashdp_compile.runtime.probe_keys import HeldProbes
 from flashdp_compile.runtime.release import LEDGER, Owed, Release, ReleaseInfo
+from flashdp_compile.runtime.shard_watch import ShardWatch
 from flashdp_compile.runtime.watch import Content, Fault, Watch, find
 
 
 class Sum(NamedTuple):
-    """The clipped sum of a parameter, which has this place in its optimizer."""
+    """The clipped sum of a parameter, which has this place in its optimizer. `first`: of a parameter that is sharded,
+    `total` is this rank's part of the sum over all ranks, behind so many elements; None for a sum of one rank."""
 
     place: int
     parameter: Tensor
     total: Tensor
+    first: int | None = None
+
+
+def sensitivity(release: Release) -> float:
+    """What bounds the undivided sums of a backward, of all graphs that it ran together."""
+    return math.sqrt(sum(peer.info.owed.sensitivity**2 for peer in release.peers if peer.info.owed is not None))
 
 
 class LogicalBatch:
@@ -53,38 +63,48 @@ class LogicalBatch:
         return found
 
     def releases(self) -> list[Release]:
-        """The backward passes whose sums are held, in their order.
+        """The backward passes whose sums are held, in their order; the first release of each.
 
         Raises UnprotectedGradientError, and forgets the logical batch, unless there is nothing else than sums that owe
         the same noise.
         """
         optimizer = self.optimizer
+        for _, _, watched in self._watches():
+            if isinstance(watched, ShardWatch):
+                watched.settle()
         found = examine(optimizer, held=True)
         owed = {release.info.owed for release in found.releases}
-        if len(owed) > 1 or any(one is None or not self._ours(one) for one in owed):
+        several = any(release.part is None for release in found.releases) and len(owed) > 1
+        if several or any(one is None or not self._ours(one) for one in owed):
             found.faults.setdefault(Fault.FOREIGN, []).extend(found.holding)
         if found.faults:
             self.clear()
             refuse(optimizer, found)
-        return sorted(found.releases, key=lambda release: release.number)
+        first = {min(release.peers, key=lambda peer: peer.number) for release in found.releases}
+        if len({sensitivity(release) for release in first}) > 1:
+            found.faults.setdefault(Fault.FOREIGN, []).extend(found.holding)
+            self.clear()
+            refuse(optimizer, found)
+        return sorted(first, key=lambda release: release.number)
 
     def take(self) -> list[Sum]:
         """The sums, which are held no more, and whose memory may be used."""
         found = []
         for place, parameter, watched in self._watches():
             if watched.held is not None:
-                found.append(Sum(place, parameter, watched.held.total))
+                first = watched.first if isinstance(watched, ShardWatch) else None
+                found.append(Sum(place, parameter, watched.held.total, first))
                 watched.held = None
         return found
 
     def put(self, label: str, sums: Sequence[Sum], gradients: Sequence[Tensor]) -> None:
         """Puts what has become of sums into p.grad, as one release."""
         release = LEDGER.open(ReleaseInfo(label=label), alone=True)
-        for (_, parameter, _), gradient in zip(sums, gradients, strict=True):
+        for (_, parameter, _, first), gradient in zip(sums, gradients, strict=True):
             watched = find(parameter)
             assert watched is not None
-            parameter.grad = gradient
-            watched.content = Content(gradient, release, None, ())
+            parameter.grad = grad = gradient if first is None else sharded_like(gradient, parameter)
+            watched.content = Content(grad, release, None, ())
 
     def _ours(self, owed: Owed) -> bool:
         return owed.divisor == self.divisor and owed.bounds is self.bounds and owed.probes is self.probes
@@ -97,6 +117,8 @@ class LogicalBatch:
         """Forgets the sums."""
         for _, _, watched in self._watches():
             watched.held = None
+            if isinstance(watched, ShardWatch):
+                watched.forget()
 
     def _watches(self) -> Iterator[tuple[int, Tensor, Watch]]:
         optimizer = self._optimizer()

@@ -90,6 +90,18 @@ EXPLANATIONS = {
         "train the model that engine.compile(model) returned, keep other models in an optimizer of their own, and "
         "freeze or thaw parameters between two logical batches only",
     ),
+    Fault.PARTS: Explanation(
+        "a backward went not once through each part of the model that is compiled by itself",
+        "each part clips every sample to its share of the bound, so one that is used twice exceeds it, and on a rank "
+        "where one is left out the others wait in vain",
+        "call each part once in every forward; a block that is used several times belongs into one part with what "
+        "calls it",
+    ),
+    Fault.LOST: Explanation(
+        "clipped sums of an earlier backward never came back from the other ranks",
+        "what fully_shard has done with them is not known",
+        "let every backward run to its end, and leave set_requires_gradient_sync as it is",
+    ),
     Fault.REPEATED: Explanation(
         "two backward passes went through one forward",
         "each of them clips every sample to the whole bound, so together they exceed it",

@@ -20,7 +20,7 @@ from flashdp_compile.compat import (
 from flashdp_compile.errors import FlashDPError, Refusal
 from flashdp_compile.runtime.bounds import BoundScales
 from flashdp_compile.runtime.messages import listed
-from flashdp_compile.runtime.release import LEDGER, Release, ReleaseInfo
+from flashdp_compile.runtime.release import LEDGER, InParts, Release, ReleaseInfo
 from flashdp_compile.runtime.replicas import hold_back
 from flashdp_compile.runtime.watch import Fault, Watch, watch
 
@@ -58,9 +58,9 @@ def wrap(
             _refuse_thawed([name for place, name in places.items() if args[place].requires_grad])
         if info.owed is not None and (ddp := running_ddp()) is not None:
             hold_back(ddp)
-        since, batch = next_node_number(), LEDGER.batch
+        since, batch, part = next_node_number(), LEDGER.batch, LEDGER.part
         outputs = compiled(*args)
-        if watch_outputs(outputs, info, since, batch):
+        if watch_outputs(outputs, info, since, batch, part):
             _refuse_unseen(broken, sys._getframe(1))
             _refuse_memory(
                 [name for place, name in remembered.items() if _returned.get(id(args[place])) is args[place]]
@@ -99,9 +99,15 @@ def _refuse_thawed(names: Sequence[str]) -> None:
         )
 
 
-def watch_outputs(outputs: Any, info: ReleaseInfo, since: int, batch: Mapping[int, int] | None = None) -> bool:
+def watch_outputs(
+    outputs: Any,
+    info: ReleaseInfo,
+    since: int,
+    batch: Mapping[int, int] | None = None,
+    part: tuple[InParts, int] | None = None,
+) -> bool:
     """Hooks the compiled autograd node behind `outputs`, a tensor or a sequence; whether there is one. Its releases are
-    of `batch`.
+    of `batch`, and of `part` of a model.
 
     `since` is compat.next_node_number() from before the call. Only younger nodes are looked at: an output may be a view
     of an input, and the history of that input may well contain a compiled backward that is not ours.
@@ -118,14 +124,14 @@ def watch_outputs(outputs: Any, info: ReleaseInfo, since: int, batch: Mapping[in
             continue
         seen.add(node)
         if node.name() == COMPILED_BACKWARD:
-            _hook(node, info, batch)
+            _hook(node, info, batch, part)
             found = True
         else:  # a view of an output, made again outside the graph
             stack.extend(function for function, _ in node.next_functions)
     return found
 
 
-def _hook(node: Any, info: ReleaseInfo, batch: Mapping[int, int] | None) -> None:
+def _hook(node: Any, info: ReleaseInfo, batch: Mapping[int, int] | None, part: tuple[InParts, int] | None) -> None:
     """Watches the parameters that `node` sends gradients to, and has each run of it announce them.
 
     Only an nn.Parameter gets receipts: the rewrite clips the gradients of parameters and of nothing else, so a plain
@@ -140,7 +146,7 @@ def _hook(node: Any, info: ReleaseInfo, batch: Mapping[int, int] | None) -> None
                 targets.append((index, parameter, watched))
     if targets:
         # autograd's own graph holds these parameters as long as it holds the node, so this prolongs nothing
-        node.register_hook(functools.partial(_released, info, batch, targets, []))
+        node.register_hook(functools.partial(_released, info, batch, part, targets, []))
         if info.owed is not None and info.owed.bounds is not None:
             node.register_prehook(functools.partial(_begun, info.owed.bounds))
 
@@ -155,6 +161,7 @@ def _begun(bounds: BoundScales, grad_outputs: Sequence[Tensor | None]) -> None:
 def _released(
     info: ReleaseInfo,
     batch: Mapping[int, int] | None,
+    part: tuple[InParts, int] | None,
     targets: Sequence[tuple[int, Tensor, Watch]],
     runs: list[Release],
     grad_inputs: Sequence[Tensor | None],
@@ -169,13 +176,18 @@ def _released(
         for index, parameter, watched in arrived:
             watched.announce(parameter, cast(Tensor, grad_inputs[index]), release)
         return None
+    release.part = part
     if info.owed.bounds is not None:
         release.moved = info.owed.bounds.take()
     if info.owed.probes is not None:
         release.probes = info.owed.probes.moves
     passed_on = list(grad_inputs)
     taken = set[int]()
-    for index, _, watched in arrived:
+    for index, parameter, watched in arrived:
+        if watched.shard is not None:
+            watched.announce(parameter, cast(Tensor, grad_inputs[index]), release)
+            watched.shard.expect(watched, release, Fault.REPEATED if runs else None)
+            continue
         total = cast(Tensor, grad_inputs[index]).detach()
         if total.data_ptr() in taken:  # a graph may give two parameters one tensor, and noise is added in place
             total = total.clone()

@@ -8,8 +8,9 @@ of a backward owes its noise: the sum over all micro-batches of a logical batch 
 import itertools
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from flashdp_compile.compat import backward_number
 from flashdp_compile.runtime.bounds import BoundScales, Moved
@@ -44,11 +45,19 @@ class ReleaseInfo:
     owed: Owed | None = None
 
 
+class InParts(Protocol):
+    """A model whose parts are compiled each by itself (parts.py)."""
+
+    def missing(self, releases: Iterable["Release"]) -> str:
+        """What is wrong with the releases of one backward, which must be one of each part; empty if nothing is."""
+
+
 @dataclass(eq=False, slots=True)
 class Release:
     """One run of a compiled backward. `peers` are all releases of the same call of backward(), this one included.
     `batch` is what `Ledger.batch` was at the forward, `moved` what it had of bounds that move, `probes` how many
-    releases had used up probes before it."""
+    releases had used up probes before it, `part` which part of which model was compiled (parts.py), None for a whole
+    one."""
 
     info: ReleaseInfo
     number: int
@@ -58,6 +67,7 @@ class Release:
     batch: Mapping[int, int] = field(default_factory=dict)
     moved: Moved | None = None
     probes: int | None = None
+    part: tuple[InParts, int] | None = None
 
 
 class Ledger:
@@ -68,6 +78,8 @@ class Ledger:
         self._numbers = itertools.count(1)
         self._last: Release | None = None
         self.epoch = 0
+        self.part: tuple[InParts, int] | None = None
+        """What is being called: a part of a model, by the model and a number."""
         self.batch: Mapping[int, int] = {}
         """The place of what each loader of an engine has handed out last, by the name of the loader."""
 

@@ -37,6 +37,8 @@ class Fault(enum.Enum):
     OWED = enum.auto()  # a sum lacks its noise, and no engine adds it at this step
     FOREIGN = enum.auto()  # at an engine's step: what it has not compiled, or compiled otherwise
     REPEATED = enum.auto()  # two backward passes over one forward, while noise is owed
+    PARTS = enum.auto()  # a backward went through some parts of a model only, or several times through one
+    LOST = enum.auto()  # clipped sums of a part of the model never came back from the other ranks
 
 
 class Content:
@@ -91,7 +93,7 @@ class Watch:
     Only flashdp's parameters have one: every optimizer that holds a watched parameter is guarded.
     """
 
-    __slots__ = ("name", "pending", "arriving", "content", "held")
+    __slots__ = ("name", "pending", "arriving", "content", "held", "shard")
 
     def __init__(self, name: str | None) -> None:
         self.name = name
@@ -99,6 +101,8 @@ class Watch:
         self.arriving: Pending | Fault | None = Fault.PLAIN  # None: nothing
         self.content: Content | None = None
         self.held: Held | None = None
+        self.shard: Any = None
+        """Of a parameter that fully_shard has put together: the watch of what an optimizer has (shard_watch.py)."""
 
     def hold(self, total: Tensor, release: Release, fault: Fault | None) -> None:
         """Called by the compiled node, which sends nothing to autograd then: a sum without noise is never in p.grad,
@@ -206,7 +210,7 @@ def find(parameter: Tensor) -> Watch | None:
     hooks = parameter._backward_hooks
     if hooks:
         for hook in hooks.values():
-            if type(hook) is Watch:
+            if isinstance(hook, Watch):
                 return hook
     return None
 

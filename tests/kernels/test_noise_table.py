@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flashdp_compile.kernels import gaussian, secure_noise
-from flashdp_compile.kernels.noise_table import NoiseTable, apart, fits
+from flashdp_compile.kernels.noise_table import Entry, NoiseTable, apart, fits
 
 SIZES = [5, 1024, 3001, 8, 0, 1, 1023]
 STD = 0.75
@@ -26,7 +26,7 @@ def each(grads, key, secure, factors=None):
 
 
 def table(secure):
-    return NoiseTable([(size, 10 + k, k % 2) for k, size in enumerate(SIZES)], secure)
+    return NoiseTable([Entry(size, 10 + k, k % 2) for k, size in enumerate(SIZES)], secure)
 
 
 @pytest.mark.parametrize("secure", [True, False])
@@ -57,13 +57,13 @@ def test_at_the_same_addresses_again(secure, device):
 def test_what_does_not_fit(device):
     zeros = torch.zeros(8, 8, device=device)
     assert fits(zeros) and not fits(zeros.T[:, :4]) and not fits(zeros.double()) and not fits(zeros.flatten()[1:])
-    its = NoiseTable([(64, 0, 0)], secure=True)
+    its = NoiseTable([Entry(64, 0, 0)], secure=True)
     for wrong in (zeros.double(), zeros[:4], zeros.flatten()[1:]):
         with pytest.raises(ValueError, match="tensors that fit"):
             its.add([wrong], key_of(True, device), STD)
     for stream in (-1, 2**32):
         with pytest.raises(ValueError, match="noise stream"):
-            NoiseTable([(64, stream, 0)], secure=True)
+            NoiseTable([Entry(64, stream, 0)], secure=True)
 
 
 def test_apart():

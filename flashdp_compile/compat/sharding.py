@@ -1,0 +1,89 @@
+"""What is asked of fully_shard (FSDP2) beyond what it promises. Checked on 2.11 and 2.13."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+__all__ = ["first_element", "foreign_hooks", "is_sharded", "local_shard", "sharded_like", "sum_shards", "unusual_sums"]
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether fully_shard was applied to this module."""
+    if not dist.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, FSDPModule)
+
+
+def sum_shards(model: nn.Module) -> None:
+    """Lets the gradients of all ranks be added up, where fully_shard divides by their number otherwise."""
+    for module in model.modules():
+        if is_sharded(module):
+            module.set_gradient_divide_factor(1.0)  # type: ignore[attr-defined, operator]
+            module.set_force_sum_reduction_for_comms(True)  # type: ignore[attr-defined, operator]
+
+
+def unusual_sums(model: nn.Module) -> str:
+    """What keeps the gradients that fully_shard leaves from being float32 sums over all ranks of one backward; empty if
+    nothing does."""
+    for group in _groups(model):
+        found = {
+            "a gradient divide factor": group.gradient_divide_factor != 1.0 or not group.force_sum_reduction_for_comms,
+            "reduce_dtype of 16 bits": group.mp_policy.reduce_dtype not in (None, torch.float32),
+            "an all-reduce hook": group._all_reduce_hook is not None,
+            "a reduce-scatter of its own": type(group._reduce_scatter_comm).__name__ != "DefaultReduceScatter",
+            "set_requires_gradient_sync(False)": not group.reduce_grads or not group.all_reduce_grads,
+        }
+        if named := next((name for name, is_so in found.items() if is_so), ""):
+            return named
+    return ""
+
+
+def foreign_hooks(module: nn.Module) -> list[str]:
+    """The hooks that run around the forward of a module and are not those of fully_shard."""
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return [getattr(h, "__qualname__", repr(h)) for h in hooks if not _is_torch(h)]
+
+
+def first_element(parameter: Tensor) -> int:
+    """How many elements of a parameter lie before this rank's shard. ValueError unless it is sharded along dimension 0
+    alone, over one dimension of its mesh, whatever others hold copies."""
+    placements, mesh = parameter.placements, parameter.device_mesh  # type: ignore[attr-defined]
+    along = [at for at, placement in enumerate(placements) if not placement.is_replicate()]
+    if len(along) != 1 or not placements[along[0]].is_shard(0):
+        raise ValueError(f"a parameter of shape {tuple(parameter.shape)} has the placements {placements}")
+    at, ranks, rows = mesh.get_coordinate()[along[0]], mesh.size(along[0]), parameter.shape[0]
+    first = min(at * -(-rows // ranks), rows)
+    return first * (parameter.numel() // max(rows, 1))
+
+
+def local_shard(value: Tensor) -> Tensor:
+    """This rank's part of a DTensor."""
+    return value._local_tensor  # type: ignore[attr-defined]
+
+
+def sharded_like(local: Tensor, parameter: Tensor) -> Tensor:
+    """The DTensor of these shards, placed as the parameter is."""
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
+    shape, stride = parameter.shape, parameter.stride()
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
+def _groups(model: nn.Module) -> Iterator[Any]:
+    for module in model.modules():
+        if is_sharded(module):
+            state = module._get_fsdp_state()  # type: ignore[operator]
+            one = getattr(state, "_fsdp_param_group", None)
+            yield from getattr(state, "_fsdp_param_groups", [] if one is None else [one])
+
+
+def _is_torch(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.")

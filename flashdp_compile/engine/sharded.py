@@ -1,0 +1,124 @@
+"""Compiles a model to which fully_shard was applied: part by part, each clipped by itself or in groups of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from flashdp_compile.compat import is_sharded, sum_shards
+from flashdp_compile.engine.ranks import Ranks
+from flashdp_compile.errors import OptionError
+from flashdp_compile.passes.groups import form_groups
+from flashdp_compile.runtime.parts import Parts
+from flashdp_compile.runtime.shard_watch import ShardWatch, watch_shard
+
+BY_PART = "per_block"  # of `clipping`: one group for each part
+
+
+def is_in_parts(model: nn.Module) -> bool:
+    return any(map(is_sharded, model.modules()))
+
+
+def compile_in_parts(
+    model: nn.Module, options: Mapping[str, Any], clipping: Any, ranks: Ranks, **settings: Any
+) -> None:
+    """Compiles the parts of a sharded model, in place. `options` are those of a whole one.
+
+    Raises OptionError where parameters belong to no part, or are sharded in a way that noise is not known for.
+    """
+    parts = _parts(model)
+    shards = _shards(model, ranks)
+    sum_shards(model)
+    own = {**options, **_bounds(parts, options, clipping)}
+    by_class: dict[type, Callable[..., Any]] = {}
+
+    def compiled(part: nn.Module) -> Callable[..., Any]:
+        if type(part) not in by_class:
+            by_class[type(part)] = torch.compile(_call(type(part)), backend="flashdp", options=own, **settings)
+        return by_class[type(part)]
+
+    Parts(model, parts, shards).install(compiled)
+
+
+def _call(kind: type[nn.Module]) -> Callable[..., Any]:
+    """The forward of a class as a function of the module, so that parts of one class share what is compiled."""
+
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return kind.forward(module, *args, **kwargs)
+
+    call.__code__ = call.__code__.replace(co_name=f"{kind.__name__}_forward")  # dynamo's caches are by code
+    return call
+
+
+def _parts(model: nn.Module) -> dict[str, nn.Module]:
+    """The largest modules inside of which nothing is sharded by itself, by name."""
+    found: dict[str, nn.Module] = {}
+
+    def look(name: str, module: nn.Module) -> None:
+        if not any(True for _ in module.parameters()):
+            return
+        if not any(is_sharded(inner) for inner in module.modules() if inner is not module):
+            found[name] = module
+            return
+        if own := [n for n, _ in module.named_parameters(recurse=False)]:
+            raise OptionError(
+                f"{f'{name}.' if name else ''}{own[0]} belongs to a module other parts of which are sharded by "
+                "themselves, so it is used outside of them, where nothing is compiled: move it into a module of its own"
+            )
+        for inner_name, inner in module.named_children():
+            look(f"{name}.{inner_name}".lstrip("."), inner)
+
+    look("", model)
+    shared = [id(p) for part in found.values() for p in part.parameters()]
+    if len(set(shared)) < len(shared):
+        raise OptionError(
+            "two parts of the model share a parameter, whose gradient would be clipped in each of them: tied weights "
+            "belong into one part"
+        )
+    return found
+
+
+def _shards(model: nn.Module, ranks: Ranks) -> dict[str, ShardWatch]:
+    found = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        mesh = getattr(parameter, "device_mesh", None)
+        if mesh is None or mesh.size() != ranks.size:
+            raise OptionError(
+                f"{name} is not sharded over all {ranks.size} ranks: apply fully_shard to the whole model, with a mesh "
+                "of all of them"
+            )
+        try:
+            found[name] = watch_shard(parameter, name)
+        except ValueError as error:
+            raise OptionError(f"{name}: {error}; noise is known for shards of dimension 0, by fully_shard") from error
+    return found
+
+
+def _bounds(parts: Mapping[str, nn.Module], options: Mapping[str, Any], clipping: Any) -> dict[str, Any]:
+    """The options that give each group of each part its share of the bound of the whole."""
+    bound, kind = options["max_grad_norm"], clipping
+    names = [
+        f"{part}.{name}".lstrip(".")
+        for part, module in parts.items()
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    ]
+    if clipping == BY_PART:
+        count = sum(any(p.requires_grad for p in part.parameters()) for part in parts.values())
+        kind = {"*": "part"}
+    elif clipping == "per_layer":
+        count = len(form_groups(names, "per_layer", 1.0))
+    else:
+        raise OptionError(
+            f"clipping={clipping!r} needs norms over several parts of the model, and fully_shard sends off the "
+            f"gradients of each before the next is known; allowed: {BY_PART!r}, 'per_layer'"
+        )
+    if isinstance(bound, Mapping):
+        raise OptionError("max_grad_norm states several bounds, but parts of a sharded model share one: give a number")
+    return {"clipping": kind, "max_grad_norm": {"*": bound / math.sqrt(max(count, 1))}}

@@ -1,0 +1,180 @@
+"""A model of which each part is compiled by itself, as fully_shard asks for: it gathers the parameters of a part just
+before its forward, and lets go of them behind it.
+
+A compiled part proves that samples do not mix inside. What runs between the parts is proved here while it runs: nothing
+at all may be computed there from samples, or from what parts have made of them. So what a part is given is what another
+one has returned, or an argument of the whole model, and no sample decides what is called.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from flashdp_compile.compat import foreign_hooks, real_tensors, unusual_sums
+from flashdp_compile.errors import FlashDPError, Refusal
+from flashdp_compile.runtime.release import LEDGER, Release
+from flashdp_compile.runtime.shard_watch import ShardWatch
+from flashdp_compile.runtime.watch import watch
+
+
+class Parts:
+    """The parts of `model` by name; `shards` are the watches of its sharded parameters, by their full names."""
+
+    def __init__(self, model: nn.Module, parts: Mapping[str, nn.Module], shards: Mapping[str, ShardWatch]) -> None:
+        self.model, self.names = model, list(parts)
+        self._modules, self._shards = list(parts.values()), shards
+        self.samples = WeakIdKeyDictionary()  # tensors that hold samples, or what was made of them
+        self._linked: set[int] = set()
+        self.trainable = frozenset(
+            n for n, part in enumerate(self._modules) if any(p.requires_grad for p in part.parameters())
+        )
+
+    def install(self, compiled: Callable[[nn.Module], Callable[..., Any]]) -> None:
+        """Puts `compiled(part)` in the place of each part's forward, and watches what runs between."""
+        for number, part in enumerate(self._modules):
+            part.forward = self._forward(number, part, compiled(part))
+            between = _Paused(self, part)
+            part.register_forward_pre_hook(between.enter, prepend=True, with_kwargs=True)
+            part.register_forward_hook(between.leave, always_call=True)
+        if self._modules != [self.model]:
+            self.model.forward = self._watched(self.model.forward)
+
+    def missing(self, releases: Iterable[Release]) -> str:
+        """What is wrong with the releases of one backward, which must be one of each part that is trained."""
+        numbers = [release.part[1] for release in releases if release.part is not None and release.part[0] is self]
+        if len(set(numbers)) < len(numbers):
+            return "a part of the model took part in it several times"
+        if lacking := self.trainable - set(numbers):
+            return f"{self.names[min(lacking)]} took no part in it"
+        return ""
+
+    def _forward(self, number: int, part: nn.Module, compiled: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if torch.is_grad_enabled():
+                self._link(number, part)
+            before, LEDGER.part = LEDGER.part, (self, number)
+            try:
+                return compiled(part, *args, **kwargs)
+            finally:
+                LEDGER.part = before
+
+        return forward
+
+    def _link(self, number: int, part: nn.Module) -> None:
+        """Tells the watches of parameters that are whole now of their shards."""
+        if wrong := unusual_sums(self.model):
+            raise FlashDPError(
+                f"fully_shard was told to use {wrong}: clipped sums must be added up over all ranks as they are, in "
+                "float32, by every backward. Leave it out, and compute in bfloat16 by torch.autocast"
+            )
+        if number in self._linked:
+            return
+        for name, parameter in part.named_parameters():
+            watched, full = watch(parameter), f"{self.names[number]}.{name}".lstrip(".")
+            if watched is not None:
+                watched.shard = self._shards[full]
+        self._linked.add(number)
+
+    def _watched(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def between(*args: Any, **kwargs: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return forward(*args, **kwargs)
+            self.samples.clear()
+            self.mark((args, kwargs))
+            try:
+                with _Between(self.samples):
+                    return forward(*args, **kwargs)
+            finally:
+                self.samples.clear()
+
+        return between
+
+    def mark(self, values: Any) -> None:
+        for value in _tensors(values):
+            self.samples[value] = None
+
+
+class _Between(TorchDispatchMode):
+    """Refuses every op on samples."""
+
+    def __init__(self, samples: WeakIdKeyDictionary) -> None:
+        super().__init__()
+        self._samples = samples
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(value in self._samples for value in _tensors((args, kwargs or {}))):
+            raise Refusal(
+                f"{func} is called{_user_line()} on samples, or on what was made of them, between two parts of the "
+                "model that are compiled each by itself. It is in no graph, so nothing is proved of it. Move it into "
+                "a module that owns parameters, next to what it belongs to"
+            )
+        return func(*args, **(kwargs or {}))
+
+
+class _Paused:
+    """The hooks around a part: all that fully_shard does there is its own affair."""
+
+    def __init__(self, parts: Parts, part: nn.Module) -> None:
+        self._parts, self._part = parts, part
+        self._paused: list[Any] = []
+
+    def enter(self, part: nn.Module, args: Any, kwargs: Any) -> None:
+        if torch.is_grad_enabled():
+            self._check(args, kwargs)
+        context = real_tensors()
+        context.__enter__()
+        self._paused.append(context)
+
+    def leave(self, part: nn.Module, args: Any, outputs: Any) -> None:
+        if self._paused:
+            self._paused.pop().__exit__(None, None, None)
+        if torch.is_grad_enabled() and outputs is not None:
+            self._parts.mark(outputs)
+
+    def _check(self, args: Any, kwargs: Any) -> None:
+        own = {self.enter.__qualname__, self.leave.__qualname__}
+        if hooks := [name for name in foreign_hooks(self._part) if name not in own]:
+            raise Refusal(
+                f"a part of the model has the hook {hooks[0]}, which runs outside of its graph, so nothing is proved "
+                "of what it does. Remove it, or do the same in the module's forward"
+            )
+        if self._part is self._parts.model:
+            return
+        for value in _tensors((args, kwargs)):
+            if value.requires_grad and value not in self._parts.samples and not isinstance(value, nn.Parameter):
+                raise Refusal(
+                    f"a part of the model is given a tensor of shape {tuple(value.shape)} that no other part has "
+                    "returned, and that is no argument of the model: nothing is proved of how it was made"
+                )
+            if value._backward_hooks and not all(_is_torch(hook) for hook in value._backward_hooks.values()):
+                raise Refusal(
+                    f"a tensor of shape {tuple(value.shape)} that a part of the model is given has a hook on its "
+                    "gradient, which could mix samples. Remove it"
+                )
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    return (value for value in tree_leaves(values) if isinstance(value, Tensor))
+
+
+def _is_torch(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.")
+
+
+def _user_line() -> str:
+    """Where the caller's own code is, outside of torch and of this package."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if "/torch/" not in name and "flashdp_compile" not in name:
+            return f" ({name}:{frame.f_lineno})"
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""
