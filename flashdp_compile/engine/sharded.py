@@ -30,7 +30,7 @@ def compile_in_parts(
 
     Raises OptionError where parameters belong to no part, or are sharded in a way that noise is not known for.
     """
-    parts = _parts(model)
+    parts = parts_of(model)
     shards = _shards(model, ranks)
     sum_shards(model)
     own = {**options, **_bounds(parts, options, clipping)}
@@ -38,13 +38,13 @@ def compile_in_parts(
 
     def compiled(part: nn.Module) -> Callable[..., Any]:
         if type(part) not in by_class:
-            by_class[type(part)] = torch.compile(_call(type(part)), backend="flashdp", options=own, **settings)
+            by_class[type(part)] = torch.compile(call_of(type(part)), backend="flashdp", options=own, **settings)
         return by_class[type(part)]
 
     Parts(model, parts, shards).install(compiled)
 
 
-def _call(kind: type[nn.Module]) -> Callable[..., Any]:
+def call_of(kind: type[nn.Module]) -> Callable[..., Any]:
     """The forward of a class as a function of the module, so that parts of one class share what is compiled."""
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -54,7 +54,7 @@ def _call(kind: type[nn.Module]) -> Callable[..., Any]:
     return call
 
 
-def _parts(model: nn.Module) -> dict[str, nn.Module]:
+def parts_of(model: nn.Module) -> dict[str, nn.Module]:
     """The largest modules inside of which nothing is sharded by itself, by name."""
     found: dict[str, nn.Module] = {}
 
