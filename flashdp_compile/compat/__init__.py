@@ -74,6 +74,7 @@ from flashdp_compile.compat.ranks import add_up, compile_in_place, running_ddp, 
 from flashdp_compile.compat.sharding import (
     first_element,
     foreign_hooks,
+    is_of_sharding,
     is_sharded,
     local_shard,
     sharded_like,
@@ -84,6 +85,7 @@ from flashdp_compile.compat.sharding import (
 __all__ = [
     "first_element",
     "foreign_hooks",
+    "is_of_sharding",
     "is_sharded",
     "local_shard",
     "sharded_like",

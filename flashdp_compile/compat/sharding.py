@@ -9,7 +9,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["first_element", "foreign_hooks", "is_sharded", "local_shard", "sharded_like", "sum_shards", "unusual_sums"]
+__all__ = [
+    "first_element",
+    "foreign_hooks",
+    "is_of_sharding",
+    "is_sharded",
+    "local_shard",
+    "sharded_like",
+    "sum_shards",
+    "unusual_sums",
+]
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -45,10 +54,13 @@ def unusual_sums(model: nn.Module) -> str:
     return ""
 
 
-def foreign_hooks(module: nn.Module) -> list[str]:
-    """The hooks that run around the forward of a module and are not those of fully_shard."""
-    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-    return [getattr(h, "__qualname__", repr(h)) for h in hooks if not _is_torch(h)]
+def foreign_hooks(module: nn.Module) -> list[Any]:
+    """The hooks that run around the forward and the backward of a module and are not those of fully_shard."""
+    import torch.nn.modules.module as every
+
+    kinds = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
+    tables = [getattr(module, f"_{kind}") for kind in kinds] + [getattr(every, f"_global_{kind}") for kind in kinds]
+    return [hook for table in tables for hook in table.values() if not is_of_sharding(hook)]
 
 
 def first_element(parameter: Tensor) -> int:
@@ -85,5 +97,6 @@ def _groups(model: nn.Module) -> Iterator[Any]:
             yield from getattr(state, "_fsdp_param_groups", [] if one is None else [one])
 
 
-def _is_torch(hook: Any) -> bool:
+def is_of_sharding(hook: Any) -> bool:
+    """Whether a hook is one of torch.distributed's own."""
     return str(getattr(hook, "__module__", "")).startswith("torch.distributed.")

@@ -116,9 +116,7 @@ class LogicalBatch:
     def clear(self) -> None:
         """Forgets the sums."""
         for _, _, watched in self._watches():
-            watched.held = None
-            if isinstance(watched, ShardWatch):
-                watched.forget()
+            watched.drop()
 
     def _watches(self) -> Iterator[tuple[int, Tensor, Watch]]:
         optimizer = self._optimizer()

@@ -1,9 +1,10 @@
 """A model of which each part is compiled by itself, as fully_shard asks for: it gathers the parameters of a part just
 before its forward, and lets go of them behind it.
 
-A compiled part proves that samples do not mix inside. What runs between the parts is proved here while it runs: nothing
-at all may be computed there from samples, or from what parts have made of them. So what a part is given is what another
-one has returned, or an argument of the whole model, and no sample decides what is called.
+A compiled part proves that samples do not mix inside. What runs between the parts is proved here, while it runs:
+nothing at all is computed there from samples, or from what parts have made of them, or from what nobody knows the
+origin of. So what a part is given is what another one has returned, or an argument of the whole model, or was made of
+the model's own buffers; and no sample decides what is called.
 """
 
 from __future__ import annotations
@@ -18,11 +19,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from flashdp_compile.compat import foreign_hooks, real_tensors, unusual_sums
-from flashdp_compile.errors import FlashDPError, Refusal
+from flashdp_compile.compat import foreign_hooks, is_of_sharding, real_tensors, unusual_sums
+from flashdp_compile.errors import FlashDPError, OptionError, Refusal
 from flashdp_compile.runtime.release import LEDGER, Release
 from flashdp_compile.runtime.shard_watch import ShardWatch
 from flashdp_compile.runtime.watch import watch
+
+_MARK = "_flashdp_parts"
+_PLAIN = (int, float, bool, str, bytes, type(None), torch.dtype, torch.device)
+SAMPLES, PUBLIC = "samples", "public"
 
 
 class Parts:
@@ -31,19 +36,25 @@ class Parts:
     def __init__(self, model: nn.Module, parts: Mapping[str, nn.Module], shards: Mapping[str, ShardWatch]) -> None:
         self.model, self.names = model, list(parts)
         self._modules, self._shards = list(parts.values()), shards
-        self.samples = WeakIdKeyDictionary()  # tensors that hold samples, or what was made of them
+        self.known = WeakIdKeyDictionary()  # what the tensors hold that the present forward may pass on
         self._linked: set[int] = set()
         self.trainable = frozenset(
             n for n, part in enumerate(self._modules) if any(p.requires_grad for p in part.parameters())
         )
 
     def install(self, compiled: Callable[[nn.Module], Callable[..., Any]]) -> None:
-        """Puts `compiled(part)` in the place of each part's forward, and watches what runs between."""
+        """Puts `compiled(part)` in the place of each part's forward, and watches what runs between.
+
+        Raises OptionError if that was done before.
+        """
+        if hasattr(self.model, _MARK):
+            raise OptionError("this model was compiled part by part before: an engine compiles a model once")
+        setattr(self.model, _MARK, True)
         for number, part in enumerate(self._modules):
             part.forward = self._forward(number, part, compiled(part))
-            between = _Paused(self, part)
-            part.register_forward_pre_hook(between.enter, prepend=True, with_kwargs=True)
-            part.register_forward_hook(between.leave, always_call=True)
+            around = _Around(self, part)
+            part.register_forward_pre_hook(around.enter, prepend=True, with_kwargs=True)
+            part.register_forward_hook(around.leave, always_call=True)
         if self._modules != [self.model]:
             self.model.forward = self._watched(self.model.forward)
 
@@ -55,6 +66,20 @@ class Parts:
         if lacking := self.trainable - set(numbers):
             return f"{self.names[min(lacking)]} took no part in it"
         return ""
+
+    def mark(self, values: Any, holding: str) -> None:
+        """Remembers what the tensors among these values hold.
+
+        Raises Refusal if there could be others, within an object that is not looked into.
+        """
+        for value in tree_leaves(values):
+            if isinstance(value, Tensor):
+                self.known[value] = holding
+            elif not isinstance(value, _PLAIN):
+                raise Refusal(
+                    f"a {type(value).__name__} is passed to or by a model that is compiled part by part, and may hold "
+                    "tensors that nothing is proved of: pass tensors, or tuples, lists and dicts of them"
+                )
 
     def _forward(self, number: int, part: nn.Module, compiled: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -87,40 +112,41 @@ class Parts:
         def between(*args: Any, **kwargs: Any) -> Any:
             if not torch.is_grad_enabled():
                 return forward(*args, **kwargs)
-            self.samples.clear()
-            self.mark((args, kwargs))
+            self.known.clear()
+            self.mark((args, kwargs), SAMPLES)
+            self.mark([*self.model.parameters(), *self.model.buffers()], PUBLIC)
             try:
-                with _Between(self.samples):
+                with _Between(self):
                     return forward(*args, **kwargs)
             finally:
-                self.samples.clear()
+                self.known.clear()
 
         return between
 
-    def mark(self, values: Any) -> None:
-        for value in _tensors(values):
-            self.samples[value] = None
-
 
 class _Between(TorchDispatchMode):
-    """Refuses every op on samples."""
+    """Refuses every op on samples, and on what nobody knows."""
 
-    def __init__(self, samples: WeakIdKeyDictionary) -> None:
+    def __init__(self, parts: Parts) -> None:
         super().__init__()
-        self._samples = samples
+        self._parts = parts
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(value in self._samples for value in _tensors((args, kwargs or {}))):
-            raise Refusal(
-                f"{func} is called{_user_line()} on samples, or on what was made of them, between two parts of the "
-                "model that are compiled each by itself. It is in no graph, so nothing is proved of it. Move it into "
-                "a module that owns parameters, next to what it belongs to"
-            )
-        return func(*args, **(kwargs or {}))
+        for value in _tensors((args, kwargs or {})):
+            if self._parts.known.get(value) != PUBLIC:
+                what = "samples, or on what was made of them," if value in self._parts.known else "a tensor"
+                raise Refusal(
+                    f"{func} is called{_user_line()} on {what} between two parts of a model that are compiled each by "
+                    "itself. It is in no graph, so nothing is proved of it. Move it into a module that owns "
+                    "parameters, next to what it belongs to; what holds no samples may be a buffer"
+                )
+        made = func(*args, **(kwargs or {}))
+        self._parts.mark(made, PUBLIC)
+        return made
 
 
-class _Paused:
-    """The hooks around a part: all that fully_shard does there is its own affair."""
+class _Around:
+    """The hooks around a part: all that fully_shard does between them is its own affair."""
 
     def __init__(self, parts: Parts, part: nn.Module) -> None:
         self._parts, self._part = parts, part
@@ -136,25 +162,26 @@ class _Paused:
     def leave(self, part: nn.Module, args: Any, outputs: Any) -> None:
         if self._paused:
             self._paused.pop().__exit__(None, None, None)
-        if torch.is_grad_enabled() and outputs is not None:
-            self._parts.mark(outputs)
+        if torch.is_grad_enabled():
+            self._parts.mark(outputs, SAMPLES)
 
     def _check(self, args: Any, kwargs: Any) -> None:
-        own = {self.enter.__qualname__, self.leave.__qualname__}
-        if hooks := [name for name in foreign_hooks(self._part) if name not in own]:
-            raise Refusal(
-                f"a part of the model has the hook {hooks[0]}, which runs outside of its graph, so nothing is proved "
-                "of what it does. Remove it, or do the same in the module's forward"
-            )
+        for hook in foreign_hooks(self._part):
+            if not isinstance(getattr(hook, "__self__", None), _Around):
+                raise Refusal(
+                    f"a part of the model has the hook {getattr(hook, '__qualname__', hook)}, which runs outside of "
+                    "its graph, so nothing is proved of what it does. Remove it, or do the same in the module's forward"
+                )
         if self._part is self._parts.model:
             return
         for value in _tensors((args, kwargs)):
-            if value.requires_grad and value not in self._parts.samples and not isinstance(value, nn.Parameter):
+            if value not in self._parts.known:
                 raise Refusal(
                     f"a part of the model is given a tensor of shape {tuple(value.shape)} that no other part has "
-                    "returned, and that is no argument of the model: nothing is proved of how it was made"
+                    "returned, and that is no argument of the whole model: nothing is proved of how it was made. Parts "
+                    "are called by the model's own forward; checkpoint a part inside of its forward, not from outside"
                 )
-            if value._backward_hooks and not all(_is_torch(hook) for hook in value._backward_hooks.values()):
+            if value._backward_hooks and not all(map(is_of_sharding, value._backward_hooks.values())):
                 raise Refusal(
                     f"a tensor of shape {tuple(value.shape)} that a part of the model is given has a hook on its "
                     "gradient, which could mix samples. Remove it"
@@ -165,16 +192,12 @@ def _tensors(values: Any) -> Iterator[Tensor]:
     return (value for value in tree_leaves(values) if isinstance(value, Tensor))
 
 
-def _is_torch(hook: Any) -> bool:
-    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.")
-
-
 def _user_line() -> str:
     """Where the caller's own code is, outside of torch and of this package."""
-    frame = sys._getframe(1)
+    frame: Any = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
         if "/torch/" not in name and "flashdp_compile" not in name:
             return f" ({name}:{frame.f_lineno})"
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return ""

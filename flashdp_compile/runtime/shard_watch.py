@@ -61,6 +61,8 @@ class ShardWatch(Watch):
         fault = expected.fault
         if content is None or content.release is not expected.release:
             fault = fault or Fault.MIXED
+        elif content.dirty is not None:  # what an earlier backward has left there
+            fault = fault or Fault.STALE
         else:
             fault = fault or content.fault
         if self.arrived is not None:  # a second one within the same backward
@@ -69,8 +71,8 @@ class ShardWatch(Watch):
         self.arrived = local_shard(parameter.grad), expected.release, fault
         parameter.grad = None
 
-    def forget(self) -> None:
-        super().forget()
+    def drop(self) -> None:
+        super().drop()
         self.expected, self.arrived = None, None
 
 

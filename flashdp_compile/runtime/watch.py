@@ -184,9 +184,14 @@ class Watch:
             return content.fault
         return Fault.VOID if content.epoch != LEDGER.epoch else content
 
+    def drop(self) -> None:
+        """Forgets the sums that are held."""
+        self.held = None
+
     def forget(self) -> None:
         """Drops all receipts; the parameter stays watched."""
-        self.pending, self.arriving, self.content, self.held = None, Fault.PLAIN, None, None
+        self.pending, self.arriving, self.content = None, Fault.PLAIN, None
+        self.drop()
 
 
 def resolve(contents: Iterable[Content]) -> None:
