@@ -74,7 +74,7 @@ class Steps:
                     return
                 move = self._account(number, releases)
                 sums = logical.take()
-            self._agree(number, logical, sums)
+            self._agree(number, logical, releases, sums)
             move()
             self._ranks.add_up([one.total for one in sums if one.first is None])
             gradients = self._released(number, releases[0], sums)
@@ -85,7 +85,7 @@ class Steps:
         original()
         self.stepped = True
 
-    def _agree(self, number: int, logical: LogicalBatch, sums: Sequence[Sum]) -> None:
+    def _agree(self, number: int, logical: LogicalBatch, releases: Sequence[Release], sums: Sequence[Sum]) -> None:
         """Returns once all ranks are at this step, with sums of the same parameters, and were not told to wait."""
         drawn = "" if self.loader is None else f" in iteration {self.loader.sampler.iterations} of it"
         bounds = "" if self._bounds is None else f"; the next step's bounds: times {self._factor}"
@@ -94,7 +94,8 @@ class Steps:
         self._ranks.agree(
             "a step",
             f"of optimizer {number}, behind {self._budget.steps_done} steps and {logical.used} micro-batches of the "
-            f"loader{drawn}, with sums for {len(sums)} parameters ({places}){bounds}",
+            f"loader{drawn}, with sums for {len(sums)} parameters ({places}) of sensitivity "
+            f"{sensitivity(releases[0]):.9g}{bounds}",
         )
         optimizer = logical.optimizer
         if optimizer not in self._equal:
