@@ -36,14 +36,16 @@ class Pool:
     def __init__(self, folder: str) -> None:
         self._folder, self._members, self._runs = folder, [], 0
 
-    def run(self, size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    def run(self, size: int, function: Callable[..., Any], *args: Any, backend: str = "gloo") -> list[Any]:
         """`function(rank, size, *args)` on so many ranks: what each of them returned."""
-        found = self.outcomes(size, function, *args)
+        found = self.outcomes(size, function, *args, backend=backend)
         for rank, one in enumerate(found):
             assert not isinstance(one, Failed), f"rank {rank} of {size}: {one.kind}: {one.text}"
         return found
 
-    def outcomes(self, size: int, function: Callable[..., Any], *args: Any, wait: float = WAIT) -> list[Any]:
+    def outcomes(
+        self, size: int, function: Callable[..., Any], *args: Any, wait: float = WAIT, backend: str = "gloo"
+    ) -> list[Any]:
         """The same, with a `Failed` in the place of what a rank has raised. Ranks wait for each other no longer than
         `wait` seconds. What goes to them and comes back is pickled; the function by its file and name."""
         while len(self._members) < size:
@@ -51,7 +53,7 @@ class Pool:
         self._runs += 1
         place = os.path.join(self._folder, f"run{self._runs}")
         for rank, (_, pipe) in enumerate(self._members[:size]):
-            call = (inspect.getfile(function), function.__qualname__, rank, size, place, wait, args)
+            call = (inspect.getfile(function), function.__qualname__, rank, size, place, wait, backend, args)
             pipe.send_bytes(pickle.dumps(call))
         end = time.monotonic() + wait + LIMIT
         try:
@@ -98,12 +100,14 @@ def _serve(pipe: Any) -> None:
         pipe.send_bytes(_answer_to(*pickle.loads(told)))
 
 
-def _answer_to(file: str, name: str, rank: int, size: int, place: str, wait: float, args: tuple[Any, ...]) -> bytes:
+def _answer_to(
+    file: str, name: str, rank: int, size: int, place: str, wait: float, backend: str, args: tuple[Any, ...]
+) -> bytes:
     split = torch._dynamo.config.optimize_ddp  # which an engine turns off for the process
     try:
         function = getattr(_module(file), name)
         timeout = datetime.timedelta(seconds=wait)
-        dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=size, timeout=timeout)
+        dist.init_process_group(backend, init_method=f"file://{place}", rank=rank, world_size=size, timeout=timeout)
         torch.manual_seed(0)
         return pickle.dumps(function(rank, size, *args))
     except Exception as error:

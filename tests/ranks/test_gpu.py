@@ -1,0 +1,136 @@
+"""Several GPUs, in compiled code: the same steps on any number of them."""
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from engine.runs import BATCH, engine
+from ranks.runs import as_replica
+
+NCCL = "cpu:gloo,cuda:nccl"
+SIZES = [n for n in (1, 2, 4) if n <= torch.cuda.device_count()]
+pytestmark = pytest.mark.skipif(len(SIZES) < 2, reason="needs two GPUs")
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x):
+        return x + self.b(torch.tanh(self.a(x)))
+
+
+class Net(nn.Module):
+    """Widths that no number of ranks divides, and shards that begin within a block of noise."""
+
+    def __init__(self, width: int = 51) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(33, width), nn.Linear(width, 1)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(3))
+
+    def forward(self, x):
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.last(x)
+
+
+def trained(rank, size, way, noise, sigma):
+    """The parameters after three steps of two micro-batches, put together, on the CPU."""
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    torch.manual_seed(0)
+    net = Net().to(device)
+    its = engine(
+        clipping="per_layer", noise_multiplier=sigma, noise=noise, seed=5, micro_batches=2, options={"debug": False}
+    )
+    if way == "sharded":
+        mesh = init_device_mesh("cuda", (size,))
+        for part in net.blocks:
+            fully_shard(part, mesh=mesh)
+        called = its.compile(fully_shard(net, mesh=mesh), dynamic=False)
+    else:
+        called = as_replica(its, net, way, **({"device_ids": [rank]} if way == "inside" else {}))
+    optimizer = its.attach(torch.optim.SGD(net.parameters(), lr=0.1))
+    rows = torch.randn(BATCH, 33, generator=torch.Generator().manual_seed(1)).to(device)
+    for _ in range(3):
+        for part in rows.chunk(size)[rank].chunk(2):
+            optimizer.zero_grad()
+            called(part).square().sum(1).mean().backward()
+            optimizer.step()
+    torch.cuda.synchronize()
+    return [(p.full_tensor() if way == "sharded" else p).detach().cpu() for p in net.parameters()]
+
+
+@pytest.fixture(scope="module")
+def alone(pool):
+    known = {}
+
+    def found(noise, sigma):
+        if (noise, sigma) not in known:
+            (known[noise, sigma],) = pool.run(1, trained, "none", noise, sigma, backend=NCCL)
+        return known[noise, sigma]
+
+    return found
+
+
+@pytest.mark.parametrize("way", ["none", "inside", "sharded"])
+@pytest.mark.parametrize("noise", ["secure", "philox"])
+def test_any_number_of_gpus_takes_the_same_steps(noise, way, pool, alone):
+    for size in SIZES[0 if way == "sharded" else 1 :]:
+        found = pool.run(size, trained, way, noise, 1.0, backend=NCCL)
+        for of_rank in found:
+            for a, b in zip(of_rank, alone(noise, 1.0), strict=True):
+                # sums are rounded to a grid by secure noise, so that their order does not matter
+                torch.testing.assert_close(a, b, rtol=0, atol=0 if noise == "secure" else 1e-6)
+
+
+@pytest.mark.parametrize("way", ["inside", "sharded"])
+def test_clipped_sums(way, pool, alone):
+    start = [p.detach() for p in _fresh().parameters()]
+    for size in SIZES[1:]:
+        for of_rank in pool.run(size, trained, way, "secure", 0.0, backend=NCCL):
+            for a, b, begun in zip(of_rank, alone("secure", 0.0), start, strict=True):
+                assert (a - b).norm() <= 1e-5 * (b - begun).norm()
+
+
+def _fresh():
+    torch.manual_seed(0)
+    return Net()
+
+
+def noises(rank, size, way):
+    """The noise of two steps on a loss that knows nothing of the samples."""
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(640, 640, bias=False)).to(device)
+    its = engine(clipping="per_layer", noise_multiplier=1.0, options={"debug": False})
+    if way == "sharded":
+        net = fully_shard(net, mesh=init_device_mesh("cuda", (size,)))
+    called = its.compile(net) if way == "sharded" else as_replica(its, net, way)
+    optimizer = its.attach(torch.optim.SGD(net.parameters(), lr=0.0))
+    found = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        (called(torch.randn(BATCH // size, 640, device=device)) * 0).sum(1).mean().backward()
+        optimizer.step()
+        (grad,) = [p.grad for p in net.parameters()]
+        found.append((grad.full_tensor() if way == "sharded" else grad).cpu())
+    return found
+
+
+@pytest.mark.parametrize("way", ["inside", "sharded"])
+def test_noise_is_that_of_one_release(way, pool):
+    wanted = (0.5 / BATCH) ** 2
+    for size in SIZES:
+        ranks = pool.run(size, noises, way, backend=NCCL)
+        for first, second in ranks:
+            assert torch.equal(first, ranks[0][0]) and torch.equal(second, ranks[0][1])
+            assert abs(first.var() / wanted - 1) < 0.01 and abs(second.var() / wanted - 1) < 0.01
+            shards = first.flatten().chunk(size)
+            for a, b in ((first, second), *zip(shards, shards[1:], strict=False)):
+                assert abs(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]) < 0.01
