@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.distributed as dist
+
 from flashdp_compile.errors import OptionError
 
 _ALL_IN_ONE = "gradients are clipped and kept until an engine's step, which adds them up over all processes"
@@ -17,6 +19,7 @@ def hold_back(ddp: Any) -> None:
         ("mixed_precision", getattr(ddp, "mixed_precision", None) is not None),
         ("delay_all_reduce_named_params", ddp._delay_all_reduce_all_params),
         ("optimize_ddp='python_reducer'", getattr(ddp, "_use_python_reducer", False)),
+        ("a process_group of some ranks", ddp.process_group.size() != dist.get_world_size()),
     ):
         if on:
             raise OptionError(f"DistributedDataParallel has {name}, which has no use here: {_ALL_IN_ONE}. Leave it out")

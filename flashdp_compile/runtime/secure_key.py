@@ -3,9 +3,9 @@
 A state is such a tensor on the device that draws. `next_key` copies it and raises the step in place: device operations
 at a fixed address, so a replayed CUDA graph draws a new step each time.
 
-Guarantees. A state of `fresh` holds 256 bits from the operating system, and in a forked child it holds others, as do
-the states of ranks that were made from it. One of `derived` is a hash: equal arguments replay the same noise, so it is
-for tests only. Within one state no step is given twice, and drawing from several threads is safe.
+Guarantees. A state of `fresh` holds 256 bits from the operating system, and in a forked child it holds others; so does
+one of `shared`, whose bits several processes have in common. One of `derived` is a hash: equal arguments replay the
+same noise, so it is for tests only. Within one state no step is given twice, and drawing from several threads is safe.
 
 What is up to the caller. A copy of a state gives the same keys as the state. So no state belongs into a checkpoint: a
 run that resumes from one would draw the same noise for other samples, and the difference of two releases with equal
@@ -23,7 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from flashdp_compile.compat import real_tensors
 
-__all__ = ["derived", "for_rank", "fresh", "next_key", "shared"]
+__all__ = ["derived", "fresh", "next_key", "shared"]
 
 STEPS = 1 << 62
 _DOMAIN = b"flashdp_compile secure noise key, version 1"
@@ -46,19 +46,6 @@ def shared(secret: bytes) -> Tensor:
 def derived(seed: int, domain: str) -> Tensor:
     """The state on the CPU whose key is a hash of both arguments, at step 0. For replays: it is no secret."""
     return _state(_hash("seed", str(seed).encode(), domain.encode()), "cpu")
-
-
-def for_rank(state: Tensor, rank: int) -> Tensor:
-    """A state for one rank of several that hold equal states: its key is a hash of key, step and rank; step 0.
-
-    Waits for the device. Equal arguments give equal states: call it once in each process, before anything is drawn.
-    """
-    if rank < 0:
-        raise ValueError(f"ranks count from 0: rank={rank}")
-    with _lock:
-        words = [word.to_bytes(8, "little", signed=True) for word in state.tolist()]
-    ranked = _state(_hash("rank", *words, str(rank).encode()), state.device)
-    return _remembered(ranked) if state in _secret else ranked
 
 
 def next_key(state: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from flashdp_compile.runtime import secure_key
-from flashdp_compile.runtime.secure_key import derived, for_rank, fresh, next_key
+from flashdp_compile.runtime.secure_key import derived, fresh, next_key, shared
 
 
 def draw(state, count):
@@ -60,19 +60,6 @@ def test_derived_keys_are_pinned():
     ]
 
 
-def test_ranks_share_no_key():
-    state, later, other = derived(0, "a"), derived(0, "a"), derived(1, "a")
-    later[4] += 1
-    ranks = [tuple(for_rank(s, rank).tolist()) for s in (state, later, other) for rank in range(20)]
-    assert len({word for key in ranks for word in key[:4]}) == 4 * len(ranks)
-    assert {key[4] for key in ranks} == {0}
-    assert not set(state.tolist()[:4]) & {word for key in ranks for word in key[:4]}
-    assert torch.equal(for_rank(state, 3), for_rank(derived(0, "a"), 3))  # as in another process
-    assert state.tolist() == derived(0, "a").tolist()
-    with pytest.raises(ValueError, match="rank=-1"):
-        for_rank(state, -1)
-
-
 @pytest.mark.parametrize("step", [2**62, 2**63 - 1, -1])
 def test_steps_end_before_they_overflow(step):
     state = derived(0, "a")
@@ -101,21 +88,20 @@ def _drawn_in_child(pipe, *states):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_forked_child_has_its_own_keys():
-    state = fresh("cpu")
-    ranked, replay = for_rank(state, 2), derived(0, "a")
-    replay_of_rank = for_rank(replay, 2)
+    state, replay = fresh("cpu"), derived(0, "a")
+    of_several = shared(os.urandom(32))
     context = multiprocessing.get_context("fork")
     answers = []
     for _ in range(2):
         receiver, sender = context.Pipe(duplex=False)
-        states = state, ranked, replay, replay_of_rank
+        states = state, of_several, replay
         child = context.Process(target=_drawn_in_child, args=(sender, *states), daemon=True)
         with secure_key._lock:  # as if another thread were drawing
             child.start()
         assert receiver.poll(60), "the child waits for its parent's lock"
         answers.append(receiver.recv())
         child.join()
-    own = [draw(s, 3) for s in (state, ranked, replay, replay_of_rank)]
+    own = [draw(s, 3) for s in (state, of_several, replay)]
     keys = [{key[:4] for key in drawn} for answer in (*answers, own) for drawn in answer[:2]]
     assert all(len(key) == 1 for key in keys) and len(set.union(*keys)) == 6
     assert answers[0][2:] == answers[1][2:] == own[2:]  # a seed is the user's: it replays in a child as well
