@@ -145,3 +145,17 @@ def test_ranks_without_samples(pool):
     assert any(0 in sizes for _, sizes, _ in ranks)
     for step in zip(*(sizes for _, sizes, _ in ranks), strict=True):
         assert 1 not in step or sum(step) == 1
+
+
+def drawn(rank, size):
+    """The rows of each step, where nobody has given a seed."""
+    its = engine(sampling=None, sample_size=50, expected_batch_size=20, steps=10)
+    rows = TensorDataset(torch.arange(50))
+    return [x.tolist() for (x,) in its.data_loader(rows, num_workers=0)]
+
+
+def test_ranks_share_a_draw_that_nobody_can_repeat(pool):
+    runs = [pool.run(2, drawn) for _ in range(2)]
+    steps = [sorted(one + other) for one, other in (step for run in runs for step in zip(*run, strict=True))]
+    assert all(len(set(step)) == len(step) for step in steps), "nobody is in two parts"
+    assert len(set(map(tuple, steps))) == 20
