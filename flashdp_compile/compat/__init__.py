@@ -19,6 +19,7 @@ from flashdp_compile.compat.compilers import (
 )
 from flashdp_compile.compat.execution import (
     COMPILED_BACKWARD,
+    TorchDispatchMode,
     allocations,
     backward_number,
     compile_calls,
@@ -35,6 +36,7 @@ from flashdp_compile.compat.execution import (
     real_tensors,
     scale_of,
     steps_within,
+    tree_leaves,
 )
 from flashdp_compile.compat.graphs import (
     GradAOTOutput,
@@ -100,6 +102,7 @@ __all__ = [
     "PlainAOTInput",
     "RestartAnalysis",
     "TangentAOTInput",
+    "TorchDispatchMode",
     "UnwrappedCompilerError",
     "add_up",
     "allocations",
@@ -151,6 +154,7 @@ __all__ = [
     "start_kernel",
     "steps_within",
     "trace",
+    "tree_leaves",
     "unsplit_ddp_graphs",
     "versions",
     "wait_of",

@@ -12,7 +12,6 @@ from torch import nn
 from flashdp_compile.compat import is_sharded, sum_shards
 from flashdp_compile.engine.ranks import Ranks
 from flashdp_compile.errors import OptionError
-from flashdp_compile.passes.groups import form_groups
 from flashdp_compile.runtime.parts import Parts
 from flashdp_compile.runtime.shard_watch import ShardWatch, watch_shard
 
@@ -113,7 +112,7 @@ def _bounds(parts: Mapping[str, nn.Module], options: Mapping[str, Any], clipping
         count = sum(any(p.requires_grad for p in part.parameters()) for part in parts.values())
         kind = {"*": "part"}
     elif clipping == "per_layer":
-        count = len(form_groups(names, "per_layer", 1.0))
+        count = len({name.rpartition(".")[0] for name in names})  # modules that own parameters
     else:
         raise OptionError(
             f"clipping={clipping!r} needs norms over several parts of the model, and fully_shard sends off the "

@@ -15,11 +15,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from flashdp_compile.compat import foreign_hooks, is_of_sharding, real_tensors, unusual_sums
+from flashdp_compile.compat import (
+    TorchDispatchMode,
+    foreign_hooks,
+    is_of_sharding,
+    real_tensors,
+    tree_leaves,
+    unusual_sums,
+)
 from flashdp_compile.errors import FlashDPError, OptionError, Refusal
 from flashdp_compile.runtime.release import LEDGER, Release
 from flashdp_compile.runtime.shard_watch import ShardWatch
