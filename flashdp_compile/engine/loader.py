@@ -7,12 +7,19 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from flashdp_compile.accounting import Poisson, TruncatedPoisson
 from flashdp_compile.checks import integer
-from flashdp_compile.data import PrivateLoader
+from flashdp_compile.data import PoissonSampler, PrivateLoader
+from flashdp_compile.data.loader import rows
+from flashdp_compile.data.sampler import Part
+from flashdp_compile.engine.plan import Plan
+from flashdp_compile.engine.ranks import Ranks
+from flashdp_compile.errors import OptionError
 from flashdp_compile.runtime.release import LEDGER, Release
 
 _log = logging.getLogger("flashdp_compile")
 _tokens = itertools.count()  # names of loaders: unlike an id, never used again
+UNLIMITED = 2**31 - 1  # steps of a loader
 REMEMBERED = 1000  # micro-batches, by the backward that used them
 
 
@@ -80,3 +87,40 @@ class EngineLoader(PrivateLoader):
     def _said(self, count: int) -> str:
         several = "1 micro-batch" if count == 1 else f"{count} micro-batches"
         return f"the loader has handed out {several} for them, each of which goes through one forward and one backward"
+
+
+def make_loader(
+    dataset: Any,
+    plan: Plan,
+    ranks: Ranks,
+    seed: int | None,
+    *,
+    physical_batch_size: int | None,
+    pad: bool,
+    read_ahead: int,
+    begins: Callable[[], None],
+    **dataloader_options: Any,
+) -> EngineLoader:
+    """This rank's part of the logical batches of a plan, which all ranks draw together.
+
+    Raises OptionError if somebody else draws the samples, or the plan is that of other data.
+    """
+    how = plan.sampling
+    if plan.own_sampling or not isinstance(how, (Poisson, TruncatedPoisson)):
+        raise OptionError("sampling is given, which says that samples are drawn elsewhere: leave it out")
+    with ranks.together():
+        if (count := rows(dataset)) != how.sample_size:
+            raise OptionError(f"dataset has {count} rows, but sample_size={how.sample_size}")
+        told = {"physical_batch_size": physical_batch_size, "pad": pad, "read_ahead": read_ahead}
+        ranks.agree("the loader's arguments", told)
+    sampler = PoissonSampler(
+        count,
+        how.rate,
+        steps=UNLIMITED if plan.steps is None else plan.steps,
+        physical_batch_size=physical_batch_size,
+        cap=how.cap if isinstance(how, TruncatedPoisson) else None,
+        seed=seed,
+        least=2 if plan.norms and not pad else 1,  # a graph of one sample has exact norms
+        part=Part(ranks.rank, ranks.size, int.from_bytes(ranks.secret(16), "little")),
+    )
+    return EngineLoader(dataset, sampler, pad=pad, read_ahead=read_ahead, begins=begins, **dataloader_options)

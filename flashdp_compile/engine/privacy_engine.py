@@ -5,36 +5,30 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from flashdp_compile.accounting import Poisson, Sampling, Schedule, TruncatedPoisson
+from flashdp_compile.accounting import Sampling, Schedule
 from flashdp_compile.checks import choice, first_difference, integer
-from flashdp_compile.compat import compile_in_place, unsplit_ddp_graphs
-from flashdp_compile.data import PoissonSampler
-from flashdp_compile.data.loader import rows
-from flashdp_compile.data.sampler import Part
 from flashdp_compile.engine.attach import check_optimizer, replace_step
 from flashdp_compile.engine.bounds import MovingBounds, Quantile
 from flashdp_compile.engine.budget import Budget
+from flashdp_compile.engine.compiled import compile_model
 from flashdp_compile.engine.journal import Journal
-from flashdp_compile.engine.loader import EngineLoader
+from flashdp_compile.engine.loader import EngineLoader, make_loader
 from flashdp_compile.engine.noise import NOISES, Noise
 from flashdp_compile.engine.norms import accounted_norms
 from flashdp_compile.engine.plan import make_plan
 from flashdp_compile.engine.ranks import Ranks
-from flashdp_compile.engine.sharded import BY_PART, compile_in_parts, is_in_parts
+from flashdp_compile.engine.sharded import BY_PART
 from flashdp_compile.engine.steps import Steps
 from flashdp_compile.errors import OptionError
 from flashdp_compile.options import Options
 from flashdp_compile.runtime.probe_keys import HeldProbes
-from flashdp_compile.runtime.replicas import hold_back
 
 FORMAT = 1
-UNLIMITED = 2**31 - 1  # steps of a loader
 OWN = (  # options that follow from arguments
     "max_grad_norm",
     "clipping",
@@ -223,31 +217,7 @@ class PrivacyEngine:
         A model inside `DistributedDataParallel` is compiled in its place; one that is compiled may be put into it. One
         to which `fully_shard` was applied is compiled in its place, part by part.
         """
-        if refused := {"backend", "options", "mode"} & settings.keys():
-            raise OptionError(
-                f"{min(refused)} is the engine's own; options of the backend are an argument of the engine"
-            )
-        self._ranks.check()
-        if is_in_parts(model):
-            self._check_parts()
-            compile_in_parts(model, self._options, self._clipping, self._ranks, **{"fullgraph": True, **settings})
-            return model
-        how = {"backend": "flashdp", "options": dict(self._options), "fullgraph": True, **settings}
-        inside_ddp = isinstance(model, nn.parallel.DistributedDataParallel)
-        if (inside_ddp or self._ranks.group) and unsplit_ddp_graphs():
-            _log.warning("flashdp: torch._dynamo.config.optimize_ddp is off now: a model is one graph, to be proved")
-        if not inside_ddp:
-            return torch.compile(model, **how)
-        hold_back(model)
-        compile_in_place(cast(nn.Module, model.module), **how)
-        return model
-
-    def _check_parts(self) -> None:
-        if self._bounds is not None or self.plan.norms:
-            raise OptionError(
-                "bounds that move, and norms that are estimated, are not known yet for a model of sharded parts: leave "
-                "bounds and norm out"
-            )
+        return compile_model(model, self._options, self._clipping, self._ranks, settings)
 
     def data_loader(
         self,
@@ -264,29 +234,17 @@ class PrivacyEngine:
         It ends with the last step of the run. A new one takes the place of an older one. `read_ahead`: how many batches
         the training loop takes before it uses them, 1 under Lightning; backward passes come in their order.
         """
-        how = self.plan.sampling
-        if self.plan.own_sampling or not isinstance(how, (Poisson, TruncatedPoisson)):
-            raise OptionError("sampling is given, which says that samples are drawn elsewhere: leave it out")
-        with self._ranks.together():
-            if (count := rows(dataset)) != how.sample_size:
-                raise OptionError(f"dataset has {count} rows, but sample_size={how.sample_size}")
-            told = {"physical_batch_size": physical_batch_size, "pad": pad, "read_ahead": read_ahead}
-            self._ranks.agree("the loader's arguments", told)
-        part = Part(self._ranks.rank, self._ranks.size, int.from_bytes(self._ranks.secret(16), "little"))
-        sampler = PoissonSampler(
-            count,
-            how.rate,
-            steps=UNLIMITED if self.plan.steps is None else self.plan.steps,
+        self._steps.loader = loader = make_loader(
+            dataset,
+            self.plan,
+            self._ranks,
+            self.seed,
             physical_batch_size=physical_batch_size,
-            cap=how.cap if isinstance(how, TruncatedPoisson) else None,
-            seed=self.seed,
-            least=2 if self.plan.norms and not pad else 1,  # a graph of one sample has exact norms
-            part=part,
+            pad=pad,
+            read_ahead=read_ahead,
+            begins=self._steps.begin,
+            **dataloader_options,
         )
-        loader = EngineLoader(
-            dataset, sampler, pad=pad, read_ahead=read_ahead, begins=self._steps.begin, **dataloader_options
-        )
-        self._steps.loader = loader
         self._go_on()
         return loader
 

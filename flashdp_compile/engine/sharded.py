@@ -29,7 +29,17 @@ def compile_in_parts(
 
     Raises OptionError where parameters belong to no part, or are sharded in a way that noise is not known for.
     """
+    if options.get("bound_scales") is not None or options.get("held_probes") is not None:
+        raise OptionError(
+            "bounds that move, and norms that are estimated, are not known yet for a model of sharded parts: leave "
+            "bounds and norm out"
+        )
     parts = parts_of(model)
+    if replaced := [name for name, part in parts.items() if "forward" in vars(part)]:
+        raise OptionError(
+            f"somebody has replaced the forward of {replaced[0] or 'the model'}, and what is compiled is that of its "
+            "class: compile before, or wrap the module instead"
+        )
     shards = _shards(model, ranks)
     sum_shards(model)
     own = {**options, **_bounds(parts, options, clipping)}

@@ -1,0 +1,40 @@
+"""What becomes of a model that an engine compiles: one graph, in its place within DistributedDataParallel, or parts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from flashdp_compile.compat import compile_in_place, unsplit_ddp_graphs
+from flashdp_compile.engine.ranks import Ranks
+from flashdp_compile.engine.sharded import compile_in_parts, is_in_parts
+from flashdp_compile.errors import OptionError
+from flashdp_compile.runtime.replicas import hold_back
+
+_log = logging.getLogger("flashdp_compile")
+
+
+def compile_model(
+    model: nn.Module, options: Mapping[str, Any], clipping: Any, ranks: Ranks, settings: Mapping[str, Any]
+) -> Any:
+    """What is called instead of a model. `options` are those of the backend, `clipping` is what the user has said,
+    `settings` are further arguments of torch.compile."""
+    if refused := {"backend", "options", "mode"} & settings.keys():
+        raise OptionError(f"{min(refused)} is the engine's own; options of the backend are an argument of the engine")
+    ranks.check()
+    if is_in_parts(model):
+        compile_in_parts(model, options, clipping, ranks, **{"fullgraph": True, **settings})
+        return model
+    how = {"backend": "flashdp", "options": dict(options), "fullgraph": True, **settings}
+    inside_ddp = isinstance(model, nn.parallel.DistributedDataParallel)
+    if (inside_ddp or ranks.group) and unsplit_ddp_graphs():
+        _log.warning("flashdp: torch._dynamo.config.optimize_ddp is off now: a model is one graph, to be proved")
+    if not inside_ddp:
+        return torch.compile(model, **how)
+    hold_back(model)
+    compile_in_place(cast(nn.Module, model.module), **how)
+    return model
