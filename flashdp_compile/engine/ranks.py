@@ -91,8 +91,9 @@ class Ranks:
         alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for tensor in tensors:
             alike.setdefault((tensor.device, tensor.dtype), []).append(tensor)
-        for (device, _), group in alike.items():
-            add_up(group, None if device.type == "cuda" else self._host)
+        with self._answers():
+            for (device, _), group in alike.items():
+                add_up(group, None if device.type == "cuda" else self._host)
 
     def check_equal(self, what: str, tensors: Sequence[Tensor]) -> None:
         """Raises RanksError unless tensors hold the same on all ranks, as told by two sums. Waits for their devices."""
@@ -104,28 +105,35 @@ class Ranks:
         self.agree(what, hashlib.sha256(told.numpy().tobytes()).hexdigest())
 
     def _of_first(self, value: Tensor) -> Tensor:
-        dist.broadcast(value, 0, group=self._host)
+        with self._answers():
+            dist.broadcast(value, 0, group=self._host)
         return value
 
     def _exchange(self, status: int, what: str, told: Any) -> None:
         digest = int.from_bytes(hashlib.sha256(f"{what}: {told!r}".encode()).digest()[:8], "little", signed=True)
         mine = torch.tensor([status, digest])
         found = [torch.empty_like(mine) for _ in range(self.size)]
-        try:
+        with self._answers():
             dist.all_gather(found, mine, group=self._host)
             states = [tuple(one.tolist()) for one in found]
             if len(set(states)) == 1 and status == _NOTHING:
                 return
             all_told: list[Any] = [None] * self.size
             dist.all_gather_object(all_told, (status, what, told), group=self._host)
+        if status == _FAILED:
+            return  # the others are told, and this one raises what it has
+        raise self._raised(_difference(all_told))
+
+    @contextlib.contextmanager
+    def _answers(self) -> Iterator[None]:
+        """Within, this rank waits for others."""
+        try:
+            yield
         except RuntimeError as error:
             raise self._raised(
                 f"rank {self.rank} has waited in vain for the others ({error}). One of them has ended, or is busy with "
                 "something else: every rank makes the same engine, takes the same steps, and skips no batch"
             ) from error
-        if status == _FAILED:
-            return  # the others are told, and this one raises what it has
-        raise self._raised(_difference(all_told))
 
     def _raised(self, text: str) -> RanksError:
         self._told = error = RanksError(f"{text}. Nothing was released")
