@@ -29,6 +29,12 @@ def compile_model(
     if is_in_parts(model):
         compile_in_parts(model, options, clipping, ranks, **{"fullgraph": True, **settings})
         return model
+    if spread := [name for name, parameter in model.named_parameters() if hasattr(parameter, "device_mesh")]:
+        raise OptionError(
+            f"{spread[0]} is spread over ranks by tensor parallelism, where none of them sees the whole gradient of a "
+            "sample, so none knows its norm: not supported. fully_shard spreads a model, too, and lets each part be "
+            "whole while it is computed with"
+        )
     how = {"backend": "flashdp", "options": dict(options), "fullgraph": True, **settings}
     inside_ddp = isinstance(model, nn.parallel.DistributedDataParallel)
     if (inside_ddp or ranks.group) and unsplit_ddp_graphs():
