@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,10 +12,12 @@ from torch import Tensor, nn
 __all__ = [
     "first_element",
     "foreign_hooks",
+    "groups_of",
     "is_of_sharding",
     "is_sharded",
     "local_shard",
     "sharded_like",
+    "sharded_parameters",
     "sum_shards",
     "unusual_sums",
 ]
@@ -38,10 +40,22 @@ def sum_shards(model: nn.Module) -> None:
             module.set_force_sum_reduction_for_comms(True)  # type: ignore[attr-defined, operator]
 
 
-def unusual_sums(model: nn.Module) -> str:
+def groups_of(part: nn.Module, model: nn.Module) -> list[Any]:
+    """Those of fully_shard that gather the parameters of a part and reduce their gradients."""
+    inside = set(part.modules())
+    found = {id(group): group for group in _groups(model)}
+    return [group for group in found.values() if any(p._module_info.module in inside for p in group.fsdp_params)]
+
+
+def sharded_parameters(group: Any) -> list[Tensor]:
+    """What an optimizer has, as fully_shard knows it now."""
+    return [one.sharded_param for one in group.fsdp_params]
+
+
+def unusual_sums(groups: Iterable[Any]) -> str:
     """What keeps the gradients that fully_shard leaves from being float32 sums over all ranks of one backward; empty if
     nothing does."""
-    for group in _groups(model):
+    for group in groups:
         found = {
             "a gradient divide factor": group.gradient_divide_factor != 1.0 or not group.force_sum_reduction_for_comms,
             "reduce_dtype of 16 bits": group.mp_policy.reduce_dtype not in (None, torch.float32),
@@ -76,8 +90,8 @@ def first_element(parameter: Tensor) -> int:
 
 
 def local_shard(value: Tensor) -> Tensor:
-    """This rank's part of a DTensor."""
-    return value._local_tensor  # type: ignore[attr-defined]
+    """This rank's part of a DTensor; any other tensor as it is."""
+    return getattr(value, "_local_tensor", value)
 
 
 def sharded_like(local: Tensor, parameter: Tensor) -> Tensor:

@@ -103,6 +103,8 @@ def examine(
     clean: list[tuple[int, Content]] = []
     sums: dict[int, Held] = {}
     for index, (parameter, watched) in enumerate(pairs):
+        if watched is not None:
+            watched.settle()
         if watched is not None and watched.held is not None:
             sums[index] = watched.held
             if (fault := watched.held.fault if held else Fault.OWED) is not None:

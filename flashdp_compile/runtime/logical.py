@@ -69,9 +69,6 @@ class LogicalBatch:
         the same noise.
         """
         optimizer = self.optimizer
-        for _, _, watched in self._watches():
-            if isinstance(watched, ShardWatch):
-                watched.settle()
         found = examine(optimizer, held=True)
         owed = {release.info.owed for release in found.releases}
         several = any(release.part is None for release in found.releases) and len(owed) > 1

@@ -97,6 +97,11 @@ EXPLANATIONS = {
         "call each part once in every forward; a block that is used several times belongs into one part with what "
         "calls it",
     ),
+    Fault.RESCALED: Explanation(
+        "fully_shard was told, behind the forward, to add gradients up otherwise",
+        "a sum that is multiplied by anything is larger than the noise is made for",
+        "leave set_gradient_divide_factor, set_requires_gradient_sync and the like as they are",
+    ),
     Fault.LOST: Explanation(
         "clipped sums of an earlier backward never came back from the other ranks",
         "what fully_shard has done with them is not known",

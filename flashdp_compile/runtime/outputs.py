@@ -183,16 +183,19 @@ def _released(
         release.probes = info.owed.probes.moves
     passed_on = list(grad_inputs)
     taken = set[int]()
+    fault = Fault.REPEATED if runs else None
+    if part is not None and part[0].rescaled(part[1]):
+        fault = Fault.RESCALED
     for index, parameter, watched in arrived:
         if watched.shard is not None:
             watched.announce(parameter, cast(Tensor, grad_inputs[index]), release)
-            watched.shard.expect(watched, release, Fault.REPEATED if runs else None)
+            watched.shard.expect(parameter, watched, release, fault)
             continue
         total = cast(Tensor, grad_inputs[index]).detach()
         if total.data_ptr() in taken:  # a graph may give two parameters one tensor, and noise is added in place
             total = total.clone()
         taken.add(total.data_ptr())
-        watched.hold(total, release, Fault.REPEATED if runs else None)
+        watched.hold(total, release, fault)
         passed_on[index] = None
     runs.append(release)
     return tuple(passed_on)

@@ -23,12 +23,14 @@ from flashdp_compile.compat import (
     is_of_sharding,
     real_tensors,
     tree_leaves,
+    groups_of,
+    sharded_parameters,
     unusual_sums,
 )
 from flashdp_compile.errors import FlashDPError, OptionError, Refusal
 from flashdp_compile.runtime.release import LEDGER, Release
 from flashdp_compile.runtime.shard_watch import ShardWatch
-from flashdp_compile.runtime.watch import watch
+from flashdp_compile.runtime.watch import find, watch
 
 _MARK = "_flashdp_parts"
 _PLAIN = (int, float, bool, str, bytes, type(None), torch.dtype, torch.device)
@@ -42,7 +44,7 @@ class Parts:
         self.model, self.names = model, list(parts)
         self._modules, self._shards = list(parts.values()), shards
         self.known = WeakIdKeyDictionary()  # what the tensors hold that the present forward may pass on
-        self._linked: set[int] = set()
+        self._groups: dict[int, list[Any]] = {}  # of fully_shard, by the number of a part
         self.trainable = frozenset(
             n for n, part in enumerate(self._modules) if any(p.requires_grad for p in part.parameters())
         )
@@ -52,7 +54,7 @@ class Parts:
 
         Raises OptionError if that was done before.
         """
-        if hasattr(self.model, _MARK):
+        if was_compiled(self.model):
             raise OptionError("this model was compiled part by part before: an engine compiles a model once")
         setattr(self.model, _MARK, True)
         for number, part in enumerate(self._modules):
@@ -71,6 +73,10 @@ class Parts:
         if lacking := self.trainable - set(numbers):
             return f"{self.names[min(lacking)]} took no part in it"
         return ""
+
+    def rescaled(self, number: int) -> bool:
+        """Whether the clipped sums of this part will not be added up over all ranks as they are."""
+        return bool(unusual_sums(self._groups[number]))
 
     def mark(self, values: Any, holding: str) -> None:
         """Remembers what the tensors among these values hold.
@@ -99,19 +105,35 @@ class Parts:
         return forward
 
     def _link(self, number: int, part: nn.Module) -> None:
-        """Tells the watches of parameters that are whole now of their shards."""
-        if wrong := unusual_sums(self.model):
+        """Tells the watches of parameters that are whole now of their shards, which must be those of the beginning."""
+        linked = number in self._groups
+        groups = self._groups.setdefault(number, groups_of(part, self.model))
+        if wrong := unusual_sums(groups):
             raise FlashDPError(
                 f"fully_shard was told to use {wrong}: clipped sums must be added up over all ranks as they are, in "
                 "float32, by every backward. Leave it out, and compute in bfloat16 by torch.autocast"
             )
-        if number in self._linked:
+        for parameter in (p for group in groups for p in sharded_parameters(group) if p.requires_grad):
+            self._check_shard(self.names[number] or "the model", parameter)
+        if linked:
             return
         for name, parameter in part.named_parameters():
             watched, full = watch(parameter), f"{self.names[number]}.{name}".lstrip(".")
             if watched is not None:
                 watched.shard = self._shards[full]
-        self._linked.add(number)
+
+    def _check_shard(self, name: str, parameter: Tensor) -> None:
+        if not isinstance(find(parameter), ShardWatch):
+            raise FlashDPError(
+                f"a parameter of {name}, of shape {tuple(parameter.shape)}, was frozen when the engine compiled the "
+                "model, or has taken the place of another since (load_state_dict(assign=True), to_empty): nobody would "
+                "add noise to its gradient. Do such things before engine.compile"
+            )
+        if len(parameter._post_accumulate_grad_hooks or ()) > 1:
+            raise Refusal(
+                f"a parameter of {name}, of shape {tuple(parameter.shape)}, has a hook on its gradient, which has no "
+                "noise before the engine's step. Remove it"
+            )
 
     def _watched(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         def between(*args: Any, **kwargs: Any) -> Any:
@@ -127,6 +149,11 @@ class Parts:
                 self.known.clear()
 
         return between
+
+
+def was_compiled(model: nn.Module) -> bool:
+    """Whether it is that of some `Parts`."""
+    return hasattr(model, _MARK)
 
 
 class _Between(TorchDispatchMode):

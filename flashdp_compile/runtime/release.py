@@ -51,6 +51,9 @@ class InParts(Protocol):
     def missing(self, releases: Iterable["Release"]) -> str:
         """What is wrong with the releases of one backward, which must be one of each part; empty if nothing is."""
 
+    def rescaled(self, number: int) -> bool:
+        """Whether the clipped sums of this part will not be added up over all ranks as they are."""
+
 
 @dataclass(eq=False, slots=True)
 class Release:

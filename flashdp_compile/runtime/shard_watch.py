@@ -7,6 +7,7 @@ the former sees that a gradient is one release and nothing else, the watch of th
 
 from __future__ import annotations
 
+import weakref
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from flashdp_compile.compat import first_element, hidden_from_dynamo, local_shard
 from flashdp_compile.runtime.release import Release
-from flashdp_compile.runtime.watch import Fault, Watch, find
+from flashdp_compile.runtime.watch import Content, Fault, Watch, find
 
 
 class Expected(NamedTuple):
@@ -28,21 +29,36 @@ class Expected(NamedTuple):
 class ShardWatch(Watch):
     """The watch of a parameter that an optimizer steps on, of which this rank has a part."""
 
-    __slots__ = ("expected", "arrived", "first")
+    __slots__ = ("expected", "arrived", "first", "_parameter")
 
-    def __init__(self, name: str | None, first: int) -> None:
+    def __init__(self, parameter: Tensor, name: str | None, first: int) -> None:
         super().__init__(name)
+        self._parameter = weakref.ref(parameter)
         self.first = first
         """How many elements of the parameter lie before this rank's."""
         self.expected: Expected | None = None
         self.arrived: tuple[Tensor, Release, Fault | None] | None = None
 
-    def expect(self, whole: Watch, release: Release, fault: Fault | None) -> None:
-        """Called by the compiled node, which hands a gradient of the whole parameter to autograd."""
+    def expect(self, parameter: Tensor, whole: Watch, release: Release, fault: Fault | None) -> None:
+        """Called by the compiled node, which hands a gradient of the whole `parameter` to autograd."""
         self.settle()
+        if len(parameter._post_accumulate_grad_hooks or ()) > 1:  # fully_shard has none
+            fault = fault or Fault.MIXED
+        fault = fault or self._clear()
         if self.expected is not None:  # an earlier one has not come
             fault = fault or Fault.LOST
         self.expected = Expected(whole, release, fault)
+
+    def _clear(self) -> Fault | None:
+        """Makes room for a sum, which fully_shard adds to what it finds in p.grad: what is wrong with that, unless an
+        earlier step has left it there or it is zero."""
+        parameter = self._parameter()
+        assert parameter is not None
+        self._surround(parameter)
+        grad, parameter.grad = parameter.grad, None
+        if grad is None or isinstance(found := self.judge(grad), Content) and found.stepped:
+            return None
+        return Fault.STALE if local_shard(grad).any() else None
 
     def settle(self) -> None:
         """Adds what has come to what is held: only now, behind the backward, as it may have been copied meanwhile."""
@@ -81,7 +97,7 @@ def watch_shard(parameter: Tensor, name: str) -> ShardWatch:
     found = find(parameter)
     if isinstance(found, ShardWatch):
         return found
-    watched = ShardWatch(name, first_element(parameter))
+    watched = ShardWatch(parameter, name, first_element(parameter))
     if found is not None:
         raise ValueError(f"{name} has been trained as it was before it was sharded")
     with torch.no_grad():

@@ -38,6 +38,7 @@ class Fault(enum.Enum):
     FOREIGN = enum.auto()  # at an engine's step: what it has not compiled, or compiled otherwise
     REPEATED = enum.auto()  # two backward passes over one forward, while noise is owed
     PARTS = enum.auto()  # a backward went through some parts of a model only, or several times through one
+    RESCALED = enum.auto()  # fully_shard was told behind the forward to add gradients up otherwise
     LOST = enum.auto()  # clipped sums of a part of the model never came back from the other ranks
 
 
@@ -183,6 +184,9 @@ class Watch:
         if content.fault is not None:
             return content.fault
         return Fault.VOID if content.epoch != LEDGER.epoch else content
+
+    def settle(self) -> None:
+        """Makes sure that what has come is held: it is, unless it comes by way of other ranks (shard_watch.py)."""
 
     def drop(self) -> None:
         """Forgets the sums that are held."""
