@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,13 @@ from flashdp_compile.runtime.watch import find, watch
 _MARK = "_flashdp_parts"
 _PLAIN = (int, float, bool, str, bytes, type(None), torch.dtype, torch.device)
 SAMPLES, PUBLIC = "samples", "public"
+
+
+class Known(NamedTuple):
+    """What a tensor holds, and what it was when that was known: no op is needed to make another of it."""
+
+    holding: str
+    state: tuple[Any, ...]
 
 
 class Parts:
@@ -85,8 +92,8 @@ class Parts:
         """
         for value in tree_leaves(values):
             if isinstance(value, Tensor):
-                self.known[value] = holding
-            elif not isinstance(value, _PLAIN):
+                self.known[value] = Known(holding, _state(value))
+            elif type(value) not in _PLAIN:
                 raise Refusal(
                     f"a {type(value).__name__} is passed to or by a model that is compiled part by part, and may hold "
                     "tensors that nothing is proved of: pass tensors, or tuples, lists and dicts of them"
@@ -165,7 +172,7 @@ class _Between(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for value in _tensors((args, kwargs or {})):
-            if self._parts.known.get(value) != PUBLIC:
+            if getattr(self._parts.known.get(value), "holding", None) != PUBLIC:
                 what = "samples, or on what was made of them," if value in self._parts.known else "a tensor"
                 raise Refusal(
                     f"{func} is called{_user_line()} on {what} between two parts of a model that are compiled each by "
@@ -207,17 +214,27 @@ class _Around:
         if self._part is self._parts.model:
             return
         for value in _tensors((args, kwargs)):
-            if value not in self._parts.known:
+            known = self._parts.known.get(value)
+            if known is None:
                 raise Refusal(
                     f"a part of the model is given a tensor of shape {tuple(value.shape)} that no other part has "
                     "returned, and that is no argument of the whole model: nothing is proved of how it was made. Parts "
                     "are called by the model's own forward; checkpoint a part inside of its forward, not from outside"
+                )
+            if known.state != _state(value):
+                raise Refusal(
+                    f"a tensor of shape {tuple(value.shape)} was changed before it came to a part of the model: nothing "
+                    "is proved of what did it, such as an assignment to .data or an autograd.Function"
                 )
             if value._backward_hooks and not all(map(is_of_sharding, value._backward_hooks.values())):
                 raise Refusal(
                     f"a tensor of shape {tuple(value.shape)} that a part of the model is given has a hook on its "
                     "gradient, which could mix samples. Remove it"
                 )
+
+
+def _state(value: Tensor) -> tuple[Any, ...]:
+    return value.grad_fn, -1 if value.is_inference() else value._version, value.data_ptr()
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
