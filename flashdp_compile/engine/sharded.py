@@ -13,6 +13,8 @@ from flashdp_compile.compat import is_sharded, sum_shards
 from flashdp_compile.engine.ranks import Ranks
 from flashdp_compile.errors import OptionError
 from flashdp_compile.runtime.parts import Parts
+from flashdp_compile.passes.groups import form_groups
+from flashdp_compile.runtime.parts import Parts, was_compiled
 from flashdp_compile.runtime.shard_watch import ShardWatch, watch_shard
 
 BY_PART = "per_block"  # of `clipping`: one group for each part
@@ -40,6 +42,12 @@ def compile_in_parts(
             f"somebody has replaced the forward of {replaced[0] or 'the model'}, and what is compiled is that of its "
             "class: compile before, or wrap the module instead"
         )
+    for name, part in parts.items():
+        if "forward" in vars(part) and not was_compiled(model):
+            raise OptionError(
+                f"{name or 'the model'} has a forward that was assigned to the object, and is not that of its class: "
+                "its class's is what is compiled. Derive a class from it"
+            )
     shards = _shards(model, ranks)
     sum_shards(model)
     own = {**options, **_bounds(parts, options, clipping)}
