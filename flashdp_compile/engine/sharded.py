@@ -86,6 +86,11 @@ def parts_of(model: nn.Module) -> dict[str, nn.Module]:
                 f"{f'{name}.' if name else ''}{own[0]} belongs to a module other parts of which are sharded by "
                 "themselves, so it is used outside of them, where nothing is compiled: move it into a module of its own"
             )
+        if module is not model and is_sharded(module):
+            raise OptionError(
+                f"{name} is sharded, and so are modules inside of it: what fully_shard does around it would run between "
+                "the parts. Apply it to the parts, and to the whole model"
+            )
         for inner_name, inner in module.named_children():
             look(f"{name}.{inner_name}".lstrip("."), inner)
 
