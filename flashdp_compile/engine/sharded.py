@@ -12,8 +12,6 @@ from torch import nn
 from flashdp_compile.compat import is_sharded, sum_shards
 from flashdp_compile.engine.ranks import Ranks
 from flashdp_compile.errors import OptionError
-from flashdp_compile.runtime.parts import Parts
-from flashdp_compile.passes.groups import form_groups
 from flashdp_compile.runtime.parts import Parts, was_compiled
 from flashdp_compile.runtime.shard_watch import ShardWatch, watch_shard
 
@@ -37,11 +35,6 @@ def compile_in_parts(
             "bounds and norm out"
         )
     parts = parts_of(model)
-    if replaced := [name for name, part in parts.items() if "forward" in vars(part)]:
-        raise OptionError(
-            f"somebody has replaced the forward of {replaced[0] or 'the model'}, and what is compiled is that of its "
-            "class: compile before, or wrap the module instead"
-        )
     for name, part in parts.items():
         if "forward" in vars(part) and not was_compiled(model):
             raise OptionError(
@@ -88,8 +81,8 @@ def parts_of(model: nn.Module) -> dict[str, nn.Module]:
             )
         if module is not model and is_sharded(module):
             raise OptionError(
-                f"{name} is sharded, and so are modules inside of it: what fully_shard does around it would run between "
-                "the parts. Apply it to the parts, and to the whole model"
+                f"{name} is sharded, and so are modules inside of it: what fully_shard does around it would run "
+                "between the parts. Apply it to the parts, and to the whole model"
             )
         for inner_name, inner in module.named_children():
             look(f"{name}.{inner_name}".lstrip("."), inner)

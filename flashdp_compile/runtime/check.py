@@ -137,8 +137,8 @@ def _wrong_graphs(release: Release) -> Fault | None:
     """What is wrong if a backward ran several graphs which are not the parts of one model, or not all of these."""
     if release.part is None:
         return Fault.GRAPHS if len(release.peers) > 1 else None
-    model = release.part[0]
-    if any(peer.part is None or peer.part[0] is not model for peer in release.peers):
+    model = release.part[0]()
+    if model is None or any(peer.part is None or peer.part[0]() is not model for peer in release.peers):
         return Fault.GRAPHS
     return Fault.PARTS if model.missing(release.peers) else None
 

@@ -176,7 +176,7 @@ def _released(
         for index, parameter, watched in arrived:
             watched.announce(parameter, cast(Tensor, grad_inputs[index]), release)
         return None
-    release.part = part
+    release.part = None if part is None else (weakref.ref(part[0]), part[1])
     if info.owed.bounds is not None:
         release.moved = info.owed.bounds.take()
     if info.owed.probes is not None:

@@ -20,11 +20,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 from flashdp_compile.compat import (
     TorchDispatchMode,
     foreign_hooks,
+    groups_of,
     is_of_sharding,
     real_tensors,
-    tree_leaves,
-    groups_of,
     sharded_parameters,
+    tree_leaves,
     unusual_sums,
 )
 from flashdp_compile.errors import FlashDPError, OptionError, Refusal
@@ -74,7 +74,8 @@ class Parts:
 
     def missing(self, releases: Iterable[Release]) -> str:
         """What is wrong with the releases of one backward, which must be one of each part that is trained."""
-        numbers = [release.part[1] for release in releases if release.part is not None and release.part[0] is self]
+        parts = (release.part for release in releases)
+        numbers = [part[1] for part in parts if part is not None and part[0]() is self]
         if len(set(numbers)) < len(numbers):
             return "a part of the model took part in it several times"
         if lacking := self.trainable - set(numbers):
@@ -223,8 +224,8 @@ class _Around:
                 )
             if known.state != _state(value):
                 raise Refusal(
-                    f"a tensor of shape {tuple(value.shape)} was changed before it came to a part of the model: nothing "
-                    "is proved of what did it, such as an assignment to .data or an autograd.Function"
+                    f"a tensor of shape {tuple(value.shape)} was changed before it came to a part of the model: "
+                    "nothing is proved of what did it, such as an assignment to .data or an autograd.Function"
                 )
             if value._backward_hooks and not all(map(is_of_sharding, value._backward_hooks.values())):
                 raise Refusal(

@@ -8,6 +8,7 @@ of a backward owes its noise: the sum over all micro-batches of a logical batch 
 import itertools
 import threading
 import time
+import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -70,7 +71,7 @@ class Release:
     batch: Mapping[int, int] = field(default_factory=dict)
     moved: Moved | None = None
     probes: int | None = None
-    part: tuple[InParts, int] | None = None
+    part: tuple[weakref.ref[InParts], int] | None = None
 
 
 class Ledger:

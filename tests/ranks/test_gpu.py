@@ -38,8 +38,23 @@ class Net(nn.Module):
         return self.last(x)
 
 
-def trained(rank, size, way, noise, sigma):
-    """The parameters after three steps of two micro-batches, put together, on the CPU."""
+def trained(rank, size, way, noise):
+    """The parameters after three steps, put together, on the CPU."""
+    net = stepped(rank, size, way, noise, sigma=1.0, steps=3)
+    return [whole(p.detach()) for p in net.parameters()]
+
+
+def sums(rank, size, way):
+    """What has become of the clipped sums of a step without noise."""
+    return [whole(p.grad) for p in stepped(rank, size, way, "secure", sigma=0.0, steps=1).parameters()]
+
+
+def whole(value):
+    return (value.full_tensor() if hasattr(value, "full_tensor") else value).cpu()
+
+
+def stepped(rank, size, way, noise, sigma, steps):
+    """A model behind so many steps of two micro-batches."""
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
     torch.manual_seed(0)
@@ -56,23 +71,23 @@ def trained(rank, size, way, noise, sigma):
         called = as_replica(its, net, way, **({"device_ids": [rank]} if way == "inside" else {}))
     optimizer = its.attach(torch.optim.SGD(net.parameters(), lr=0.1))
     rows = torch.randn(BATCH, 33, generator=torch.Generator().manual_seed(1)).to(device)
-    for _ in range(3):
+    for _ in range(steps):
         for part in rows.chunk(size)[rank].chunk(2):
             optimizer.zero_grad()
             called(part).square().sum(1).mean().backward()
             optimizer.step()
     torch.cuda.synchronize()
-    return [(p.full_tensor() if way == "sharded" else p).detach().cpu() for p in net.parameters()]
+    return net
 
 
 @pytest.fixture(scope="module")
 def alone(pool):
     known = {}
 
-    def found(noise, sigma):
-        if (noise, sigma) not in known:
-            (known[noise, sigma],) = pool.run(1, trained, "none", noise, sigma, backend=NCCL)
-        return known[noise, sigma]
+    def found(noise):
+        if noise not in known:
+            (known[noise],) = pool.run(1, trained, "none", noise, backend=NCCL)
+        return known[noise]
 
     return found
 
@@ -81,25 +96,20 @@ def alone(pool):
 @pytest.mark.parametrize("noise", ["secure", "philox"])
 def test_any_number_of_gpus_takes_the_same_steps(noise, way, pool, alone):
     for size in SIZES[0 if way == "sharded" else 1 :]:
-        found = pool.run(size, trained, way, noise, 1.0, backend=NCCL)
+        found = pool.run(size, trained, way, noise, backend=NCCL)
         for of_rank in found:
-            for a, b in zip(of_rank, alone(noise, 1.0), strict=True):
+            for a, b in zip(of_rank, alone(noise), strict=True):
                 # sums are rounded to a grid by secure noise, so that their order does not matter
                 torch.testing.assert_close(a, b, rtol=0, atol=0 if noise == "secure" else 1e-6)
 
 
 @pytest.mark.parametrize("way", ["inside", "sharded"])
-def test_clipped_sums(way, pool, alone):
-    start = [p.detach() for p in _fresh().parameters()]
+def test_clipped_sums(way, pool):
+    (wanted,) = pool.run(1, sums, "none", backend=NCCL)
     for size in SIZES[1:]:
-        for of_rank in pool.run(size, trained, way, "secure", 0.0, backend=NCCL):
-            for a, b, begun in zip(of_rank, alone("secure", 0.0), start, strict=True):
-                assert (a - b).norm() <= 1e-5 * (b - begun).norm()
-
-
-def _fresh():
-    torch.manual_seed(0)
-    return Net()
+        for of_rank in pool.run(size, sums, way, backend=NCCL):
+            for a, b in zip(of_rank, wanted, strict=True):
+                assert (a - b).norm() <= 1e-5 * b.norm()
 
 
 def noises(rank, size, way):
@@ -119,7 +129,7 @@ def noises(rank, size, way):
         (called(torch.randn(BATCH // size, 640, device=device)) * 0).sum(1).mean().backward()
         optimizer.step()
         (grad,) = [p.grad for p in net.parameters()]
-        found.append((grad.full_tensor() if way == "sharded" else grad).cpu())
+        found.append(whole(grad))
     return found
 
 

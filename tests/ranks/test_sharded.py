@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -72,6 +74,20 @@ def test_micro_batches(pool):
             for p, value in zip(net.parameters(), start, strict=True):
                 p.copy_(value)
         assert close(found, clipped_by_part(net))
+
+
+def forgotten(rank, size):
+    """Whether a model that was trained is gone once nobody has it, while its last release is known."""
+    its, net, called, optimizer = setup()
+    steps(called, optimizer, share(rank, size), 1)
+    known = weakref.ref(net)
+    del its, net, called, optimizer
+    gc.collect()
+    return known() is None
+
+
+def test_a_model_does_not_outlive_its_run(pool):
+    assert pool.run(1, forgotten) == [True]
 
 
 def seeded(rank, size, cases, clipping=LAYER):
