@@ -33,7 +33,7 @@ from flashdp_compile.runtime.shard_watch import ShardWatch
 from flashdp_compile.runtime.watch import find, watch
 
 _MARK = "_flashdp_parts"
-_PLAIN = (int, float, bool, str, bytes, type(None), torch.dtype, torch.device)
+_PLAIN = (int, float, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 SAMPLES, PUBLIC = "samples", "public"
 
 
@@ -91,14 +91,8 @@ class Parts:
 
         Raises Refusal if there could be others, within an object that is not looked into.
         """
-        for value in tree_leaves(values):
-            if isinstance(value, Tensor):
-                self.known[value] = Known(holding, _state(value))
-            elif type(value) not in _PLAIN:
-                raise Refusal(
-                    f"a {type(value).__name__} is passed to or by a model that is compiled part by part, and may hold "
-                    "tensors that nothing is proved of: pass tensors, or tuples, lists and dicts of them"
-                )
+        for value in _only_tensors(values):
+            self.known[value] = Known(holding, _state(value))
 
     def _forward(self, number: int, part: nn.Module, compiled: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -214,7 +208,7 @@ class _Around:
                 )
         if self._part is self._parts.model:
             return
-        for value in _tensors((args, kwargs)):
+        for value in _only_tensors((args, kwargs)):
             known = self._parts.known.get(value)
             if known is None:
                 raise Refusal(
@@ -240,6 +234,18 @@ def _state(value: Tensor) -> tuple[Any, ...]:
 
 def _tensors(values: Any) -> Iterator[Tensor]:
     return (value for value in tree_leaves(values) if isinstance(value, Tensor))
+
+
+def _only_tensors(values: Any) -> Iterator[Tensor]:
+    """Raises Refusal if there could be others, within an object that is not looked into."""
+    for value in tree_leaves(values):
+        if isinstance(value, Tensor):
+            yield value
+        elif type(value) not in _PLAIN:
+            raise Refusal(
+                f"a {type(value).__name__} is passed to or by a model that is compiled part by part, and may hold "
+                "tensors that nothing is proved of: pass tensors, or tuples, lists and dicts of them"
+            )
 
 
 def _user_line() -> str:
