@@ -70,3 +70,20 @@ def test_apart():
     memory = torch.zeros(64)
     assert apart([memory[:32], memory[32:]]) and apart([memory[32:], memory[:32]]) and apart([memory])
     assert not apart([memory, memory[60:]]) and not apart([memory[:32], memory[31:]]) and not apart([memory, memory])
+
+
+@pytest.mark.parametrize("secure", [True, False])
+def test_shards_get_what_the_op_adds_to_the_whole(secure, device):
+    """Each begins with a block of its own, and the last one is short, as those of a tensor on several ranks."""
+    whole, key, block = (
+        torch.randn(3001, generator=torch.Generator().manual_seed(0)).to(device),
+        key_of(secure, device),
+        8,
+    )
+    (expected,) = each([whole], key, secure)
+    shards = [part.clone() for part in whole.split([1024, 1032, 944, 1])]
+    firsts = [0, 1024, 2056, 3000]
+    each_block = block if secure else block // 2
+    entries = [Entry(len(part), 10, 0, first // each_block) for part, first in zip(shards, firsts, strict=True)]
+    NoiseTable(entries, secure).add(shards, key, STD)
+    torch.testing.assert_close(torch.cat(shards), expected, rtol=0, atol=0 if secure else 1e-6)
