@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,27 +26,19 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """`between(net, x)` is what its forward does behind the first block. The head has one row: most ranks have none."""
+    """The head has one row: most ranks have none."""
 
-    def __init__(self, between: Callable[[Net, Tensor], Tensor] | None = None, block: type[nn.Module] = Block) -> None:
+    def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.first, self.head = nn.Linear(3, 5), nn.Linear(5, 1)
-        self.blocks = nn.ModuleList(block() for _ in range(2))
-        self.register_buffer("scale", torch.ones(5))
-        self.between, self.kept = between, None
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.blocks[0](self.first(x))
-        if self.between is not None:
-            x = self.between(self, x)
-        return self.head(self.blocks[1](x))
+        return self.head(self.blocks[1](self.blocks[0](self.first(x))))
 
     def parts(self) -> list[nn.Module]:
         return [self.first, *self.blocks, self.head]
-
-
-WAYS = ("parts", "blocks", "together", "whole", "hybrid")
 
 
 def shard(net: Any, way: str = "parts", **settings: Any) -> Any:
@@ -68,14 +59,11 @@ def shard(net: Any, way: str = "parts", **settings: Any) -> Any:
     return fully_shard(net, **settings)
 
 
-def setup(net: Net | None = None, way: str | None = "parts", lr: float = 1.0, **settings: Any) -> Any:
+def setup(net: Any = None, way: str | None = "parts", lr: float = 1.0, **settings: Any) -> Any:
     """An engine, a model, and an attached optimizer; the model is whole if `way` is None."""
     net = Net() if net is None else net
     its = engine(**{"clipping": "per_block", **settings})
-    if way is not None:
-        shard(net, way)
-    its.compile(net) if way is not None else None
-    called = net if way is not None else its.compile(net)
+    called = its.compile(net if way is None else shard(net, way))
     return its, net, called, its.attach(torch.optim.SGD(net.parameters(), lr=lr))
 
 
