@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -27,3 +28,14 @@ def test_it_ends_with_its_budget(name, needs, monkeypatch, capsys):
     assert int(steps) == {"hf_trainer": 6, "accelerate_loop": 20, "lightning_loop": 8}[name]
     assert micro_batches is None or int(micro_batches) > int(steps)
     assert 0.9 < float(epsilon) / {"hf_trainer": 8, "accelerate_loop": 3, "lightning_loop": 3}[name] <= 1
+
+
+def test_pretraining_goes_on_with_fewer_processes(tmp_path):
+    for processes, more in ((2, ["--stop", "3"]), (1, ["--resume"])):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        own = [str(EXAMPLES / "pretrain_llama.py"), "--short", "--folder", str(tmp_path), *more]
+        said = subprocess.run([*launcher, *own], capture_output=True, text=True, timeout=120)
+        assert said.returncode == 0, said.stderr[-2000:]
+    last = said.stdout.splitlines()[-1]
+    found = re.fullmatch(r"step 6: held-out loss ([\d.]+), .*, epsilon ([\d.]+)", last)
+    assert found and 4 < float(found[1]) < 6 and 7.2 < float(found[2]) <= 8, last
