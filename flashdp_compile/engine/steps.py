@@ -113,7 +113,7 @@ class Steps:
         assert all(one.place < COUNTS for one in sums)
         streams, totals = [number * STREAMS + one.place for one in sums], [one.total for one in sums]
         moved = () if self._bounds is None else self._bounds.undone(release, [one.parameter for one in sums])
-        shards = {"offsets": [one.first or 0 for one in sums]} if any(one.first for one in sums) else {}
+        shards: dict[str, Any] = {"offsets": [one.first or 0 for one in sums]} if any(one.first for one in sums) else {}
         return self.noise.add(totals, self._budget.steps_done, streams, std, *moved, **shards)
 
     def _sigma(self) -> float:
