@@ -23,6 +23,7 @@ _PUBLIC = {
     "InputError": "flashdp_compile.errors",
     "InternalError": "flashdp_compile.errors",
     "OptionError": "flashdp_compile.errors",
+    "RanksError": "flashdp_compile.errors",
     "Refusal": "flashdp_compile.errors",
     "UnprotectedGradientError": "flashdp_compile.errors",
 }
