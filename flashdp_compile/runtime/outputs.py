@@ -27,6 +27,11 @@ from flashdp_compile.runtime.watch import Fault, Watch, watch
 _returned: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()  # by id: what regions computed
 
 
+def was_computed(tensor: Tensor) -> bool:
+    """Whether a compiled call has returned it, or assigned it to a buffer."""
+    return _returned.get(id(tensor)) is tensor
+
+
 def unseen(what: str) -> str:
     """The text of a refusal of code that runs beside a graph."""
     return (
@@ -62,9 +67,7 @@ def wrap(
         outputs = compiled(*args)
         if watch_outputs(outputs, info, since, batch, part):
             _refuse_unseen(broken, sys._getframe(1))
-            _refuse_memory(
-                [name for place, name in remembered.items() if _returned.get(id(args[place])) is args[place]]
-            )
+            _refuse_memory([name for place, name in remembered.items() if was_computed(args[place])])
         given = set(map(id, args))
         for output in (outputs,) if isinstance(outputs, Tensor) else outputs:
             if isinstance(output, Tensor) and id(output) not in given:

@@ -28,6 +28,7 @@ from flashdp_compile.compat import (
     unusual_sums,
 )
 from flashdp_compile.errors import FlashDPError, OptionError, Refusal
+from flashdp_compile.runtime.outputs import was_computed
 from flashdp_compile.runtime.release import LEDGER, Release
 from flashdp_compile.runtime.shard_watch import ShardWatch
 from flashdp_compile.runtime.watch import find, watch
@@ -51,6 +52,7 @@ class Parts:
         self.model, self.names = model, list(parts)
         self._modules, self._shards = list(parts.values()), shards
         self.known = WeakIdKeyDictionary()  # what the tensors hold that the present forward may pass on
+        self._samples = WeakIdKeyDictionary()  # tensors that ever held some
         self._groups: dict[int, list[Any]] = {}  # of fully_shard, by the number of a part
         self.trainable = frozenset(
             n for n, part in enumerate(self._modules) if any(p.requires_grad for p in part.parameters())
@@ -93,6 +95,8 @@ class Parts:
         """
         for value in _only_tensors(values):
             self.known[value] = Known(holding, _state(value))
+            if holding == SAMPLES:
+                self._samples[value] = True
 
     def _forward(self, number: int, part: nn.Module, compiled: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -137,13 +141,24 @@ class Parts:
                 "noise before the engine's step. Remove it"
             )
 
+    def _public_buffers(self) -> Iterator[Tensor]:
+        """Those that no part has computed. Raises Refusal if one is a tensor of an earlier forward."""
+        for name, buffer in self.model.named_buffers():
+            if buffer in self._samples:
+                raise Refusal(
+                    f"buffer {name} is a tensor that holds samples of an earlier call, which no clipping bounds. Keep "
+                    "nothing of them"
+                )
+            if not was_computed(buffer):
+                yield buffer
+
     def _watched(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         def between(*args: Any, **kwargs: Any) -> Any:
             if not torch.is_grad_enabled():
                 return forward(*args, **kwargs)
             self.known.clear()
             self.mark((args, kwargs), SAMPLES)
-            self.mark([*self.model.parameters(), *self.model.buffers()], PUBLIC)
+            self.mark([*self.model.parameters(), *self._public_buffers()], PUBLIC)
             try:
                 with _Between(self):
                     return forward(*args, **kwargs)

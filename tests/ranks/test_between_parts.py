@@ -40,6 +40,11 @@ def remembered(net, x):
     return x if kept is None else kept
 
 
+def as_buffer(net, x):
+    net.scale = x
+    return x
+
+
 def given(net, x):
     net.blocks[1].memo = torch.ones(8, 3)
     return x
@@ -102,6 +107,7 @@ BETWEEN = {
     "function": (lambda net, x: Mixing.apply(x), "was changed before it came to a part"),
     "data": (other_data, "was changed before it came to a part"),
     "memory": (remembered, "that no other part has returned"),
+    "buffer": (as_buffer, "buffer scale is a tensor that holds samples of an earlier call"),
     "attribute": (given, "cannot tell what tensor 'module.memo'"),
     "hook on a tensor": (hooked, "has a hook on its gradient, which could mix samples"),
     "checkpoint": (lambda net, x: checkpoint(net.blocks[1], x, use_reentrant=False), "not from outside"),
