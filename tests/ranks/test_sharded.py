@@ -37,7 +37,7 @@ def sums(rank, size, cases):
     ("size", "cases"),
     [
         (1, [("whole", LAYER)]),
-        (2, [("parts", BLOCK), ("parts", LAYER), ("together", LAYER)]),
+        (2, [("parts", BLOCK), ("together", LAYER)]),
         (4, [("blocks", BLOCK)]),
     ],
     ids=["1", "2", "4"],
