@@ -30,8 +30,15 @@ def test_it_ends_with_its_budget(name, needs, monkeypatch, capsys):
     assert 0.9 < float(epsilon) / {"hf_trainer": 8, "accelerate_loop": 3, "lightning_loop": 3}[name] <= 1
 
 
-def test_pretraining_goes_on_with_fewer_processes(tmp_path):
-    for processes, more in ((2, ["--stop", "3"]), (1, ["--resume"])):
+PRETRAINING = {
+    "two processes": [(2, [])],
+    "goes on with fewer": [(2, ["--stop", "3"]), (1, ["--resume"])],
+}
+
+
+@pytest.mark.parametrize("runs", ["two processes", pytest.param("goes on with fewer", marks=pytest.mark.full)])
+def test_pretraining_over_processes(runs, tmp_path):
+    for processes, more in PRETRAINING[runs]:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         own = [str(EXAMPLES / "pretrain_llama.py"), "--short", "--folder", str(tmp_path), *more]
         said = subprocess.run([*launcher, *own], capture_output=True, text=True, timeout=120)

@@ -92,12 +92,16 @@ def _started() -> tuple[Any, Any]:
 
 def _serve(pipe: Any) -> None:
     torch.set_num_threads(1)
+    answered = 0
     while True:
         try:
             told = pipe.recv_bytes()
         except EOFError:
             return
         pipe.send_bytes(_answer_to(*pickle.loads(told)))
+        answered += 1
+        if answered == 1:
+            gc.freeze()  # what torch has loaded by now: what is collected behind each call is small without it
 
 
 def _answer_to(
