@@ -31,7 +31,7 @@ from benchmarks.models import LlamaBlock, token_losses
 from benchmarks.results import Results, Run
 from benchmarks.tables import terminal
 from flashdp_compile import PrivacyEngine, accounting
-from flashdp_compile.engine.sharded import call_of, parts_of
+from flashdp_compile.engine.sharded import compiled_calls, parts_of
 
 SIZES: dict[str, dict[str, int]] = {
     "llama-1b": {"layers": 16, "heads": 32, "width": 2048, "mlp": 8192, "groups": 8, "vocabulary": 128256},
@@ -102,13 +102,10 @@ def step_of(implementation: str, model: nn.Module, batch: int, compiler: str) ->
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=next(model.parameters()).is_cuda or None)
     if implementation == "compile":
         backend = "inductor" if compiler == "inductor" else "aot_eager"
-        by_class: dict[type, Callable[..., Any]] = {}
-        for part in parts_of(model).values():
-            if type(part) not in by_class:
-                by_class[type(part)] = torch.compile(
-                    call_of(type(part)), backend=backend, fullgraph=True, dynamic=False
-                )
-            part.forward = partial(by_class[type(part)], part)
+        parts = parts_of(model).values()
+        calls = compiled_calls(parts, backend=backend, fullgraph=True, dynamic=False)
+        for part in parts:
+            part.forward = partial(calls[type(part)], part)
         return model, optimizer
     engine = PrivacyEngine(
         target_delta=1e-6,

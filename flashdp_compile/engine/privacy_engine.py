@@ -144,8 +144,9 @@ class PrivacyEngine:
                 norms=norms,
             )
             self._bounds = None if bounds is None else MovingBounds(bounds, self.expected_batch_size)
-            own = journal is not None and self._ranks.first  # the others count the same
-            written = Journal(journal, self._configuration()) if own and journal is not None else None
+            written = None
+            if journal is not None and self._ranks.first:  # the others count the same
+                written = Journal(journal, self._configuration())
             told = {
                 **parsed.policy(),
                 "micro_batches": self.micro_batches,

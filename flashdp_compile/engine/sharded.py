@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -34,9 +34,11 @@ def compile_in_parts(
             "bounds that move, and norms that are estimated, are not known yet for a model of sharded parts: leave "
             "bounds and norm out"
         )
+    if was_compiled(model):
+        raise OptionError("this model was compiled part by part before: an engine compiles a model once")
     parts = parts_of(model)
     for name, part in parts.items():
-        if "forward" in vars(part) and not was_compiled(model):
+        if "forward" in vars(part):
             raise OptionError(
                 f"{name or 'the model'} has a forward that was assigned to the object, and is not that of its class: "
                 "its class's is what is compiled. Derive a class from it"
@@ -44,18 +46,16 @@ def compile_in_parts(
     shards = _shards(model, ranks)
     sum_shards(model)
     own = {**options, **_bounds(parts, options, clipping)}
-    by_class: dict[type, Callable[..., Any]] = {}
-
-    def compiled(part: nn.Module) -> Callable[..., Any]:
-        if type(part) not in by_class:
-            by_class[type(part)] = torch.compile(call_of(type(part)), backend="flashdp", options=own, **settings)
-        return by_class[type(part)]
-
-    Parts(model, parts, shards).install(compiled)
+    calls = compiled_calls(parts.values(), backend="flashdp", options=own, **settings)
+    Parts(model, parts, shards).install(lambda part: calls[type(part)])
 
 
-def call_of(kind: type[nn.Module]) -> Callable[..., Any]:
-    """The forward of a class as a function of the module, so that parts of one class share what is compiled."""
+def compiled_calls(parts: Iterable[nn.Module], **settings: Any) -> dict[type[nn.Module], Callable[..., Any]]:
+    """By the class of a part its compiled forward, a function of the module: parts of one class share it."""
+    return {kind: torch.compile(_call_of(kind), **settings) for kind in dict.fromkeys(map(type, parts))}
+
+
+def _call_of(kind: type[nn.Module]) -> Callable[..., Any]:
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return kind.forward(module, *args, **kwargs)
@@ -118,17 +118,12 @@ def _shards(model: nn.Module, ranks: Ranks) -> dict[str, ShardWatch]:
 def _bounds(parts: Mapping[str, nn.Module], options: Mapping[str, Any], clipping: Any) -> dict[str, Any]:
     """The options that give each group of each part its share of the bound of the whole."""
     bound, kind = options["max_grad_norm"], clipping
-    names = [
-        f"{part}.{name}".lstrip(".")
-        for part, module in parts.items()
-        for name, parameter in module.named_parameters()
-        if parameter.requires_grad
-    ]
     if clipping == BY_PART:
         count = sum(any(p.requires_grad for p in part.parameters()) for part in parts.values())
         kind = {"*": "part"}
     elif clipping == "per_layer":
-        count = len({name.rpartition(".")[0] for name in names})  # modules that own parameters
+        trained = ((part, n) for part, module in parts.items() for n, p in module.named_parameters() if p.requires_grad)
+        count = len({f"{part}.{n}".rpartition(".")[0] for part, n in trained})  # modules that own parameters
     else:
         raise OptionError(
             f"clipping={clipping!r} needs norms over several parts of the model, and fully_shard sends off the "

@@ -126,7 +126,8 @@ def examine(
         releases = list(dict.fromkeys(release for one in sums.values() for release in one.releases))
     else:
         releases = list(dict.fromkeys(content.release for _, content in clean if content.release is not None))
-    wrong = None if stepped_too else next(filter(None, map(_wrong_graphs, releases)), None)
+    backwards = {id(release.peers): release for release in releases}.values()
+    wrong = None if stepped_too else next(filter(None, map(_wrong_graphs, backwards)), None)
     if wrong is not None:
         faults.setdefault(wrong, []).extend(sums if held else (index for index, _ in clean))
         releases = list(dict.fromkeys(peer for release in releases for peer in release.peers))

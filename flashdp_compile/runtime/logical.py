@@ -72,14 +72,11 @@ class LogicalBatch:
         found = examine(optimizer, held=True)
         owed = {release.info.owed for release in found.releases}
         several = any(release.part is None for release in found.releases) and len(owed) > 1
+        first = {release.peers[0] for release in found.releases}
+        several = several or len({sensitivity(release) for release in first}) > 1
         if several or any(one is None or not self._ours(one) for one in owed):
             found.faults.setdefault(Fault.FOREIGN, []).extend(found.holding)
         if found.faults:
-            self.clear()
-            refuse(optimizer, found)
-        first = {min(release.peers, key=lambda peer: peer.number) for release in found.releases}
-        if len({sensitivity(release) for release in first}) > 1:
-            found.faults.setdefault(Fault.FOREIGN, []).extend(found.holding)
             self.clear()
             refuse(optimizer, found)
         return sorted(first, key=lambda release: release.number)

@@ -27,7 +27,7 @@ from flashdp_compile.compat import (
     tree_leaves,
     unusual_sums,
 )
-from flashdp_compile.errors import FlashDPError, OptionError, Refusal
+from flashdp_compile.errors import FlashDPError, Refusal
 from flashdp_compile.runtime.outputs import was_computed
 from flashdp_compile.runtime.release import LEDGER, Release
 from flashdp_compile.runtime.shard_watch import ShardWatch
@@ -59,12 +59,8 @@ class Parts:
         )
 
     def install(self, compiled: Callable[[nn.Module], Callable[..., Any]]) -> None:
-        """Puts `compiled(part)` in the place of each part's forward, and watches what runs between.
-
-        Raises OptionError if that was done before.
-        """
-        if was_compiled(self.model):
-            raise OptionError("this model was compiled part by part before: an engine compiles a model once")
+        """Puts `compiled(part)` in the place of each part's forward, and watches what runs between. Once for a model
+        (`was_compiled`)."""
         setattr(self.model, _MARK, True)
         for number, part in enumerate(self._modules):
             part.forward = self._forward(number, part, compiled(part))
@@ -113,7 +109,9 @@ class Parts:
     def _link(self, number: int, part: nn.Module) -> None:
         """Tells the watches of parameters that are whole now of their shards, which must be those of the beginning."""
         linked = number in self._groups
-        groups = self._groups.setdefault(number, groups_of(part, self.model))
+        if not linked:  # a search of the whole model
+            self._groups[number] = groups_of(part, self.model)
+        groups = self._groups[number]
         if wrong := unusual_sums(groups):
             raise FlashDPError(
                 f"fully_shard was told to use {wrong}: clipped sums must be added up over all ranks as they are, in "

@@ -10,7 +10,6 @@ from __future__ import annotations
 import weakref
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from flashdp_compile.compat import first_element, hidden_from_dynamo, local_shard
@@ -97,10 +96,8 @@ def watch_shard(parameter: Tensor, name: str) -> ShardWatch:
     found = find(parameter)
     if isinstance(found, ShardWatch):
         return found
-    watched = ShardWatch(parameter, name, first_element(parameter))
     if found is not None:
         raise ValueError(f"{name} has been trained as it was before it was sharded")
-    with torch.no_grad():
-        parameter.register_hook(watched)
-        parameter.register_post_accumulate_grad_hook(watched.accumulated)
+    watched = ShardWatch(parameter, name, first_element(parameter))
+    watched.install(parameter)
     return watched

@@ -105,6 +105,11 @@ class Watch:
         self.shard: Any = None
         """Of a parameter that fully_shard has put together: the watch of what an optimizer has (shard_watch.py)."""
 
+    def install(self, parameter: Tensor) -> None:
+        """Lets this be the watch of a parameter that has none."""
+        parameter.register_hook(self)
+        parameter.register_post_accumulate_grad_hook(self.accumulated)
+
     def hold(self, total: Tensor, release: Release, fault: Fault | None) -> None:
         """Called by the compiled node, which sends nothing to autograd then: a sum without noise is never in p.grad,
         where anyone could change it or step on it."""
@@ -231,8 +236,7 @@ def watch(parameter: Tensor, name: str | None = None) -> Watch | None:
         if not (parameter.requires_grad and parameter.is_leaf):
             return None
         found = Watch(name)
-        parameter.register_hook(found)
-        parameter.register_post_accumulate_grad_hook(found.accumulated)
+        found.install(parameter)
     elif name is not None and found.name is None:
         found.name = name
     return found
