@@ -16,11 +16,13 @@ LAYERS = 64  # of a window, at most: a kernel has several arguments for each
 
 class Fitting:
     """Windows of a graph's nodes that one launch can replace, each at the place of its last node, within a limit of
-    memory: a node waits for the others of its window, and its operands are held meanwhile. Calls of `then` that read
-    what a window makes are expected to become one launch as well."""
+    memory: a node waits for the others of its window, and its operands are held meanwhile. Where a graph is above the
+    limit without windows, none may add to it. Calls of `then` that read what a window makes are expected to become one
+    launch as well."""
 
     def __init__(self, graph: fx.Graph, limit: float, then: object = None) -> None:
         self._memory, self._order, self._limit, self._then = Memory(graph), list[Step](graph.nodes), limit, then
+        self._above = self._beyond(self._order)
 
     def windows(
         self, nodes: list[fx.Node], tiles: Callable[[fx.Node], int], rounds: int, room: int
@@ -41,10 +43,17 @@ class Fitting:
         if not readers.isdisjoint(window):
             return False
         order = self._with(window, readers)
-        fits = self._memory.peak(order) <= self._limit
+        above = self._beyond(order)
+        fits = all(new <= old for new, old in zip(above, self._above, strict=True))
         if fits:
-            self._order = order
+            self._order, self._above = order, above
         return fits
+
+    def _beyond(self, order: list[Step]) -> tuple[float, float]:
+        """By how much memory is above the limit at its peak, and summed over all nodes."""
+        above = [max(0.0, held - self._limit) for held in self._memory.held(order)]
+        counts = (len(step) if isinstance(step, tuple) else 1 for step in order)
+        return max(above), sum(a * n for a, n in zip(above, counts, strict=True))
 
     def _with(self, window: list[fx.Node], readers: Set[fx.Node]) -> list[Step]:
         """The order in which a window is one launch, and what reads it runs behind it."""

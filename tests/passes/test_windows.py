@@ -41,6 +41,16 @@ def test_layers_wait_only_where_there_is_memory(monkeypatch):
     assert Fitting(graph, peak / 2).windows(products, lambda n: 3, 1, 1) == []
 
 
+def test_a_peak_that_is_there_anyway_is_left_and_not_added_to(monkeypatch):
+    """Below the limit the last two may wait, though the first two are above it by themselves: a little, or much."""
+    monkeypatch.setattr(windows, "ROUNDS", ((9, 6),))
+    graph, products = halves()
+    peak, last = Memory(graph).peak(list(graph.nodes)), 64 * 64 * 4 * 3 + 4 * 4 * 64 + 4
+    assert last < 0.95 * peak
+    for limit in (0.95 * peak, last):
+        assert Fitting(graph, limit).windows(products, lambda n: 3, 1, 1) == [products[2:]]
+
+
 def test_what_one_launch_makes_is_held_at_once(monkeypatch):
     """The results of the last two come from one launch as well, and both products are held for both."""
     monkeypatch.setattr(windows, "ROUNDS", ((9, 6),))
