@@ -8,6 +8,7 @@ from typing import Any
 from benchmarks.implementations import BASELINE
 
 FORMAT = 1
+REPLICAS = "ddp-"  # of implementations by DistributedDataParallel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +52,9 @@ class Results:
     note: str = ""
 
     def baseline(self, run: Run) -> Run | None:
-        """The plain compiled step of the same workload, if it succeeded."""
-        found = (r for r in self.runs if r.workload == run.workload and r.implementation == BASELINE)
+        """The plain compiled step of the same workload, if it succeeded; that of replicas for replicas."""
+        name = REPLICAS + BASELINE if run.implementation.startswith(REPLICAS) else BASELINE
+        found = (r for r in self.runs if r.workload == run.workload and r.implementation == name)
         return next((r for r in found if r.status == "ok"), None)
 
     def speed(self, run: Run) -> float | None:

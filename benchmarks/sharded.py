@@ -1,10 +1,12 @@
-"""Training steps of models that fully_shard has spread over the GPUs of one machine, private and plain.
+"""Training steps on the GPUs of one machine, private and plain: spread by fully_shard, or a replica on each.
 
     python -m benchmarks.sharded --models llama-7b --lengths 2048 4096 --ranks 4 --out results.json
 
-All implementations of a workload run in the same processes, one after the other: the same script with another word.
-Each block is compiled by itself and keeps its input alone for the backward, in float32 parameters and bfloat16 compute.
-What is right is for the tests (tests/ranks) to say; here a step must be finite, and noise must be in it.
+The same script with another word. Spread models are compiled block by block, and each keeps its input alone for the
+backward; all implementations of a workload run in the same processes, one after the other. Replicas ("ddp-") have
+processes of their own, and are compiled as a whole, the plain one cut at the sizes of buckets, as torch does unless it
+is told otherwise ("ddp-compile-whole"). Float32 parameters and bfloat16 compute. A few steps behind the timed ones are
+profiled, on the first rank. What is right is for the tests (tests/ranks) to say; here a step must be finite.
 """
 
 import argparse
@@ -19,89 +21,33 @@ from statistics import median
 from typing import Any
 
 import torch
+import torch._dynamo
 import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor, multiprocessing, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.utils.checkpoint import checkpoint
 
+from benchmarks import profile
 from benchmarks.environment import environment
-from benchmarks.models import LlamaBlock, token_losses
-from benchmarks.results import Results, Run
+from benchmarks.parts import SIZES, replica, sharded
+from benchmarks.results import REPLICAS, Results, Run
 from benchmarks.tables import terminal
 from flashdp_compile import PrivacyEngine, accounting
 from flashdp_compile.engine.sharded import compiled_calls, parts_of
 
-SIZES: dict[str, dict[str, int]] = {
-    "llama-1b": {"layers": 16, "heads": 32, "width": 2048, "mlp": 8192, "groups": 8, "vocabulary": 128256},
-    "llama-7b": {"layers": 32, "heads": 32, "width": 4096, "mlp": 11008, "groups": 32, "vocabulary": 32000},
-    "llama-13b": {"layers": 40, "heads": 40, "width": 5120, "mlp": 13824, "groups": 40, "vocabulary": 32000},
-    "tiny": {"layers": 2, "heads": 2, "width": 32, "mlp": 48, "groups": 2, "vocabulary": 61},
-}
-IMPLEMENTATIONS = ("compile", "flashdp-per_block", "flashdp-per_layer")
+SHARDED = ("compile", "flashdp-per_block", "flashdp-per_layer")
+REPLICATED = ("ddp-compile", "ddp-compile-whole", "ddp-flashdp-flat", "ddp-flashdp-per_layer")
 NOISE = 1.0
-
-
-class Checkpointed(nn.Module):
-    """Keeps its input alone for the backward; inside of what is compiled."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(self.inner, x, use_reentrant=False)
-
-
-class Head(nn.Module):
-    """The last norm, the logits and the losses [B]: all that is large in one graph."""
-
-    def __init__(self, width: int, vocabulary: int) -> None:
-        super().__init__()
-        self.norm = nn.RMSNorm(width, eps=1e-5)
-        self.logits = nn.Linear(width, vocabulary, bias=False)
-
-    def forward(self, x: Tensor, targets: Tensor) -> Tensor:
-        return token_losses(self.logits(self.norm(x)), targets)
-
-
-class Llama(nn.Module):
-    def __init__(self, *, layers: int, heads: int, width: int, mlp: int, groups: int, vocabulary: int) -> None:
-        super().__init__()
-        self.tokens = nn.Embedding(vocabulary, width)
-        self.blocks = nn.ModuleList(Checkpointed(LlamaBlock(width, heads, mlp, groups)) for _ in range(layers))
-        self.head = Head(width, vocabulary)
-
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        x = self.tokens(tokens)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x, targets)
-
-
-def sharded(size: dict[str, int], device: torch.device) -> nn.Module:
-    """The model, each block, embedding and head sharded by itself; weights are made where they belong."""
-    with torch.device("meta"):
-        model = Llama(**size)
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for part in (model.tokens, *model.blocks, model.head):
-        fully_shard(part, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    model.to_empty(device=device)
-    torch.manual_seed(dist.get_rank())
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            local = parameter._local_tensor  # noqa: SLF001
-            local.fill_(1.0) if "norm" in name else local.normal_(std=0.02)
-    return model
+KERNELS = 40  # that are named one by one
 
 
 def step_of(implementation: str, model: nn.Module, batch: int, compiler: str) -> tuple[nn.Module, Any]:
     """The compiled model and its optimizer."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=next(model.parameters()).is_cuda or None)
-    if implementation == "compile":
-        backend = "inductor" if compiler == "inductor" else "aot_eager"
+    backend = "inductor" if compiler == "inductor" else "aot_eager"
+    name = implementation.removeprefix(REPLICAS)
+    if name.startswith("compile"):
+        if implementation in REPLICATED:
+            return torch.compile(model, backend=backend, dynamic=False), optimizer  # type: ignore[return-value]
         parts = parts_of(model).values()
         calls = compiled_calls(parts, backend=backend, fullgraph=True, dynamic=False)
         for part in parts:
@@ -112,7 +58,7 @@ def step_of(implementation: str, model: nn.Module, batch: int, compiler: str) ->
         expected_batch_size=batch,
         noise_multiplier=NOISE,
         steps=10**4,
-        clipping=implementation.removeprefix("flashdp-"),
+        clipping=name.removeprefix("flashdp-"),
         sampling=accounting.Fixed(10**4),
         options={"compiler": compiler},
     )
@@ -121,9 +67,9 @@ def step_of(implementation: str, model: nn.Module, batch: int, compiler: str) ->
 
 
 def measured(implementation: str, size: dict[str, int], own: argparse.Namespace, length: int) -> dict[str, Any]:
-    """Milliseconds of each step, and the peak of memory, on this rank."""
+    """Milliseconds of each step, the peak of memory, and on the first rank a profile."""
     device = torch.device(own.device, dist.get_rank()) if own.device == "cuda" else torch.device("cpu")
-    model = sharded(size, device)
+    model = (replica if implementation in REPLICATED else sharded)(size, device)
     compiled, optimizer = step_of(implementation, model, own.batch * dist.get_world_size(), own.compiler)
     generator = torch.Generator().manual_seed(dist.get_rank())
     data = torch.randint(size["vocabulary"], (own.batch, length + 1), generator=generator).to(device)
@@ -145,7 +91,8 @@ def measured(implementation: str, size: dict[str, int], own: argparse.Namespace,
     times, peak = _timed(step, own.steps, device)
     if not bool(loss.isfinite()):
         raise RuntimeError("the loss is not finite")
-    return {"step_ms": times, "peak_bytes": peak, "compile_s": compile_s}
+    found = {"step_ms": times, "median_ms": median(times), "peak_bytes": peak, "compile_s": compile_s}
+    return found | _profiled(step, found["median_ms"], device)
 
 
 def _timed(step: Callable[[], Tensor], steps: int, device: torch.device) -> tuple[list[float], int | None]:
@@ -167,6 +114,21 @@ def _timed(step: Callable[[], Tensor], steps: int, device: torch.device) -> tupl
     return times, torch.cuda.max_memory_allocated()
 
 
+def _profiled(step: Callable[[], Tensor], median_ms: float, device: torch.device) -> dict[str, Any]:
+    """All ranks take the steps, of which the first sees its own."""
+
+    def run() -> None:
+        for _ in range(profile.PROFILED):
+            step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    if dist.get_rank() > 0:
+        run()
+        return {}
+    return profile.summary(profile.record(run, device.type), median_ms, KERNELS)
+
+
 def work(rank: int, ranks: int, store: str, own: argparse.Namespace) -> None:
     if own.device == "cuda":
         torch.cuda.set_device(rank)
@@ -184,21 +146,24 @@ def work(rank: int, ranks: int, store: str, own: argparse.Namespace) -> None:
         for length in own.lengths:
             for implementation in own.implementations:
                 workload = f"{name}, {ranks} x {own.batch} x {length}"
-                run = Run(
-                    workload=workload, implementation=implementation, **_outcome(implementation, name, own, length)
-                )
+                shapes = {"model": name, "ranks": ranks, "batch": own.batch, "length": length}
+                found = _outcome(implementation, name, own, length)
+                run = Run(workload=workload, implementation=implementation, shapes=shapes, **found)
                 results.runs.append(run)
                 if rank == 0:
                     results.save(own.out)
-                    print(workload, implementation, run.status, run.reason, run.median_ms, flush=True)
+                    told = (workload, implementation, run.status, run.reason, run.median_ms, _left(own.device))
+                    print(*told, flush=True)
     if rank == 0:
         Console(width=180).print(terminal(results))
     dist.destroy_process_group()
 
 
 def _outcome(implementation: str, name: str, own: argparse.Namespace, length: int) -> dict[str, Any]:
+    cut = implementation != "ddp-compile-whole"
     try:
-        found = measured(implementation, SIZES[name], own, length)
+        with torch._dynamo.config.patch(optimize_ddp=cut):  # noqa: SLF001  which an engine turns off for the process
+            found = measured(implementation, SIZES[name], own, length)
     except torch.OutOfMemoryError as error:
         return {"status": "failed", "reason": str(error).splitlines()[0]}
     finally:
@@ -206,7 +171,12 @@ def _outcome(implementation: str, name: str, own: argparse.Namespace, length: in
         gc.collect()
         if own.device == "cuda":
             torch.cuda.empty_cache()
-    return {"status": "ok", "median_ms": median(found["step_ms"]), **found}
+    return {"status": "ok", **found}
+
+
+def _left(device: str) -> str:
+    """What is left of a run, which would count as memory of the next."""
+    return f"{torch.cuda.memory_allocated() / 2**30:.2f} GiB left" if device == "cuda" else ""
 
 
 def _settings(own: argparse.Namespace) -> dict[str, Any]:
@@ -217,7 +187,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", required=True, choices=SIZES, metavar="NAME")
     parser.add_argument(
-        "--implementations", nargs="+", default=IMPLEMENTATIONS, choices=IMPLEMENTATIONS, metavar="NAME"
+        "--implementations", nargs="+", default=SHARDED, choices=[*SHARDED, *REPLICATED], metavar="NAME"
     )
     parser.add_argument("--lengths", nargs="+", type=int, default=[2048], help="tokens of a sample")
     parser.add_argument("--batch", type=int, default=4, help="samples of a rank")
@@ -228,9 +198,13 @@ def main() -> None:
     parser.add_argument("--compiler", choices=["inductor", "eager"], default="inductor")
     parser.add_argument("--out", type=Path, required=True, help="the JSON file")
     own = parser.parse_args()
+    together = [name for name in own.implementations if name not in REPLICATED]
+    alone = [[name] for name in own.implementations if name in REPLICATED]  # torch keeps a replica's buckets
     for ranks in own.ranks:
-        with tempfile.TemporaryDirectory() as folder:
-            multiprocessing.spawn(work, (ranks, f"{folder}/store", own), nprocs=ranks)
+        for names in filter(None, [together, *alone]):
+            with tempfile.TemporaryDirectory() as folder:
+                told = argparse.Namespace(**{**vars(own), "implementations": names})
+                multiprocessing.spawn(work, (ranks, f"{folder}/store", told), nprocs=ranks)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 A page holds a table between `<!-- table: NAME -->` and `<!-- end -->`; NAME is "targets" or a JSON file of results,
 seen from the page. With `<!-- profile: NAME WORKLOAD -->` it is one of where the time of that workload goes, with
-`<!-- planner: NAME -->` and `<!-- kernels: NAME -->` the results of those modules.
+`<!-- scaling: NAME -->` of what several ranks gain, with `<!-- planner: NAME -->` and `<!-- kernels: NAME -->` the
+results of those modules.
 `python -m benchmarks.tables docs/performance.md` writes all of them anew, and with a JSON file it prints that.
 """
 
@@ -16,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import kernels, planner, profile
+from benchmarks import kernels, planner, profile, scaling
 from benchmarks.implementations import BASELINE
 from benchmarks.results import Results, Run
 from benchmarks.targets import TARGETS, met, target
@@ -130,6 +131,8 @@ def fill(page: str, folder: Path) -> str:
         kind, name, workload = match["kind"], match["name"], match["workload"]
         if kind == "profile":
             text = _pipes(*profile.table_rows(Results.load(folder / name), workload))
+        elif kind == "scaling":
+            text = _pipes(*scaling.table_rows(Results.load(folder / name)))
         elif kind in OTHERS:
             content = json.loads((folder / name).read_text())
             text = f"{_pipes(*OTHERS[kind].page_rows(content))}\n\n{_made_on(content['environment'])}."
@@ -137,7 +140,7 @@ def fill(page: str, folder: Path) -> str:
             text = targets() if name == "targets" else markdown(Results.load(folder / name))
         return f"{match['mark']}\n\n{text}\n\n<!-- end -->"
 
-    mark = r"(?P<mark><!-- (?P<kind>table|profile|planner|kernels): (?P<name>\S+)( (?P<workload>\S+))? -->)"
+    mark = r"(?P<mark><!-- (?P<kind>table|profile|scaling|planner|kernels): (?P<name>\S+)( (?P<workload>[^>]+?))? -->)"
     return re.sub(mark + r".*?<!-- end -->", table, page, flags=re.DOTALL)
 
 

@@ -4,8 +4,12 @@ A kernel's name need not tell who launched it (an op of flashdp may run several)
 the ops that were running when it was launched. The trace is the one of
 torch.profiler.profile(...).export_chrome_trace: kernels carry the "External id" of the op that launched them. Without
 a GPU there are no kernels, and an op's own time on the CPU is taken instead.
+
+Communication between ranks runs beside other kernels, which hide most of it: what is hidden and what is not are
+categories of their own.
 """
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -18,16 +22,22 @@ OPS = ("cpu_op", "user_annotation")
 
 @dataclass(frozen=True)
 class Work:
-    """Some work: a kernel's name (on a CPU the op's), the ops around its launch from the inside out, microseconds."""
+    """Some work: a kernel's name (on a CPU the op's), the ops around its launch from the inside out, microseconds, and
+    when it began (on a CPU unknown: an op's own time is not in one piece)."""
 
     name: str
     ops: tuple[str, ...]
     microseconds: float
+    start: float | None = None
 
 
 # The first that fits decides: (category, pattern of any op around it, pattern of the kernel's name).
 _NEVER = r"(?!)"
+COMMUNICATION = "communication"
+ALONE, HIDDEN = f"{COMMUNICATION}, alone", f"{COMMUNICATION}, beside others"
 RULES = (
+    (COMMUNICATION, r"^(record_param_comms|(nccl|gloo):)", r"^nccl"),
+    ("copies of shards", r"^fsdp::", _NEVER),
     ("optimizer", r"^Optimizer\.step|_fused_adam", _NEVER),
     ("attention", r"attention", r"flash_|fmha|sdpa|attention"),
     ("matmul", r"^aten::(mm|bmm|addmm|baddbmm|linear|matmul)$", r"gemm|cutlass|nvjet|splitKreduce|^triton_tem_"),
@@ -60,7 +70,9 @@ def work_of(events: Sequence[dict[str, Any]]) -> list[Work]:
     if kernels:
         by_id = {e["args"]["External id"]: n for n, e in enumerate(ops) if "External id" in e.get("args", {})}
         launchers = (by_id.get(e.get("args", {}).get("External id")) for e in kernels)
-        return [Work(e["name"], _path(ops, above, n), e["dur"]) for e, n in zip(kernels, launchers, strict=True)]
+        return [
+            Work(e["name"], _path(ops, above, n), e["dur"], e["ts"]) for e, n in zip(kernels, launchers, strict=True)
+        ]
     own = [e["dur"] for e in ops]
     for n, parent in enumerate(above):
         if parent is not None:
@@ -93,11 +105,27 @@ def _path(ops: Sequence[dict[str, Any]], above: Sequence[int | None], n: int | N
     return tuple(names)
 
 
-def by_category(work: Iterable[Work], steps: int) -> dict[str, float]:
+def busy_ms(work: Iterable[Work], steps: int) -> float:
+    """Milliseconds per step in which some of this work was running."""
+    work = list(work)
+    if any(item.start is None for item in work):
+        return sum(item.microseconds for item in work) / 1000 / steps
+    total, until = 0.0, -math.inf
+    for begin, end in sorted((item.start, item.start + item.microseconds) for item in work):
+        total += max(0.0, end - max(begin, until))
+        until = max(until, end)
+    return total / 1000 / steps
+
+
+def by_category(work: Sequence[Work], steps: int) -> dict[str, float]:
     """{category: milliseconds per step}, largest first."""
     totals: dict[str, float] = defaultdict(float)
     for item in work:
         totals[category(item)] += item.microseconds / 1000 / steps
+    if COMMUNICATION in totals and all(item.start is not None for item in work):
+        others = [item for item in work if category(item) != COMMUNICATION]
+        totals[ALONE] = busy_ms(work, steps) - busy_ms(others, steps)
+        totals[HIDDEN] = totals.pop(COMMUNICATION) - totals[ALONE]
     return dict(sorted(totals.items(), key=lambda pair: -pair[1]))
 
 

@@ -107,6 +107,27 @@ def test_kernels_are_put_down_to_the_ops_that_launched_them():
     assert (second["name"], second["category"]) == ("kernel", "flashdp gram_sqnorm")
 
 
+def test_communication_counts_where_nothing_else_runs():
+    """Two of its kernels at a time, one beside the copies that prepare it, one beside a product that goes on behind."""
+    events = [
+        _event("cpu_op", "fsdp::chunk_cat", 0, 10, 1),
+        _event("cpu_op", "record_param_comms", 10, 10, 2),
+        _event("user_annotation", "nccl:_reduce_scatter_base", 11, 8, 3),
+        _event("kernel", "cat_kernel", 1000, 100, 1),
+        _event("kernel", "ncclDevKernel_ReduceScatter_Sum_f32", 1050, 250, 3),
+        _event("gpu_memcpy", "Memcpy DtoD", 1250, 150, 2),
+        _event("kernel", "ncclDevKernel_AllGather", 2000, 100),
+        _event("kernel", "nvjet_tst", 2040, 200),
+    ]
+    work = trace.work_of(events)
+    assert trace.busy_ms(work, steps=1) == pytest.approx(0.64)
+    assert trace.by_category(work, steps=1) == pytest.approx(
+        {trace.ALONE: 0.34, "matmul": 0.2, trace.HIDDEN: 0.16, "copies of shards": 0.1}
+    )
+    found = profile.summary(work * 3, median_ms=1.0)
+    assert found["categories"][profile.IDLE] == pytest.approx(1 - 0.64 / 3, abs=1e-3)
+
+
 def test_without_a_gpu_an_op_counts_without_those_inside_it():
     inner, outer = _event("cpu_op", "aten::mm", 2, 3, 2), _event("cpu_op", "flashdp::gram_sqnorm", 0, 10, 1)
     beside = _event("cpu_op", "aten::mm", 4, 4, 3, tid=2)

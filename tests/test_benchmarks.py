@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import reference
-from benchmarks import check, measure, peak, plot, rounds, step, tables
+from benchmarks import check, measure, peak, plot, rounds, scaling, sharded, step, tables, trace
 from benchmarks.implementations import BASELINE, IMPLEMENTATIONS
 from benchmarks.processes import call
 from benchmarks.results import Results, Run
@@ -494,6 +494,44 @@ def test_an_implementation_that_is_not_installed_is_skipped(monkeypatch, tmp_pat
 def test_opacus(workload, name):
     pytest.importorskip("opacus")
     assert measure.measure(workload, name, QUICK.record())["error"] < 1e-4
+
+
+@pytest.mark.full
+def test_several_ranks(monkeypatch, tmp_path):
+    """The command on two ranks: a model that is spread over them, and replicas."""
+    out = tmp_path / "ranks.json"
+    arguments = "--models tiny --lengths 8 --batch 2 --ranks 2 --steps 1 --warmup 1 --device cpu --compiler eager"
+    chosen = ["--implementations", "flashdp-per_block", "ddp-flashdp-flat", "--out", str(out)]
+    monkeypatch.setattr("sys.argv", ["sharded", *arguments.split(), *chosen])
+    sharded.main()
+    results = Results.load(out)
+    assert [(run.status, run.implementation) for run in results.runs] == [("ok", name) for name in chosen[1:3]]
+    for run in results.runs:
+        assert run.workload == "tiny, 2 x 2 x 8" and run.shapes["ranks"] == 2
+        assert run.median_ms > 0 and trace.COMMUNICATION in run.categories and run.kernels
+
+
+def test_what_ranks_gain():
+    def run(implementation, ranks, ms):
+        shapes = {"model": "m", "ranks": ranks, "batch": 8, "length": 16}
+        return Run(
+            workload=f"m, {ranks} x 8 x 16", implementation=implementation, status="ok", shapes=shapes, median_ms=ms
+        )
+
+    runs = [run("compile", 1, 90.0), run("flashdp-flat", 1, 96.0), run("compile", 4, 100.0)]
+    runs += [run("flashdp-flat", 4, 120.0), run("flashdp-per_layer", 4, 120.0), run("ddp-flashdp-flat", 4, 50.0)]
+    results = Results(environment={}, settings={}, runs=runs)
+    header, lines = scaling.table_rows(results)
+    assert all(len(line) == len(header) for line in lines)
+    assert [line[2:] for line in lines] == [
+        ["compile", "4", "100.0", "0.900", "1.000"],
+        ["flashdp-flat", "4", "120.0", "0.800", "0.889"],
+    ]
+    assert results.speed(runs[3]) == pytest.approx(100 / 120)
+    assert results.speed(runs[-1]) is None, "replicas are compared with replicas"
+    results.runs = runs[:2]
+    with pytest.raises(ValueError, match="on one rank and on several"):
+        scaling.table_rows(results)
 
 
 def test_the_page_shows_what_the_files_hold():
