@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -99,10 +99,22 @@ class Ranks:
         """Raises RanksError unless tensors hold the same on all ranks, as told by two sums. Waits for their devices."""
         if self.size == 1 or not tensors:
             return
-        with torch.no_grad():
-            sums = [(t.double().sum(), t.double().square().sum()) for t in tensors]
-            told = torch.stack([s.cpu() for pair in sums for s in pair])
-        self.agree(what, hashlib.sha256(told.numpy().tobytes()).hexdigest())
+        self.agree(what, hashlib.sha256(_sums(tensors).numpy().tobytes()).hexdigest())
+
+    def check_copies(self, what: str, copies: Mapping[str, Tensor]) -> None:
+        """Raises RanksError unless tensors of one name hold the same on all ranks that have it, as `check_equal`."""
+        if self.size == 1 or not copies:
+            return
+        told = dict(zip(copies, _sums(copies.values()).numpy(), strict=True))
+        self.agree(what, len(told))  # all are here, and nothing can fail before all have told
+        all_told: list[Any] = [None] * self.size
+        with self._answers():
+            dist.all_gather_object(all_told, {key: sums.tobytes() for key, sums in told.items()}, group=self._host)
+        first: dict[str, int] = {}
+        for rank, its in enumerate(all_told):
+            for key, sums in its.items():
+                if sums != all_told[other := first.setdefault(key, rank)][key]:
+                    raise self._raised(f"ranks {other} and {rank} do not agree: other values of {key}; {what}")
 
     def _of_first(self, value: Tensor) -> Tensor:
         with self._answers():
@@ -144,6 +156,13 @@ def _world() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+@torch.no_grad()
+def _sums(tensors: Iterable[Tensor]) -> Tensor:
+    """[tensors, 2] on the CPU: of the elements of each, and of their squares."""
+    sums = [torch.stack([t.double().sum(), t.double().square().sum()]) for t in tensors]
+    return torch.stack([pair.cpu() for pair in sums])
+
+
 def _difference(all_told: Sequence[tuple[int, str, Any]]) -> str:
     failed = [f"rank {rank} has failed: {what}" for rank, (status, what, _) in enumerate(all_told) if status == _FAILED]
     if failed:
@@ -168,13 +187,11 @@ _groups: dict[Any, Any] = {}
 
 
 def _host_group() -> Any:
-    """A group of all ranks for tensors on the CPU."""
+    """A group of all ranks for tensors on the CPU, where nothing but this is said: gloo pairs what comes by its order,
+    so one rank's agreement would meet another's sum of its own over the default group."""
     world = dist.group.WORLD
     if world not in _groups:
         _groups.clear()  # of a world that is gone
-        backends = dict(one.split(":") for one in dist.get_backend_config(world).split(",") if ":" in one)
-        if backends.get("cpu") == "gloo":
-            _groups[world] = world
-        else:
-            _groups[world] = dist.new_group(backend="gloo", timeout=wait_of(torch.device("cuda")))
+        device = "cpu" if "cpu:" in dist.get_backend_config(world) else "cuda"
+        _groups[world] = dist.new_group(backend="gloo", timeout=wait_of(torch.device(device)))
     return _groups[world]

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from flashdp_compile.compat import local_shard
 from flashdp_compile.engine.bounds import MovingBounds
 from flashdp_compile.engine.budget import Budget
 from flashdp_compile.engine.loader import EngineLoader
@@ -19,6 +20,7 @@ from flashdp_compile.errors import UnprotectedGradientError
 from flashdp_compile.runtime.logical import LogicalBatch, Sum, sensitivity
 from flashdp_compile.runtime.probe_keys import HeldProbes
 from flashdp_compile.runtime.release import Release
+from flashdp_compile.runtime.watch import find
 
 STREAMS = 1 << 20  # of one optimizer
 COUNTS = STREAMS - 1  # the stream for who lies within a bound
@@ -102,6 +104,10 @@ class Steps:
             self._ranks.check_equal(
                 "the parameters (wrap the model into DistributedDataParallel, which makes them equal)",
                 [one.parameter for one in sums if one.first is None],
+            )
+            self._ranks.check_copies(
+                "copies of a shard begin alike (load the same weights on all ranks)",
+                {_elements(one): local_shard(one.parameter) for one in sums if one.first is not None},
             )
             self._equal.add(optimizer)
 
@@ -196,3 +202,10 @@ class Steps:
         logical.clear()
         if self.loader is not None:
             logical.used = max(len(self.loader.handed_out) - self.loader.read_ahead, logical.used)
+
+
+def _elements(one: Sum) -> str:
+    """Which ones of a sharded parameter this rank has."""
+    watched = find(one.parameter)
+    name = (watched and watched.name) or f"parameter {one.place}"
+    return f"the elements of {name} from {one.first} on, {one.total.numel()} in number"
