@@ -13,7 +13,7 @@ from flashdp_compile.compat import compile_in_place, unsplit_ddp_graphs
 from flashdp_compile.engine.ranks import Ranks
 from flashdp_compile.engine.sharded import compile_in_parts, is_in_parts
 from flashdp_compile.errors import OptionError
-from flashdp_compile.runtime.replicas import hold_back
+from flashdp_compile.runtime.replicas import hold_back, was_compiled_whole
 
 _log = logging.getLogger("flashdp_compile")
 
@@ -27,7 +27,8 @@ def compile_model(
         raise OptionError(f"{min(refused)} is the engine's own; options of the backend are an argument of the engine")
     ranks.check()
     if is_in_parts(model):
-        compile_in_parts(model, options, clipping, ranks, **{"fullgraph": True, **settings})
+        with ranks.together():
+            compile_in_parts(model, options, clipping, ranks, **{"fullgraph": True, **settings})
         return model
     if spread := [name for name, parameter in model.named_parameters() if hasattr(parameter, "device_mesh")]:
         raise OptionError(
@@ -39,6 +40,7 @@ def compile_model(
     inside_ddp = isinstance(model, nn.parallel.DistributedDataParallel)
     if (inside_ddp or ranks.group) and unsplit_ddp_graphs():
         _log.warning("flashdp: torch._dynamo.config.optimize_ddp is off now: a model is one graph, to be proved")
+    was_compiled_whole(cast(nn.Module, model.module) if inside_ddp else model)
     if not inside_ddp:
         return torch.compile(model, **how)
     hold_back(model)
