@@ -105,6 +105,8 @@ def examine(
     for index, (parameter, watched) in enumerate(pairs):
         if watched is not None:
             watched.settle()
+            if held and watched.lost:
+                faults.setdefault(Fault.LOST, []).append(index)
         if watched is not None and watched.held is not None:
             sums[index] = watched.held
             if (fault := watched.held.fault if held else Fault.OWED) is not None:

@@ -103,9 +103,10 @@ EXPLANATIONS = {
         "leave set_gradient_divide_factor, set_requires_gradient_sync and the like as they are",
     ),
     Fault.LOST: Explanation(
-        "clipped sums of an earlier backward never came back from the other ranks",
-        "what fully_shard has done with them is not known",
-        "let every backward run to its end, and leave set_requires_gradient_sync as it is",
+        "a backward gave clipped sums to fully_shard, and nothing came back that was added up over all ranks",
+        "the reduction has failed, or never began, so what became of the sums is not known",
+        "let every backward run to its end: one that raises, as where another rank is gone, is no part of a step. "
+        "Leave set_requires_gradient_sync as it is",
     ),
     Fault.REPEATED: Explanation(
         "two backward passes went through one forward",

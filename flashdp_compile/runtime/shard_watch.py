@@ -65,6 +65,10 @@ class ShardWatch(Watch):
             (total, release, fault), self.arrived = self.arrived, None
             self.hold(total, release, fault)
 
+    @property
+    def lost(self) -> bool:
+        return self.expected is not None
+
     @hidden_from_dynamo
     def accumulated(self, parameter: Tensor) -> None:
         """Called by fully_shard, when it has put the shard of a sum over all ranks into p.grad."""

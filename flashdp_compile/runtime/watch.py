@@ -193,6 +193,11 @@ class Watch:
     def settle(self) -> None:
         """Makes sure that what has come is held: it is, unless it comes by way of other ranks (shard_watch.py)."""
 
+    @property
+    def lost(self) -> bool:
+        """Whether clipped sums are on their way still, behind the backward: as `settle`."""
+        return False
+
     def drop(self) -> None:
         """Forgets the sums that are held."""
         self.held = None
