@@ -44,6 +44,8 @@ def compile_in_parts(
                 "its class's is what is compiled. Derive a class from it"
             )
     shards = _shards(model, ranks)
+    # what a rank has frozen is missing in buffers that fully_shard adds up: where sizes differ gloo ends the process
+    ranks.agree("the parameters of the sharded model", _told(parts))
     sum_shards(model)
     own = {**options, **_bounds(parts, options, clipping)}
     calls = compiled_calls(parts.values(), backend="flashdp", options=own, **settings)
@@ -113,6 +115,14 @@ def _shards(model: nn.Module, ranks: Ranks) -> dict[str, ShardWatch]:
         except ValueError as error:
             raise OptionError(f"{name}: {error}; noise is known for shards of dimension 0, by fully_shard") from error
     return found
+
+
+def _told(parts: Mapping[str, nn.Module]) -> dict[str, str]:
+    return {
+        f"{part}.{name}".lstrip("."): f"{list(p.shape)} of {p.dtype}, {'trained' if p.requires_grad else 'frozen'}"
+        for part, module in parts.items()
+        for name, p in module.named_parameters()
+    }
 
 
 def _bounds(parts: Mapping[str, nn.Module], options: Mapping[str, Any], clipping: Any) -> dict[str, Any]:

@@ -36,6 +36,10 @@ from flashdp_compile.runtime.watch import find, watch
 _MARK = "_flashdp_parts"
 _PLAIN = (int, float, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 SAMPLES, PUBLIC = "samples", "public"
+_TWICE = (
+    "flashdp: the parts of this model are compiled already, each by itself, and fully_shard works between them: call "
+    "the model as engine.compile has left it, without torch.compile around it"
+)
 
 
 class Known(NamedTuple):
@@ -96,6 +100,8 @@ class Parts:
 
     def _forward(self, number: int, part: nn.Module, compiled: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_dynamo_compiling():
+                _refuse_twice()
             if torch.is_grad_enabled():
                 self._link(number, part)
             before, LEDGER.part = LEDGER.part, (self, number)
@@ -117,7 +123,7 @@ class Parts:
                 f"fully_shard was told to use {wrong}: clipped sums must be added up over all ranks as they are, in "
                 "float32, by every backward. Leave it out, and compute in bfloat16 by torch.autocast"
             )
-        for parameter in (p for group in groups for p in sharded_parameters(group) if p.requires_grad):
+        for parameter in (p for group in groups for p in sharded_parameters(group)):
             self._check_shard(self.names[number] or "the model", parameter)
         if linked:
             return
@@ -127,7 +133,14 @@ class Parts:
                 watched.shard = self._shards[full]
 
     def _check_shard(self, name: str, parameter: Tensor) -> None:
-        if not isinstance(find(parameter), ShardWatch):
+        trained = isinstance(find(parameter), ShardWatch)
+        if trained and not parameter.requires_grad:
+            raise FlashDPError(
+                f"a parameter of {name}, of shape {tuple(parameter.shape)}, was frozen behind engine.compile: where "
+                "ranks differ, fully_shard would add up other gradients than belong together. Freeze before "
+                "engine.compile, or give it a learning rate of 0"
+            )
+        if not trained and parameter.requires_grad:
             raise FlashDPError(
                 f"a parameter of {name}, of shape {tuple(parameter.shape)}, was frozen when the engine compiled the "
                 "model, or has taken the place of another since (load_state_dict(assign=True), to_empty): nobody would "
@@ -152,6 +165,8 @@ class Parts:
 
     def _watched(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         def between(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_dynamo_compiling():
+                _refuse_twice()
             if not torch.is_grad_enabled():
                 return forward(*args, **kwargs)
             self.known.clear()
@@ -169,6 +184,11 @@ class Parts:
 def was_compiled(model: nn.Module) -> bool:
     """Whether it is that of some `Parts`."""
     return hasattr(model, _MARK)
+
+
+@torch.compiler.disable(reason=_TWICE)  # where no break is allowed dynamo says so, and else calls this
+def _refuse_twice() -> None:
+    raise FlashDPError(_TWICE)
 
 
 class _Between(TorchDispatchMode):
