@@ -83,4 +83,14 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+def text_of(action) -> str | None:
+    """Of what it raises."""
+    try:
+        action()
+    except Exception as error:
+        return " ".join(str(error).split())
+    return None
+
+
 __all__ = ["as_replica", "backward", "close", "copies", "expected", "moved", "same", "setup", "share", "take_steps"]
+__all__ += ["text_of"]

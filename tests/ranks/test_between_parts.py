@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 from torch.utils.checkpoint import checkpoint
 
 from engine.runs import engine, samples
-from ranks.runs import same
+from ranks.runs import same, text_of
 from ranks.sharded import full, setup, shard
 
 
@@ -237,6 +237,26 @@ def compiled_again(run):
     engine(clipping="per_block").compile(run.net)
 
 
+def compiled_around(run):
+    torch.compile(run.net, backend="eager")(samples())
+
+
+def part_compiled_around(run):
+    run.net.blocks[0].compile(backend="eager", fullgraph=True)
+    run.forward()
+
+
+REDUCTION = "torch.distributed.fsdp._fully_shard._fsdp_param_group.foreach_reduce"
+
+
+def unreduced(run):
+    """The backward ends where gradients are to be added up, as if another rank was gone."""
+    loss = run.forward()
+    with mock.patch(REDUCTION, side_effect=RuntimeError), contextlib.suppress(RuntimeError):
+        loss.backward()
+    run.optimizer.step()
+
+
 def thawed(net):
     net.first.requires_grad_(False)
     shard(net)
@@ -280,10 +300,13 @@ RUNS = {
     unattached: "has no noise yet",
     assigned: "has taken the place of another since",
     twice_backward: "two backward passes went through one forward",
-    frozen: "went not once through each part",
+    frozen: "was frozen behind engine.compile",
     module_hook: "a part of the model has the hook module_hook",
     backward_hook: "a part of the model has the hook backward_hook",
     compiled_again: "was compiled part by part before",
+    compiled_around: "call the model as engine.compile has left it",
+    part_compiled_around: "call the model as engine.compile has left it",
+    unreduced: "nothing came back that was added up over all ranks",
     first_set("set_gradient_divide_factor", 2.0): "a gradient divide factor",
     first_set("set_force_sum_reduction_for_comms", False): "a gradient divide factor",
     first_set("set_requires_gradient_sync", False): "set_requires_gradient_sync(False)",
@@ -307,15 +330,6 @@ COMPILED = {
     "bfloat16": (lambda net: low(net, param_dtype=torch.bfloat16), {}, "the parameter is torch.bfloat16"),
     "sums of 16 bits": (lambda net: low(net, reduce_dtype=torch.bfloat16), {}, "reduce_dtype of 16 bits"),
 }
-
-
-def text_of(action):
-    """Of what it raises."""
-    try:
-        action()
-    except Exception as error:
-        return " ".join(str(error).split())
-    return None
 
 
 def between(code):
@@ -363,6 +377,7 @@ EXPECTED = {
 MOST_TELLING = (
     *("mean", "control flow", "unknown", "function", "memory", "buffer", "hook on a tensor", "twice"),
     *("stale", "shard_hook", "late_shard_hook", "rescaled", "unsynced", "unattached", "twice_backward", "module_hook"),
+    *("frozen", "compiled_around", "part_compiled_around", "unreduced"),
     *("compiled: flat", "compiled: container", "compiled: columns", "compiled: thawed", "compiled: sums of 16 bits"),
 )
 
@@ -373,31 +388,3 @@ def test_what_is_refused(pool, names):
     (said,) = pool.run(1, attempted, names)
     assert said.keys() == set(names)
     assert {name: said[name] for name in names if EXPECTED[name] not in (said[name] or "")} == {}
-
-
-def fewer_ranks(rank):
-    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("each", "alone"))["alone"]
-    engine(clipping="per_block").compile(shard(Net(), mesh=mesh))
-
-
-def frozen_otherwise(rank):
-    """A parameter on each rank, of the same size: what is left of their gradients is added up."""
-    run = Run(way="whole")
-    run.net.blocks[rank].bias.requires_grad_(False)
-    run.step()
-
-
-def other_clipping(rank):
-    Run(clipping=("per_block", "per_layer")[rank])
-
-
-def on_two_ranks(rank, size):
-    cases = (fewer_ranks, frozen_otherwise, other_clipping)
-    return [text_of(lambda case=case: case(rank)) for case in cases]
-
-
-def test_what_two_ranks_do_otherwise(pool):
-    expected = ("is not sharded over all 2 ranks", "ranks do not agree", "ranks do not agree")
-    for texts in pool.run(2, on_two_ranks):
-        for text, wanted in zip(texts, expected, strict=True):
-            assert text is not None and wanted in text
