@@ -1,6 +1,7 @@
 """Set before any test module is imported: where kernels run, where Inductor writes, and how hypothesis searches."""
 
 import atexit
+import gc
 import os
 import shutil
 import sys
@@ -40,6 +41,14 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish():
+    """Looks for garbage less often, and not in what all tests share: torch, and the tests, are millions of objects, and
+    compilations make many more, so that it would take a tenth of the time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000)
 
 
 @pytest.fixture(autouse=True)

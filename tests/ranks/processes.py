@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 WAIT = 40.0  # seconds that ranks wait for each other
 LIMIT = 120.0  # and that a test waits for all of them
+SHARED = ["torch._dynamo", "torch.distributed.fsdp", "ranks.sharded"]  # what they are forked with: what takes longest
 
 
 class Failed(NamedTuple):
@@ -82,7 +83,9 @@ class Pool:
 
 
 def _started() -> tuple[Any, Any]:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")  # CUDA is not forked
+    if context.get_start_method() == "forkserver":
+        context.set_forkserver_preload(SHARED)
     mine, its = context.Pipe()
     process = context.Process(target=_serve, args=(its,), daemon=True)
     process.start()
@@ -92,16 +95,13 @@ def _started() -> tuple[Any, Any]:
 
 def _serve(pipe: Any) -> None:
     torch.set_num_threads(1)
-    answered = 0
+    gc.set_threshold(50_000)  # as tests/conftest.py
     while True:
         try:
             told = pipe.recv_bytes()
         except EOFError:
             return
         pipe.send_bytes(_answer_to(*pickle.loads(told)))
-        answered += 1
-        if answered == 1:
-            gc.freeze()  # what torch has loaded by now: what is collected behind each call is small without it
 
 
 def _answer_to(
@@ -122,6 +122,7 @@ def _answer_to(
         torch._dynamo.config.optimize_ddp = split
         torch._dynamo.reset()
         gc.collect()  # an engine is in cycles, and holds its journal
+        gc.freeze()  # what is left is torch's own: the next call has little to look at
 
 
 def _module(file: str) -> Any:
