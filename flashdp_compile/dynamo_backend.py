@@ -106,7 +106,7 @@ def _owed(trainable: Mapping[str, torch.Tensor], options: Options) -> guard.Owed
             f"norm={options.norm!r} with noise_at='step' is for a PrivacyEngine, whose accountant knows of it and "
             "which keeps the probes of a logical batch: give it these options, and compile by its `compile`"
         )
-    narrow = [name for name, p in trainable.items() if p.dtype not in (torch.float32, torch.float64)]
+    narrow = [name for name, p in trainable.items() if compat.grad_dtype(p) not in (torch.float32, torch.float64)]
     if narrow:
         raise Refusal(
             f"{', '.join(narrow[:5])}: the parameter is {trainable[narrow[0]].dtype}, to which p.grad would be rounded "

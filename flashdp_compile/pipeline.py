@@ -81,6 +81,7 @@ def mechanism_of(options: Options) -> Mechanism:
         grad_scaler=None if options.grad_scaler is None else scaling.place(options.grad_scaler),
         bounds=_moving(options),
         held_probes=None if options.held_probes is None else options.held_probes.place,
+        owed=options.noise_at == "step",
     )
 
 

@@ -178,7 +178,7 @@ def _release(
         released = [(at, emit(torch.mul, node, scale)) for at, node in released]
     results = list(joint.output.args[0])
     for position, node in released:
-        results[position] = _as(emit, node, results[position].meta["val"].dtype)
+        results[position] = node if mechanism.owed else _as(emit, node, results[position].meta["val"].dtype)
     joint.output.args = (tuple(results),)
     emit.settle()
     joint.graph.eliminate_dead_code()

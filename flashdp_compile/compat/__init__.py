@@ -76,6 +76,7 @@ from flashdp_compile.compat.ranks import add_up, compile_in_place, running_ddp, 
 from flashdp_compile.compat.sharding import (
     first_element,
     foreign_hooks,
+    grad_dtype,
     groups_of,
     is_of_sharding,
     is_sharded,
@@ -83,12 +84,14 @@ from flashdp_compile.compat.sharding import (
     sharded_like,
     sharded_parameters,
     sum_shards,
+    take_wide_gradients,
     unusual_sums,
 )
 
 __all__ = [
     "first_element",
     "foreign_hooks",
+    "grad_dtype",
     "groups_of",
     "is_of_sharding",
     "is_sharded",
@@ -96,6 +99,7 @@ __all__ = [
     "sharded_like",
     "sharded_parameters",
     "sum_shards",
+    "take_wide_gradients",
     "unusual_sums",
     "COMPILED_BACKWARD",
     "CustomGraphPass",

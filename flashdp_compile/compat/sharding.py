@@ -12,6 +12,7 @@ from torch import Tensor, nn
 __all__ = [
     "first_element",
     "foreign_hooks",
+    "grad_dtype",
     "groups_of",
     "is_of_sharding",
     "is_sharded",
@@ -19,6 +20,7 @@ __all__ = [
     "sharded_like",
     "sharded_parameters",
     "sum_shards",
+    "take_wide_gradients",
     "unusual_sums",
 ]
 
@@ -66,6 +68,18 @@ def unusual_sums(groups: Iterable[Any]) -> str:
         if named := next((name for name, is_so in found.items() if is_so), ""):
             return named
     return ""
+
+
+def take_wide_gradients(parameter: Tensor) -> None:
+    """Lets a parameter that fully_shard has put together have its gradient in float32 if it is narrower itself, as
+    MixedPrecisionPolicy(param_dtype=torch.bfloat16) makes it. Autograd would round it otherwise."""
+    if parameter.dtype.itemsize < torch.float32.itemsize:
+        parameter.grad_dtype = torch.float32
+
+
+def grad_dtype(parameter: Tensor) -> torch.dtype | None:
+    """What autograd makes of a gradient of this leaf; None if it takes any."""
+    return parameter.grad_dtype
 
 
 def foreign_hooks(module: nn.Module) -> list[Any]:

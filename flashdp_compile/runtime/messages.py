@@ -102,6 +102,11 @@ EXPLANATIONS = {
         "a sum that is multiplied by anything is larger than the noise is made for",
         "leave set_gradient_divide_factor, set_requires_gradient_sync and the like as they are",
     ),
+    Fault.ROUNDED: Explanation(
+        "clipped sums were rounded to less than float32 before their noise",
+        "rounding lets one sample move a sum by more than its bound",
+        "leave the grad_dtype of parameters as it is",
+    ),
     Fault.LOST: Explanation(
         "a backward gave clipped sums to fully_shard, and nothing came back that was added up over all ranks",
         "the reduction has failed, or never began, so what became of the sums is not known",

@@ -190,15 +190,17 @@ def _released(
     if part is not None and part[0].rescaled(part[1]):
         fault = Fault.RESCALED
     for index, parameter, watched in arrived:
+        total = cast(Tensor, grad_inputs[index])
+        wrong = fault or (Fault.ROUNDED if total.dtype.itemsize < torch.float32.itemsize else None)
         if watched.shard is not None:
-            watched.announce(parameter, cast(Tensor, grad_inputs[index]), release)
-            watched.shard.expect(parameter, watched, release, fault)
+            watched.announce(parameter, total, release)
+            watched.shard.expect(parameter, watched, release, wrong)
             continue
-        total = cast(Tensor, grad_inputs[index]).detach()
+        total = total.detach()
         if total.data_ptr() in taken:  # a graph may give two parameters one tensor, and noise is added in place
             total = total.clone()
         taken.add(total.data_ptr())
-        watched.hold(total, release, fault)
+        watched.hold(total, release, wrong)
         passed_on[index] = None
     runs.append(release)
     return tuple(passed_on)

@@ -24,6 +24,7 @@ from flashdp_compile.compat import (
     is_of_sharding,
     real_tensors,
     sharded_parameters,
+    take_wide_gradients,
     tree_leaves,
     unusual_sums,
 )
@@ -121,13 +122,14 @@ class Parts:
         if wrong := unusual_sums(groups):
             raise FlashDPError(
                 f"fully_shard was told to use {wrong}: clipped sums must be added up over all ranks as they are, in "
-                "float32, by every backward. Leave it out, and compute in bfloat16 by torch.autocast"
+                "float32, by every backward. Leave it out; param_dtype=torch.bfloat16 is fine"
             )
         for parameter in (p for group in groups for p in sharded_parameters(group)):
             self._check_shard(self.names[number] or "the model", parameter)
         if linked:
             return
         for name, parameter in part.named_parameters():
+            take_wide_gradients(parameter)
             watched, full = watch(parameter), f"{self.names[number]}.{name}".lstrip(".")
             if watched is not None:
                 watched.shard = self._shards[full]

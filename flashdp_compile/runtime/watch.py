@@ -39,6 +39,7 @@ class Fault(enum.Enum):
     REPEATED = enum.auto()  # two backward passes over one forward, while noise is owed
     PARTS = enum.auto()  # a backward went through some parts of a model only, or several times through one
     RESCALED = enum.auto()  # fully_shard was told behind the forward to add gradients up otherwise
+    ROUNDED = enum.auto()  # clipped sums were rounded to less than float32 on their way
     LOST = enum.auto()  # clipped sums of a part of the model never came back from the other ranks
 
 

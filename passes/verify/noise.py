@@ -33,7 +33,7 @@ def _unnoised(graph: Graph, position: int, streams: dict[int, int]) -> fx.Node:
     guarantee, mechanism = graph.guarantee, graph.guarantee.mechanism
     node, gradient = graph.results[position], graph.before.released[position]
     name, dtype = gradient.name, gradient.node.meta["val"].dtype
-    if node.target is prims.convert_element_type.default and node.args[1] == dtype:
+    if node.target is prims.convert_element_type.default and node.args[1] == dtype and not mechanism.owed:
         node = node.args[0]
     if node.meta["val"].dtype not in WIDE:
         raise NotProved(f"the gradient of {name} was rounded to {node.meta['val'].dtype} before its noise")

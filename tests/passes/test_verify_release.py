@@ -123,6 +123,14 @@ class TestNoise:
         found.put(found.position("weight"), noise)
         fails(found, "weight was rounded to torch.bfloat16 before its noise")
 
+    def test_a_sum_that_owes_noise_is_rounded(self):
+        """It leaves the graph in float32, and only a sum that has its noise may be rounded there."""
+        model, x = nn.Linear(6, 5).bfloat16(), torch.randn(3, 6).bfloat16()
+        owed = dataclasses.replace(SILENT, owed=True)
+        assert rewritten(model, x, mechanism=owed).result("weight").meta["val"].dtype == torch.float32
+        found = rewritten(model, x, mechanism=SILENT)
+        fails(dataclasses.replace(found, guarantee=stated(found, owed=True)), "was rounded to torch.bfloat16 before")
+
     def test_noise_where_none_is_stated(self):
         found = graph()
         fails(

@@ -43,14 +43,16 @@ class Net(nn.Module):
 
 def shard(net: Any, way: str = "parts", **settings: Any) -> Any:
     """Each part by itself, or blocks alone and the rest as the root's, or two blocks as one group, or all as one, or
-    each part over two ranks of which there are copies."""
-    from torch.distributed.fsdp import fully_shard
+    each part over two ranks of which there are copies, or each part computing in bfloat16."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     size = dist.get_world_size()
     if way == "hybrid":
         settings["mesh"] = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("copies", "shards"))
     else:
         settings.setdefault("mesh", init_device_mesh("cpu", (size,)))
+    if way == "bfloat16":
+        settings["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.float32)
     own = net.parts()
     if way in ("blocks", "together", "whole"):
         own = {"blocks": own[1:3], "together": [own[1:3]], "whole": []}[way]

@@ -223,6 +223,15 @@ def frozen(run):
     run.step()
 
 
+def narrow(run):
+    run = Run(way="bfloat16")
+    run.forward()
+    run.net.first.unshard()
+    run.net.first.weight.grad_dtype = torch.bfloat16
+    run.net.first.reshard()
+    run.step()
+
+
 def module_hook(run):
     run.net.blocks[1].register_forward_hook(lambda module, args, out: out - out.mean(0))
     run.step()
@@ -301,6 +310,7 @@ RUNS = {
     assigned: "has taken the place of another since",
     twice_backward: "two backward passes went through one forward",
     frozen: "was frozen behind engine.compile",
+    narrow: "clipped sums were rounded to less than float32",
     module_hook: "a part of the model has the hook module_hook",
     backward_hook: "a part of the model has the hook backward_hook",
     compiled_again: "was compiled part by part before",
@@ -327,7 +337,6 @@ COMPILED = {
     "container": (container, {}, "inner is sharded, and so are modules inside of it"),
     "columns": (columns, {}, "noise is known for shards of dimension 0"),
     "thawed": (thawed, {}, "was frozen when the engine compiled the model"),
-    "bfloat16": (lambda net: low(net, param_dtype=torch.bfloat16), {}, "the parameter is torch.bfloat16"),
     "sums of 16 bits": (lambda net: low(net, reduce_dtype=torch.bfloat16), {}, "reduce_dtype of 16 bits"),
 }
 

@@ -50,6 +50,13 @@ def test_sums_are_those_of_one_process(pool, size, cases):
     assert not close(layers, clipped_by_part(Net()), 1e-2), "bounds of layers are others"
 
 
+def test_parameters_in_bfloat16(pool):
+    """Their sums are in float32: a sum of this few samples in bfloat16 is another on two ranks."""
+    (alone,) = pool.run(1, sums, [("bfloat16", BLOCK)])
+    for rank in pool.run(2, sums, [("bfloat16", BLOCK)]):
+        assert close(rank[0], alone[0], 1e-6) and close(rank[0], clipped_by_part(Net()), 3e-2)
+
+
 def accumulated(rank, size):
     """Two steps of two micro-batches: what p.grad holds from the first is never cleared, and no part of the second."""
     its, net, called, optimizer = setup(micro_batches=2)
@@ -102,6 +109,13 @@ def seeded(rank, size, cases, clipping=LAYER):
 
 
 NOISES = ("secure", "philox")
+
+
+def test_a_seed_gives_the_run_of_one_process_in_bfloat16(pool):
+    cases = [("bfloat16", noise) for noise in NOISES]
+    (alone,) = pool.run(1, seeded, cases)
+    for rank in pool.run(2, seeded, cases):
+        assert all(same(found, wanted) for found, wanted in zip(rank, alone, strict=True))
 
 
 @pytest.mark.parametrize(("size", "ways"), [(3, ["blocks"]), (4, ["hybrid"])])
