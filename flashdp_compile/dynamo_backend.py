@@ -87,7 +87,8 @@ def _compile(
             probe_keys.KEYS.prepare(device, options.seed)
     _refuse_foreign_hooks()
     label = compat.graph_label(gm)
-    rewriting = FlashDPPass(inputs, options, report(options.debug_folder, label))
+    feeds_parts = options.part_runs is not None and torch.is_grad_enabled()  # evaluation does as it likes
+    rewriting = FlashDPPass(inputs, options, report(options.debug_folder, label), feeds_parts)
     if options.compiler == "eager":
         compiled = compat.compile_with_interpreter(gm, example_inputs, rewriting)
     else:

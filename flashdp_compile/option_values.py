@@ -86,6 +86,13 @@ def bound_scales(value: Any, noise_at: Any) -> Any:
     return value
 
 
+def part_runs(value: Any, noise_at: Any) -> Any:
+    """What a PrivacyEngine gives, a `runtime.part_runs.PartRuns`, or None."""
+    if value is not None and (not isinstance(getattr(value, "place", None), int) or noise_at != "step"):
+        raise OptionError("part_runs is what a PrivacyEngine keeps of a model of parts: let the engine compile it")
+    return value
+
+
 def held_probes(value: Any, norm: Any, probes: Any, noise_at: Any) -> Any:
     """What a PrivacyEngine gives, a `runtime.probe_keys.HeldProbes`, or None."""
     if value is None:

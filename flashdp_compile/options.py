@@ -43,6 +43,7 @@ PRIVACY = (
     "norm",
     "probes",
     "held_probes",
+    "part_runs",
 )
 PERFORMANCE = ("norm_strategy", "autotune", "compiler", "mode", "inductor", "debug")
 
@@ -119,6 +120,9 @@ class Options:
     held_probes: Any = None
     """What a `PrivacyEngine` keeps of the probes of its logical batches. Its `compile` sets this."""
 
+    part_runs: Any = None
+    """What a `PrivacyEngine` keeps of a model that it compiles part by part. Its `compile` sets this."""
+
     norm_strategy: NormStrategy = "auto"
     """How per-sample norms are computed. "auto" asks the cost model at each point."""
 
@@ -187,6 +191,7 @@ class Options:
             "norm": choice("norm", self.norm, get_args(Norm)),
             "probes": values.probes(self.probes),
             "held_probes": values.held_probes(self.held_probes, self.norm, self.probes, self.noise_at),
+            "part_runs": values.part_runs(self.part_runs, self.noise_at),
             "norm_strategy": choice("norm_strategy", self.norm_strategy, get_args(NormStrategy)),
             "autotune": flag("autotune", self.autotune),
             "compiler": choice("compiler", self.compiler, get_args(Compiler)),
@@ -232,6 +237,8 @@ class Options:
             texts["bound_scales"] = "those of the engine"
         if self.held_probes is not None:
             texts["held_probes"] = "those of the engine"
+        if self.part_runs is not None:
+            texts["part_runs"] = "those of the engine"
         return ", ".join(f"{name}={text}" for name, text in texts.items())
 
     def caveats(self) -> list[str]:
@@ -252,7 +259,7 @@ class Options:
         """Everything that can change the generated graph, as JSON takes it, equal for equal settings: the part of the
         compile cache's key that comes from the options. Mappings become lists of pairs, as their order counts."""
         known = {name: getattr(self, name) for name in (*PRIVACY, *PERFORMANCE) if name != "debug"}
-        for name in ("grad_scaler", "bound_scales", "held_probes"):  # which one it is, the pipeline adds
+        for name in ("grad_scaler", "bound_scales", "held_probes", "part_runs"):  # which one it is, the pipeline adds
             known[name] = getattr(self, name) is not None
         return {name: _canonical(value) for name, value in known.items()}
 

@@ -37,6 +37,7 @@ from flashdp_compile.passes.inline import inline_kernels
 from flashdp_compile.passes.inputs import Input
 from flashdp_compile.passes.mechanism import Mechanism
 from flashdp_compile.passes.own_memory import own_memory
+from flashdp_compile.passes.part_outputs import check_part_outputs
 from flashdp_compile.passes.patches import take_patches_apart
 from flashdp_compile.passes.plan import Plan, make_plan
 from flashdp_compile.passes.points import ParameterGradient, check_single, find_points
@@ -56,7 +57,8 @@ register_runtime_ops()
 
 @dataclass
 class Record:
-    """What each pass found in one joint graph, as far as it came. `before` is the text of the joint graph."""
+    """What each pass found in one joint graph, as far as it came. `before` is the text of the joint graph.
+    `feeds_parts`: what it returns is given to other parts of a model, so it is proved if it has no backward, too."""
 
     options: Options
     inputs: tuple[Input, ...]
@@ -67,6 +69,7 @@ class Record:
     rewritten: bool = False
     verified: Axes | None = None
     before: str = ""
+    feeds_parts: bool = False
     error: Exception | None = None
 
 
@@ -103,7 +106,7 @@ def analyse(graph: fx.Graph, record: Record) -> None:
     take_fused_apart(graph)
     take_patches_apart(graph)
     options = record.options
-    record.joint = capture(graph, record.inputs, options.batch_dim)
+    record.joint = capture(graph, record.inputs, options.batch_dim, record.feeds_parts)
     if record.joint is None:
         return
     if record.joint.batch == 1 and options.norm != "exact":
@@ -116,11 +119,15 @@ def analyse(graph: fx.Graph, record: Record) -> None:
         names = [g.name for g in private_gradients(record.joint)]
         if record.joint.batch == 1:
             check_single(record.joint)
+        if record.feeds_parts:
+            check_part_outputs(record.joint, options.batch_dim, None)
         record.plan = Plan(form_groups(names, options.clipping, options.max_grad_norm), {})
         return
     record.axes = Axes(record.joint)
     propagate(record.joint, record.axes)
     record.gradients = find_points(record.axes)
+    if record.feeds_parts:
+        check_part_outputs(record.joint, options.batch_dim, record.axes)
     timed = None
     if options.autotune:
         for gradient in record.gradients[:1]:  # all are on one device
@@ -141,7 +148,7 @@ def analyse(graph: fx.Graph, record: Record) -> None:
 def run(graph: fx.Graph, record: Record) -> None:
     """All passes on one joint graph, in place. A graph without backward is left alone: it releases no gradient."""
     analyse(graph, record)
-    if record.joint is None or record.plan is None:
+    if record.joint is None or record.plan is None or not record.joint.tangents:
         return
     mechanism = mechanism_of(record.options)
     _check_groups(record.options, record.plan)
@@ -197,15 +204,21 @@ def _as_internal_errors() -> Iterator[None]:
 
 
 class FlashDPPass(CustomGraphPass):
-    """The pipeline as the one pass that Inductor runs on the joint graph, before any of its own."""
+    """The pipeline as the one pass that Inductor runs on the joint graph, before any of its own. `feeds_parts`: see
+    `Record`."""
 
     def __init__(
-        self, inputs: tuple[Input, ...], options: Options, report: Callable[[Record], None] | None = None
+        self,
+        inputs: tuple[Input, ...],
+        options: Options,
+        report: Callable[[Record], None] | None = None,
+        feeds_parts: bool = False,
     ) -> None:
-        self._inputs, self._options, self._report = inputs, options, report
+        self._inputs, self._options, self._report, self._feeds_parts = inputs, options, report, feeds_parts
 
     def __call__(self, graph: fx.Graph) -> None:
-        record = Record(self._options, self._inputs, before=graph_text(graph) if self._report else "")
+        before = graph_text(graph) if self._report else ""
+        record = Record(self._options, self._inputs, before=before, feeds_parts=self._feeds_parts)
         try:
             with _as_internal_errors():
                 run(graph, record)
@@ -225,7 +238,7 @@ class FlashDPPass(CustomGraphPass):
         described = [(i.name, i.role) for i in self._inputs]
         held = self._options.held_probes
         policy = [self._options.policy(), asdict(mechanism_of(self._options)), None if held is None else held.groups]
-        key = json.dumps([policy, described, rules, sources_digest(), versions()], sort_keys=True)
+        key = json.dumps([policy, self._feeds_parts, described, rules, sources_digest(), versions()], sort_keys=True)
         return hashlib.sha256(key.encode()).hexdigest()
 
 

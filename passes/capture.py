@@ -66,8 +66,11 @@ class JointGraph:
         return self.graph.output_node()
 
 
-def capture(graph: fx.Graph, inputs: tuple[Input, ...], batch_dim: BatchDim) -> JointGraph | None:
-    """The meaning of a joint graph; None for a graph without backward, which releases no gradient.
+def capture(
+    graph: fx.Graph, inputs: tuple[Input, ...], batch_dim: BatchDim, forward_alone: bool = False
+) -> JointGraph | None:
+    """The meaning of a joint graph; None for a graph without backward, which releases no gradient, unless
+    `forward_alone`.
 
     Raises `Refusal` for a graph whose inputs or outputs cannot be told apart, and `InputError` when the batch size
     cannot.
@@ -81,7 +84,8 @@ def capture(graph: fx.Graph, inputs: tuple[Input, ...], batch_dim: BatchDim) -> 
     if not any(map(_is_tangent, placeholders)):
         if any(map(belongs_to_backward, [*(n.meta.get("desc") for n in placeholders), *descriptions])):
             raise Refusal(_SUBCLASS)
-        return None
+        if not forward_alone:
+            return None
 
     samples: dict[fx.Node, int] = {}
     parameters: dict[fx.Node, Input] = {}

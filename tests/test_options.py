@@ -32,6 +32,7 @@ FIELDS = [
     "norm",
     "probes",
     "held_probes",
+    "part_runs",
     "norm_strategy",
     "autotune",
     "compiler",

@@ -126,7 +126,7 @@ def compile_with_interpreter(
         return min_cut_rematerialization_partition(joint, inputs, **options)
 
     with _lstm_layers_in_parts():
-        return partitioned_backend(partition)(gm, example_inputs)
+        return partitioned_backend(partition, joint_pass)(gm, example_inputs)
 
 
 @contextlib.contextmanager
@@ -143,8 +143,11 @@ def _lstm_layers_in_parts() -> Iterator[None]:
         module.select_one_layer_lstm_function = before
 
 
-def partitioned_backend(partition: Callable[..., Any]) -> Callable[..., Any]:
-    """A dynamo backend that runs forward and backward by an interpreter, split by `partition`. 2.11, 2.13."""
+def partitioned_backend(
+    partition: Callable[..., Any], forward_pass: Callable[[torch.fx.Graph], None] = lambda graph: None
+) -> Callable[..., Any]:
+    """A dynamo backend that runs forward and backward by an interpreter, split by `partition`. `forward_pass` is run on
+    a graph that has no backward. 2.11, 2.13."""
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
 
@@ -155,4 +158,13 @@ def partitioned_backend(partition: Callable[..., Any]) -> Callable[..., Any]:
         gm.recompile()
         return make_boxed_func(gm.forward)
 
-    return aot_autograd(fw_compiler=interpret, partition_fn=partition, decompositions=decompositions())
+    def forward_alone(gm: torch.fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        forward_pass(gm.graph)
+        return interpret(gm, example_inputs)
+
+    return aot_autograd(
+        fw_compiler=interpret,
+        inference_compiler=forward_alone,
+        partition_fn=partition,
+        decompositions=decompositions(),
+    )

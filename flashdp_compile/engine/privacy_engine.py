@@ -37,6 +37,7 @@ OWN = (  # options that follow from arguments
     "noise_at",
     "bound_scales",
     "held_probes",
+    "part_runs",
     "seed",
     "grad_scaler",
 )

@@ -12,6 +12,7 @@ from torch import nn
 from flashdp_compile.compat import is_sharded, sum_shards
 from flashdp_compile.engine.ranks import Ranks
 from flashdp_compile.errors import OptionError
+from flashdp_compile.runtime.part_runs import PartRuns
 from flashdp_compile.runtime.parts import Parts, was_compiled
 from flashdp_compile.runtime.shard_watch import ShardWatch, watch_shard
 
@@ -47,7 +48,7 @@ def compile_in_parts(
     # what a rank has frozen is missing in buffers that fully_shard adds up: where sizes differ gloo ends the process
     ranks.agree("the parameters of the sharded model", _told(parts))
     sum_shards(model)
-    own = {**options, **_bounds(parts, options, clipping)}
+    own = {**options, **_bounds(parts, options, clipping), "part_runs": PartRuns()}
     calls = compiled_calls(parts.values(), backend="flashdp", options=own, **settings)
     Parts(model, parts, shards).install(lambda part: calls[type(part)])
 

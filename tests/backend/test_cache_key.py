@@ -9,6 +9,7 @@ from flashdp_compile.passes.axes import registry
 from flashdp_compile.passes.inputs import Input
 from flashdp_compile.pipeline import FlashDPPass
 from flashdp_compile.runtime.bounds import BoundScales
+from flashdp_compile.runtime.part_runs import PartRuns
 from flashdp_compile.runtime.probe_keys import HeldProbes
 
 INPUTS = (Input("x", "sample"), Input("a.weight", "parameter"))
@@ -28,6 +29,7 @@ OTHERS = {
     "norm": "hutchinson",
     "probes": 32,
     "held_probes": HeldProbes("exact", 64, 1),
+    "part_runs": PartRuns(),
     "norm_strategy": "gram",
     "autotune": True,
     "compiler": "eager",
@@ -50,9 +52,9 @@ def test_every_option_is_listed_here():
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_every_option_changes_the_key(name):
-    asks = name in ("noise_at", "bound_scales", "held_probes")
-    beside = {"expected_batch_size": 5} if asks else {}
-    beside |= {"noise_at": "step"} if name in ("bound_scales", "held_probes") else {}
+    of_engine = name in ("bound_scales", "held_probes", "part_runs")
+    beside = {"expected_batch_size": 5} if of_engine or name == "noise_at" else {}
+    beside |= {"noise_at": "step"} if of_engine else {}
     assert key(**{name: OTHERS[name], **beside}) != key(**beside)
 
 
