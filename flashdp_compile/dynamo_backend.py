@@ -89,10 +89,11 @@ def _compile(
     label = compat.graph_label(gm)
     feeds_parts = options.part_runs is not None and torch.is_grad_enabled()  # evaluation does as it likes
     rewriting = FlashDPPass(inputs, options, report(options.debug_folder, label), feeds_parts)
+    twice = options.part_runs is not None and options.part_runs.shared
     if options.compiler == "eager":
-        compiled = compat.compile_with_interpreter(gm, example_inputs, rewriting)
+        compiled = compat.compile_with_interpreter(gm, example_inputs, rewriting, twice)
     else:
-        settings = (options.mode, options.inductor)
+        settings = (options.mode, options.inductor, twice)
         compiled = compat.compile_with_inductor(gm, example_inputs, rewriting, LastPass(), *settings)
     buffers = {place: i.name for place, i in enumerate(inputs) if i.role == "buffer"}
     frozen = {place: name for place, (name, p) in placed.items() if not p.requires_grad}
@@ -121,12 +122,18 @@ def _owed(trainable: Mapping[str, torch.Tensor], options: Options) -> guard.Owed
     divisor = options.expected_batch_size if options.loss_reduction == "mean" else 1
     assert divisor is not None
     graphs = options.mode in ("reduce-overhead", "max-autotune") or bool(options.inductor.get("triton.cudagraphs"))
+    if graphs and options.part_runs is not None:
+        raise Refusal(
+            "parts of a model are told what they are while they run, which CUDA graphs do not see: leave mode and "
+            "triton.cudagraphs out"
+        )
     return guard.Owed(
         sensitivity(groups) * (1 + MOST_SLACK),
         float(divisor),
         reused=graphs,
         bounds=options.bound_scales,
         probes=options.held_probes,
+        parts=options.part_runs,
     )
 
 

@@ -49,7 +49,7 @@ from flashdp_compile.passes.strategies.materialize import MATERIALIZE
 from flashdp_compile.passes.unroll import unroll_maps
 from flashdp_compile.passes.vectors import norm_vectors, sum_vectors
 from flashdp_compile.passes.verify import verify
-from flashdp_compile.runtime import bounds, clipping, noise, probe_keys, scaling  # noqa: F401  registers the ops that the rewrite inserts
+from flashdp_compile.runtime import bounds, clipping, noise, part_runs, probe_keys, scaling  # noqa: F401  registers the ops that the rewrite inserts
 from flashdp_compile.tune_tiles import tune_tiles
 
 register_runtime_ops()
@@ -84,8 +84,14 @@ def mechanism_of(options: Options) -> Mechanism:
         grad_scaler=None if options.grad_scaler is None else scaling.place(options.grad_scaler),
         bounds=_moving(options),
         held_probes=None if options.held_probes is None else options.held_probes.place,
+        part_runs=_shared(options),
         owed=options.noise_at == "step",
     )
+
+
+def _shared(options: Options) -> int | None:
+    runs = options.part_runs
+    return runs.place if runs is not None and runs.shared else None
 
 
 def _moving(options: Options) -> MovingBounds | None:

@@ -15,7 +15,8 @@ class Mechanism:
     by the size of the batch at hand where that is None. Places are the numbers by which compiled code knows what lives
     in the process: `grad_scaler`, the loss's GradScaler in runtime/scaling.py; `bounds`, those that move, in
     runtime/bounds.py; `held_probes`, the probes that all backward passes of a logical batch have in common, in
-    runtime/probe_keys.py. `owed`: noise is added behind the graph, so sums leave it as wide as they were made.
+    runtime/probe_keys.py; `part_runs`, the parts of a model that have one bound together, in runtime/part_runs.py.
+    `owed`: noise is added behind the graph, so sums leave it as wide as they were made.
     """
 
     noise_multiplier: float
@@ -26,6 +27,7 @@ class Mechanism:
     grad_scaler: int | None = None
     bounds: MovingBounds | None = None
     held_probes: int | None = None
+    part_runs: int | None = None
     owed: bool = False
 
     @property

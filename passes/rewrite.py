@@ -127,6 +127,8 @@ def _clip(
     others need not wait for it.
     """
     totals = [emit(_added, *members) for members in norms]
+    if (place := mechanism.part_runs) is not None:
+        totals = [emit(lambda total: ops.share_bound(total, place), total) for total in totals]
     scales = [scale] * len(groups) if mechanism.bounds is None else _moved(emit, joint, groups, totals, mechanism)
     for number, (group, total, own) in enumerate(zip(groups, totals, scales, strict=True)):
         others = [] if number else totals[1:]

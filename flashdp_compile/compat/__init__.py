@@ -37,6 +37,7 @@ from flashdp_compile.compat.execution import (
     scale_of,
     steps_within,
     tree_leaves,
+    tree_map,
 )
 from flashdp_compile.compat.graphs import (
     GradAOTOutput,
@@ -81,6 +82,7 @@ from flashdp_compile.compat.sharding import (
     is_of_sharding,
     is_sharded,
     local_shard,
+    prefetched_again,
     sharded_like,
     sharded_parameters,
     sum_shards,
@@ -96,6 +98,7 @@ __all__ = [
     "is_of_sharding",
     "is_sharded",
     "local_shard",
+    "prefetched_again",
     "sharded_like",
     "sharded_parameters",
     "sum_shards",
@@ -163,6 +166,7 @@ __all__ = [
     "steps_within",
     "trace",
     "tree_leaves",
+    "tree_map",
     "unsplit_ddp_graphs",
     "versions",
     "wait_of",

@@ -95,6 +95,7 @@ def compile_with_inductor(
     last_pass: CustomGraphPass,
     mode: str | None,
     settings: Any,
+    backward_twice: bool = False,
 ) -> Callable[..., Any]:
     """Inductor, with a pass over the joint graph before all of its own, and one over the graphs of forward and backward
     after all but those that make writes in place. 2.11 takes one pass object, 2.13 also lists."""
@@ -109,13 +110,13 @@ def compile_with_inductor(
         "post_grad_custom_post_pass": last_pass,
     }
     one_graph = descriptors_are_views(analysed_once(compile_fx_inner))
-    with _lstm_layers_in_parts():
+    with _lstm_layers_in_parts(), _what_is_saved_stays(backward_twice):
         compiled: Any = compile_fx(gm, example_inputs, inner_compile=one_graph, config_patches=patches)
     return compiled
 
 
 def compile_with_interpreter(
-    gm: torch.fx.GraphModule, example_inputs: Any, joint_pass: CustomGraphPass
+    gm: torch.fx.GraphModule, example_inputs: Any, joint_pass: CustomGraphPass, backward_twice: bool = False
 ) -> Callable[..., Any]:
     """No code generation: the joint graph, rewritten by the same pass, is split and run node by node. 2.11, 2.13."""
     from functorch.compile import min_cut_rematerialization_partition
@@ -125,8 +126,23 @@ def compile_with_interpreter(
         joint.recompile()
         return min_cut_rematerialization_partition(joint, inputs, **options)
 
-    with _lstm_layers_in_parts():
+    with _lstm_layers_in_parts(), _what_is_saved_stays(backward_twice):
         return partitioned_backend(partition, joint_pass)(gm, example_inputs)
+
+
+@contextlib.contextmanager
+def _what_is_saved_stays(stays: bool) -> Iterator[None]:
+    """While graphs are compiled whose backward may run again: none takes the memory of saved values. That they have
+    none to take must be written down (`bw_donated_idxs`), as the setting `donated_buffer` does not. 2.11, 2.13."""
+    import torch._functorch._aot_autograd.graph_compile as module
+
+    before = module.collect_bw_donated_buffer_idxs
+    if stays:
+        module.collect_bw_donated_buffer_idxs = lambda *graphs: []
+    try:
+        yield
+    finally:
+        module.collect_bw_donated_buffer_idxs = before
 
 
 @contextlib.contextmanager

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode  # sees every op that runs within it. 2.11, 2.13.
-from torch.utils._pytree import tree_leaves  # the values within tuples, lists and dicts. 2.11, 2.13.
+from torch.utils._pytree import tree_leaves, tree_map  # the values within tuples, lists and dicts. 2.11, 2.13.
 
 __all__ = [
     "TorchDispatchMode",
     "tree_leaves",
+    "tree_map",
     "allocations",
     "COMPILED_BACKWARD",
     "backward_number",

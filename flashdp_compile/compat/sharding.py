@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ __all__ = [
     "is_of_sharding",
     "is_sharded",
     "local_shard",
+    "prefetched_again",
     "sharded_like",
     "sharded_parameters",
     "sum_shards",
@@ -47,6 +48,18 @@ def groups_of(part: nn.Module, model: nn.Module) -> list[Any]:
     inside = set(part.modules())
     found = {id(group): group for group in _groups(model)}
     return [group for group in found.values() if any(p._module_info.module in inside for p in group.fsdp_params)]
+
+
+def prefetched_again(model: nn.Module) -> Callable[[], None]:
+    """To be called before a backward that will run twice; what it gives, between the two runs: fully_shard gathers
+    parameters ahead of their use in the second, too."""
+    orders = [(group, list(group._post_forward_indices)) for group in _groups(model)]
+
+    def restore() -> None:
+        for group, order in orders:
+            group._post_forward_indices[:] = order
+
+    return restore
 
 
 def sharded_parameters(group: Any) -> list[Tensor]:

@@ -48,9 +48,10 @@ def compile_in_parts(
     # what a rank has frozen is missing in buffers that fully_shard adds up: where sizes differ gloo ends the process
     ranks.agree("the parameters of the sharded model", _told(parts))
     sum_shards(model)
-    own = {**options, **_bounds(parts, options, clipping), "part_runs": PartRuns()}
+    runs = PartRuns(shared=clipping == "flat" and len(parts) > 1)
+    own = {**options, **_bounds(parts, options, clipping), "part_runs": runs}
     calls = compiled_calls(parts.values(), backend="flashdp", options=own, **settings)
-    Parts(model, parts, shards).install(lambda part: calls[type(part)])
+    Parts(model, parts, shards, runs).install(lambda part: calls[type(part)])
 
 
 def compiled_calls(parts: Iterable[nn.Module], **settings: Any) -> dict[type[nn.Module], Callable[..., Any]]:
@@ -135,10 +136,12 @@ def _bounds(parts: Mapping[str, nn.Module], options: Mapping[str, Any], clipping
     elif clipping == "per_layer":
         trained = ((part, n) for part, module in parts.items() for n, p in module.named_parameters() if p.requires_grad)
         count = len({f"{part}.{n}".rpartition(".")[0] for part, n in trained})  # modules that own parameters
+    elif clipping == "flat":
+        count, kind = 1, {"*": "part"}  # parts find their shares of it while they run (part_runs.py)
     else:
         raise OptionError(
-            f"clipping={clipping!r} needs norms over several parts of the model, and fully_shard sends off the "
-            f"gradients of each before the next is known; allowed: {BY_PART!r}, 'per_layer'"
+            f"clipping={clipping!r} is not known for a model of sharded parts; allowed: 'flat', {BY_PART!r}, "
+            "'per_layer'"
         )
     if isinstance(bound, Mapping):
         raise OptionError("max_grad_norm states several bounds, but parts of a sharded model share one: give a number")

@@ -35,7 +35,12 @@ class Sum(NamedTuple):
 
 def sensitivity(release: Release) -> float:
     """What bounds the undivided sums of a backward, of all graphs that it ran together."""
-    return math.sqrt(sum(peer.info.owed.sensitivity**2 for peer in release.peers if peer.info.owed is not None))
+    bounds: dict[object, float] = {}
+    for peer in release.peers:
+        if (owed := peer.info.owed) is not None:
+            among = owed.parts if owed.parts is not None and owed.parts.shared else peer
+            bounds[among] = max(owed.sensitivity, bounds.get(among, 0.0))
+    return math.sqrt(sum(bound**2 for bound in bounds.values()))
 
 
 class LogicalBatch:

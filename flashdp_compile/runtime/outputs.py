@@ -18,9 +18,8 @@ from flashdp_compile.compat import (
     running_ddp,
 )
 from flashdp_compile.errors import FlashDPError, Refusal
-from flashdp_compile.runtime.bounds import BoundScales
 from flashdp_compile.runtime.messages import listed
-from flashdp_compile.runtime.release import LEDGER, InParts, Release, ReleaseInfo
+from flashdp_compile.runtime.release import LEDGER, InParts, Owed, Release, ReleaseInfo
 from flashdp_compile.runtime.replicas import hold_back
 from flashdp_compile.runtime.watch import Fault, Watch, watch
 
@@ -150,14 +149,17 @@ def _hook(node: Any, info: ReleaseInfo, batch: Mapping[int, int] | None, part: t
     if targets:
         # autograd's own graph holds these parameters as long as it holds the node, so this prolongs nothing
         node.register_hook(functools.partial(_released, info, batch, part, targets, []))
-        if info.owed is not None and info.owed.bounds is not None:
-            node.register_prehook(functools.partial(_begun, info.owed.bounds))
+        if info.owed is not None and (info.owed.bounds is not None or part is not None):
+            node.register_prehook(functools.partial(_begun, info.owed, -1 if part is None else part[1]))
 
 
 @hidden_from_dynamo
-def _begun(bounds: BoundScales, grad_outputs: Sequence[Tensor | None]) -> None:
+def _begun(owed: Owed, part: int, grad_outputs: Sequence[Tensor | None]) -> None:
     """Before a compiled node runs: what one that has failed has counted is forgotten."""
-    bounds.forget()
+    if owed.bounds is not None:
+        owed.bounds.forget()
+    if owed.parts is not None:
+        owed.parts.running = part
 
 
 @hidden_from_dynamo
@@ -174,6 +176,11 @@ def _released(
     arrived = [(index, parameter, watched) for index, parameter, watched in targets if grad_inputs[index] is not None]
     if not arrived:
         return None
+    if info.owed is not None and info.owed.parts is not None and info.owed.parts.measuring:
+        passed_on = list(grad_inputs)
+        for index, _, _ in arrived:
+            passed_on[index] = None
+        return tuple(passed_on)
     release = LEDGER.open(info, batch)
     if info.owed is None:
         for index, parameter, watched in arrived:

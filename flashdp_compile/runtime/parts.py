@@ -22,6 +22,7 @@ from flashdp_compile.compat import (
     foreign_hooks,
     groups_of,
     is_of_sharding,
+    prefetched_again,
     real_tensors,
     sharded_parameters,
     take_wide_gradients,
@@ -30,8 +31,10 @@ from flashdp_compile.compat import (
 )
 from flashdp_compile.errors import FlashDPError, Refusal
 from flashdp_compile.runtime.outputs import was_computed
+from flashdp_compile.runtime.part_runs import PartRuns
 from flashdp_compile.runtime.release import LEDGER, Release
 from flashdp_compile.runtime.shard_watch import ShardWatch
+from flashdp_compile.runtime.two_passes import backward_twice
 from flashdp_compile.runtime.watch import find, watch
 
 _MARK = "_flashdp_parts"
@@ -53,8 +56,10 @@ class Known(NamedTuple):
 class Parts:
     """The parts of `model` by name; `shards` are the watches of its sharded parameters, by their full names."""
 
-    def __init__(self, model: nn.Module, parts: Mapping[str, nn.Module], shards: Mapping[str, ShardWatch]) -> None:
-        self.model, self.names = model, list(parts)
+    def __init__(
+        self, model: nn.Module, parts: Mapping[str, nn.Module], shards: Mapping[str, ShardWatch], runs: PartRuns
+    ) -> None:
+        self.model, self.names, self._runs = model, list(parts), runs
         self._modules, self._shards = list(parts.values()), shards
         self.known = WeakIdKeyDictionary()  # what the tensors hold that the present forward may pass on
         self._samples = WeakIdKeyDictionary()  # tensors that ever held some
@@ -172,15 +177,30 @@ class Parts:
             if not torch.is_grad_enabled():
                 return forward(*args, **kwargs)
             self.known.clear()
+            if self._runs.shared:
+                _refuse_gradients_of((args, kwargs))
             self.mark((args, kwargs), SAMPLES)
             self.mark([*self.model.parameters(), *self._public_buffers()], PUBLIC)
             try:
                 with _Between(self):
-                    return forward(*args, **kwargs)
+                    outputs = forward(*args, **kwargs)
             finally:
                 self.known.clear()
+            if not self._runs.shared:
+                return outputs
+            outputs = backward_twice(outputs, self._runs, prefetched_again(self.model))
+            self._samples.update((value, True) for value in _tensors(outputs))
+            return outputs
 
         return between
+
+
+def _refuse_gradients_of(arguments: Any) -> None:
+    if any(value.requires_grad for value in _tensors(arguments)):
+        raise Refusal(
+            "an argument of the model requires a gradient, which would be made twice: one bound for all parts takes "
+            'two runs of the backward. Detach it, or clip by clipping="per_block"'
+        )
 
 
 def was_compiled(model: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from typing import Protocol
 
 from flashdp_compile.compat import backward_number
 from flashdp_compile.runtime.bounds import BoundScales, Moved
+from flashdp_compile.runtime.part_runs import PartRuns
 from flashdp_compile.runtime.probe_keys import HeldProbes
 
 
@@ -23,13 +24,14 @@ class Owed:
     """The noise that clipped sums lack: sigma `sensitivity` / `divisor` is its standard deviation. `sensitivity` bounds
     what one sample adds to the undivided sums of all parameters together. `reused`: the memory of gradients is used
     again by the next backward, as CUDA graphs do. `bounds`: how far clipping bounds have moved. `probes`: those that
-    norms were estimated with."""
+    norms were estimated with. `parts`: what the parts of a model know of each other, of which this is one."""
 
     sensitivity: float
     divisor: float
     reused: bool = False
     bounds: BoundScales | None = None
     probes: HeldProbes | None = None
+    parts: PartRuns | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,6 +54,12 @@ def clip_factors(site: Site, norms: Batched, *policy: Any) -> State:
     return Batched(0, weight=site.node.name)
 
 
+def share_bound(site: Site, norms: Batched, place: Any) -> State:
+    """Norms over shares that come from each sample's own norms in all parts of a model."""
+    _leading(norms)
+    return _SAMPLES
+
+
 def count_within(site: Site, scales: State, norms: Any, *policy: Any) -> State:
     """The scales again, which hold no sample's data; that samples are counted on the way is the engine's affair."""
     _leading(norms)
@@ -67,6 +73,7 @@ def register_runtime_ops() -> None:
     without = (flashdp.draw_key, flashdp.draw_probe_key, flashdp.grad_scale, flashdp.bound_scales)
     NO_DATA.update(op.default for op in without)
     RULES[flashdp.count_within.default] = count_within
+    RULES[flashdp.share_bound.default] = share_bound
 
 
 @rule("flashdp.weighted_matmul", "flashdp.embedding_sum")

@@ -16,7 +16,10 @@ from flashdp_compile.passes.values import Values
 from flashdp_compile.passes.verify.clipped import NotProved, Reader, Share
 
 # ops that only a rewrite adds: what a sum is made of depends on none of them
-MADE = ("clip_factors", "draw_key", "add_noise", "grad_scale", "bound_scales", "count_within", "draw_probe_key")
+MADE = (
+    *("clip_factors", "share_bound", "draw_key", "add_noise", "grad_scale"),
+    *("bound_scales", "count_within", "draw_probe_key"),
+)
 
 
 class Graph:

@@ -24,6 +24,8 @@ def check_weights(graph: Graph, group: Group, weights: fx.Node, shares: Counter[
         raise NotProved(f"the weights of group {group.name} have the bound and policy {policy}, not {stated}")
     if mechanism.bounds is None and policy[6:] != scales:
         raise NotProved(f"the weights of group {group.name} undo the scale {policy[6:]}, not {scales}")
+    if mechanism.part_runs is not None:
+        norms = _of_part(graph, group, norms)
     try:
         found = squared_norms(graph.reader, norms)
     except NotProved as reason:
@@ -33,6 +35,16 @@ def check_weights(graph: Graph, group: Group, weights: fx.Node, shares: Counter[
             f"the weights of group {group.name} come from other norms than those of its gradients: "
             f"missing {dict(shares - found)}, in excess {dict(found - shares)}"
         )
+
+
+def _of_part(graph: Graph, group: Group, norms: fx.Node) -> fx.Node:
+    """The norms behind those over the shares that a part has of the bound of its model."""
+    if graph.added("share_bound") != [norms]:
+        raise NotProved(f"the weights of group {group.name} are not those of its samples' shares of the bound")
+    found, place = norms.args
+    if place != graph.guarantee.mechanism.part_runs:
+        raise NotProved(f"the weights of group {group.name} have the shares of another model")
+    return found
 
 
 def check_moved_bounds(graph: Graph, weights: dict[str, fx.Node]) -> None:

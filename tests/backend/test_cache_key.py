@@ -124,3 +124,9 @@ def test_moving_bounds_count_by_their_place():
 def test_a_scaler_counts_by_its_place():
     one, other = (torch.amp.GradScaler("cpu", growth_interval=2**31 - 1) for _ in range(2))
     assert key(grad_scaler=one) == key(grad_scaler=one) != key(grad_scaler=other)
+
+
+def test_parts_with_one_bound_count_by_their_place():
+    beside = {"noise_at": "step", "expected_batch_size": 5}
+    one, other = PartRuns(shared=True), PartRuns(shared=True)
+    assert key(part_runs=one, **beside) == key(part_runs=one, **beside) != key(part_runs=other, **beside)

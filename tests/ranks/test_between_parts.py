@@ -218,6 +218,18 @@ def twice_backward(run):
     run.optimizer.step()
 
 
+def twice_backward_flat(run):
+    run = Run(clipping="flat")
+    loss = run.forward()
+    loss.backward(retain_graph=True)
+    loss.backward()
+
+
+def given_gradient(run):
+    run = Run(clipping="flat")
+    run.called(samples().requires_grad_())
+
+
 def frozen(run):
     run.net.first.requires_grad_(False)
     run.step()
@@ -309,8 +321,10 @@ RUNS = {
     unattached: "has no noise yet",
     assigned: "has taken the place of another since",
     twice_backward: "two backward passes went through one forward",
-    frozen: "was frozen behind engine.compile",
+    twice_backward_flat: "two backward passes went through one forward",
+    given_gradient: "an argument of the model requires a gradient",
     narrow: "clipped sums were rounded to less than float32",
+    frozen: "was frozen behind engine.compile",
     module_hook: "a part of the model has the hook module_hook",
     backward_hook: "a part of the model has the hook backward_hook",
     compiled_again: "was compiled part by part before",
@@ -328,7 +342,12 @@ def low(net, **settings):
 
 
 COMPILED = {
-    "flat": (shard, {"clipping": "flat"}, "needs norms over several parts of the model"),
+    "by pattern": (shard, {"clipping": {"*bias": "a", "*": "b"}}, "is not known for a model of sharded parts"),
+    "batch_dim by name": (
+        shard,
+        {"options": {"compiler": "eager", "batch_dim": {"y": 1}}},
+        "what parts of a model hand to each other has no names",
+    ),
     "bounds by name": (shard, {"max_grad_norm": {"*": 1.0}}, "give a number"),
     "moving bounds": (shard, {"bounds": lambda step: 1.0}, "bounds that move"),
     "forward of an object": (other_forward, {}, "first has a forward that was assigned to the object"),
@@ -442,9 +461,10 @@ EXPECTED = {
 MOST_TELLING = (
     *("mean", "control flow", "unknown", "function", "memory", "buffer", "hook on a tensor", "twice"),
     *("stale", "shard_hook", "late_shard_hook", "rescaled", "unsynced", "unattached", "twice_backward", "module_hook"),
-    *("frozen", "compiled_around", "part_compiled_around", "unreduced"),
+    *("frozen", "compiled_around", "part_compiled_around", "unreduced", "twice_backward_flat", "given_gradient"),
     *("rows first", "frozen, rows first", "frozen, centred", "frozen, each alone"),
-    *("compiled: flat", "compiled: container", "compiled: columns", "compiled: thawed", "compiled: sums of 16 bits"),
+    *("compiled: by pattern", "compiled: container", "compiled: columns", "compiled: thawed"),
+    "compiled: sums of 16 bits",
 )
 
 

@@ -13,12 +13,16 @@ from torch import nn
 from torch.distributed.checkpoint import state_dict as state
 from torch.utils.data import TensorDataset
 
-from engine.runs import BATCH, BOUND, engine, samples
+from engine.runs import BATCH, BOUND, clipped_sum, engine, samples
 from ranks.runs import backward, close, same, share
 from ranks.sharded import Net, clipped_by_part, full, setup, shard, steps
 
 SIGMA = 0.8
-LAYER, BLOCK = "per_layer", "per_block"
+LAYER, BLOCK, FLAT = "per_layer", "per_block", "flat"
+
+
+def flatly(net):
+    return clipped_sum(net, samples())
 
 
 def sums(rank, size, cases):
@@ -36,18 +40,20 @@ def sums(rank, size, cases):
 @pytest.mark.parametrize(
     ("size", "cases"),
     [
-        (1, [("whole", LAYER)]),
-        (2, [("parts", BLOCK), ("together", LAYER)]),
-        (4, [("blocks", BLOCK)]),
+        (1, [("whole", LAYER), ("parts", FLAT)]),
+        (2, [("parts", BLOCK), ("together", LAYER), ("blocks", FLAT)]),
+        (4, [("blocks", BLOCK), ("parts", FLAT)]),
     ],
     ids=["1", "2", "4"],
 )
 def test_sums_are_those_of_one_process(pool, size, cases):
-    (layers,) = sums(0, 1, [(None, LAYER)])
+    wanted = dict(zip((LAYER, FLAT), sums(0, 1, [(None, LAYER), (None, FLAT)]), strict=True))
+    wanted[BLOCK] = clipped_by_part(Net())
     for rank in pool.run(size, sums, cases):
         for (way, clipping), found in zip(cases, rank, strict=True):
-            assert close(found, layers if clipping == LAYER else clipped_by_part(Net())), way
-    assert not close(layers, clipped_by_part(Net()), 1e-2), "bounds of layers are others"
+            assert close(found, wanted[clipping]), (way, clipping)
+    for one, other in itertools.combinations(wanted.values(), 2):
+        assert not close(one, other, 1e-2), "bounds are others"
 
 
 def test_parameters_in_bfloat16(pool):
@@ -57,9 +63,9 @@ def test_parameters_in_bfloat16(pool):
         assert close(rank[0], alone[0], 1e-6) and close(rank[0], clipped_by_part(Net()), 3e-2)
 
 
-def accumulated(rank, size):
+def accumulated(rank, size, clipping):
     """Two steps of two micro-batches: what p.grad holds from the first is never cleared, and no part of the second."""
-    its, net, called, optimizer = setup(micro_batches=2)
+    its, net, called, optimizer = setup(micro_batches=2, clipping=clipping)
     found = []
     for _ in range(2):
         start = full(net)
@@ -73,14 +79,15 @@ def accumulated(rank, size):
     return found
 
 
-def test_micro_batches(pool):
-    ranks = pool.run(2, accumulated)
+@pytest.mark.parametrize(("clipping", "truth"), [(BLOCK, clipped_by_part), (FLAT, flatly)], ids=[BLOCK, FLAT])
+def test_micro_batches(clipping, truth, pool):
+    ranks = pool.run(2, accumulated, clipping)
     for start, found in (step for rank in ranks for step in rank):
         net = Net()
         with torch.no_grad():
             for p, value in zip(net.parameters(), start, strict=True):
                 p.copy_(value)
-        assert close(found, clipped_by_part(net))
+        assert close(found, truth(net))
 
 
 def forgotten(rank, size):
@@ -111,11 +118,15 @@ def seeded(rank, size, cases, clipping=LAYER):
 NOISES = ("secure", "philox")
 
 
-def test_a_seed_gives_the_run_of_one_process_in_bfloat16(pool):
-    cases = [("bfloat16", noise) for noise in NOISES]
-    (alone,) = pool.run(1, seeded, cases)
-    for rank in pool.run(2, seeded, cases):
+@pytest.mark.parametrize(("way", "clipping"), [("bfloat16", BLOCK), ("parts", FLAT)])
+def test_a_seed_gives_the_run_of_one_rank(way, clipping, pool):
+    cases = [(way, noise) for noise in NOISES]
+    (alone,) = pool.run(1, seeded, cases, clipping)
+    for rank in pool.run(2, seeded, cases, clipping):
         assert all(same(found, wanted) for found, wanted in zip(rank, alone, strict=True))
+    if clipping == FLAT:  # and of a whole model, but for roundings of the shares
+        whole = seeded(0, 1, [(None, noise) for noise in NOISES], clipping)
+        assert all(close(found, wanted) for found, wanted in zip(alone, whole, strict=True))
 
 
 @pytest.mark.parametrize(("size", "ways"), [(3, ["blocks"]), (4, ["hybrid"])])
