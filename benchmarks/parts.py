@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -68,14 +68,15 @@ class Llama(nn.Module):
         return self.head(x, targets)
 
 
-def sharded(size: dict[str, int], device: torch.device) -> nn.Module:
-    """The model, each block, embedding and head sharded by itself; weights are made where they belong."""
+def sharded(size: dict[str, int], device: torch.device, gathered: torch.dtype | None = None) -> nn.Module:
+    """The model, each block, embedding and head sharded by itself; weights are made where they belong. `gathered`: what
+    parameters are while they are computed with."""
     with torch.device("meta"):
         model = Llama(**size)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for part in (model.tokens, *model.blocks, model.head):
-        fully_shard(part, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32)
+    for part in (model.tokens, *model.blocks, model.head, model):
+        fully_shard(part, mesh=mesh, mp_policy=policy)
     model.to_empty(device=device)
     torch.manual_seed(dist.get_rank())
     return _filled(model)

@@ -34,7 +34,7 @@ from benchmarks.tables import terminal
 from flashdp_compile import PrivacyEngine, accounting
 from flashdp_compile.engine.sharded import compiled_calls, parts_of
 
-SHARDED = ("compile", "flashdp-per_block", "flashdp-per_layer")
+SHARDED = ("compile", "flashdp-per_block", "flashdp-per_layer", "flashdp-flat")
 REPLICATED = ("ddp-compile", "ddp-compile-whole", "ddp-flashdp-flat", "ddp-flashdp-per_layer")
 NOISE = 1.0
 KERNELS = 40  # that are named one by one
@@ -69,7 +69,10 @@ def step_of(implementation: str, model: nn.Module, batch: int, compiler: str) ->
 def measured(implementation: str, size: dict[str, int], own: argparse.Namespace, length: int) -> dict[str, Any]:
     """Milliseconds of each step, the peak of memory, and on the first rank a profile."""
     device = torch.device(own.device, dist.get_rank()) if own.device == "cuda" else torch.device("cpu")
-    model = (replica if implementation in REPLICATED else sharded)(size, device)
+    if implementation in REPLICATED:
+        model = replica(size, device)
+    else:
+        model = sharded(size, device, torch.bfloat16 if own.gathered == "bf16" else None)
     compiled, optimizer = step_of(implementation, model, own.batch * dist.get_world_size(), own.compiler)
     generator = torch.Generator().manual_seed(dist.get_rank())
     data = torch.randint(size["vocabulary"], (own.batch, length + 1), generator=generator).to(device)
@@ -145,7 +148,7 @@ def work(rank: int, ranks: int, store: str, own: argparse.Namespace) -> None:
     for name in own.models:
         for length in own.lengths:
             for implementation in own.implementations:
-                workload = f"{name}, {ranks} x {own.batch} x {length}"
+                workload = f"{name}, {ranks} x {own.batch} x {length}" + (", bf16" if own.gathered == "bf16" else "")
                 shapes = {"model": name, "ranks": ranks, "batch": own.batch, "length": length}
                 found = _outcome(implementation, name, own, length)
                 run = Run(workload=workload, implementation=implementation, shapes=shapes, **found)
@@ -192,6 +195,9 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", type=int, default=[2048], help="tokens of a sample")
     parser.add_argument("--batch", type=int, default=4, help="samples of a rank")
     parser.add_argument("--ranks", nargs="+", type=int, default=[torch.cuda.device_count() or 2])
+    parser.add_argument(
+        "--gathered", choices=["f32", "bf16"], default="f32", help="sharded parameters while they are computed with"
+    )
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from engine.runs import BATCH, engine
-from ranks.runs import as_replica
+from ranks.runs import as_replica, text_of
 
 NCCL = "cpu:gloo,cuda:nccl"
 SIZES = [n for n in (1, 2, 4) if n <= torch.cuda.device_count()]
@@ -53,20 +53,22 @@ def whole(value):
     return (value.full_tensor() if hasattr(value, "full_tensor") else value).cpu()
 
 
-def stepped(rank, size, way, noise, sigma, steps):
-    """A model behind so many steps of two micro-batches."""
+def stepped(rank, size, way, noise, sigma, steps, clipping="per_layer"):
+    """A model behind so many steps of two micro-batches. `way`: "sharded", "bfloat16", which is that with parameters
+    gathered in bfloat16, or one of a replica."""
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
     torch.manual_seed(0)
     net = Net().to(device)
     its = engine(
-        clipping="per_layer", noise_multiplier=sigma, noise=noise, seed=5, micro_batches=2, options={"debug": False}
+        clipping=clipping, noise_multiplier=sigma, noise=noise, seed=5, micro_batches=2, options={"debug": False}
     )
-    if way == "sharded":
-        mesh = init_device_mesh("cuda", (size,))
+    if way in ("sharded", "bfloat16"):
+        narrow = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.float32)
+        settings = {"mesh": init_device_mesh("cuda", (size,)), **({"mp_policy": narrow} if way == "bfloat16" else {})}
         for part in net.blocks:
-            fully_shard(part, mesh=mesh)
-        called = its.compile(fully_shard(net, mesh=mesh), dynamic=False)
+            fully_shard(part, **settings)
+        called = its.compile(fully_shard(net, **settings), dynamic=False)
     else:
         called = as_replica(its, net, way, **({"device_ids": [rank]} if way == "inside" else {}))
     optimizer = its.attach(torch.optim.SGD(net.parameters(), lr=0.1))
@@ -110,6 +112,49 @@ def test_clipped_sums(way, pool):
         for of_rank in pool.run(size, sums, way, backend=NCCL):
             for a, b in zip(of_rank, wanted, strict=True):
                 assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+def ended(rank, size, way, clipping):
+    """The parameters behind two steps of secure noise."""
+    return [whole(p.detach()) for p in stepped(rank, size, way, "secure", 1.0, 2, clipping).parameters()]
+
+
+@pytest.mark.parametrize(("way", "clipping"), [("bfloat16", "per_block"), ("sharded", "flat"), ("bfloat16", "flat")])
+def test_shards_on_any_number_of_gpus_take_the_same_steps(way, clipping, pool):
+    (alone,) = pool.run(1, ended, way, clipping, backend=NCCL)
+    for size in SIZES[1:]:
+        for of_rank in pool.run(size, ended, way, clipping, backend=NCCL):
+            for a, b in zip(of_rank, alone, strict=True):
+                # what a sample adds depends on nothing else; in bfloat16 cuBLAS may choose by the size of a batch
+                torch.testing.assert_close(a, b, rtol=0, atol=0 if way == "sharded" else 2e-3)
+    if way == "sharded":  # the whole model is clipped as one
+        (replica,) = pool.run(1, ended, "none", clipping, backend=NCCL)
+        for a, b in zip(alone, replica, strict=True):
+            assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+def frozen(rank, size):
+    """What is said of a part without a backward, which centres its samples."""
+    torch.cuda.set_device(rank)
+    net = nn.Sequential(Centred(), nn.Linear(33, 1)).to(f"cuda:{rank}")
+    net[0].requires_grad_(False)
+    for part in net:
+        fully_shard(part)
+    its = engine(clipping="per_block", options={"debug": False})
+    return text_of(lambda: its.compile(fully_shard(net))(torch.randn(4, 33, device=f"cuda:{rank}")))
+
+
+class Centred(nn.Linear):
+    def __init__(self):
+        super().__init__(33, 33)
+
+    def forward(self, x):
+        return super().forward(x - x.mean(0))
+
+
+def test_a_frozen_part_is_proved(pool):
+    (said,) = pool.run(1, frozen, backend=NCCL)
+    assert "a value computed from the whole batch" in said
 
 
 def noises(rank, size, way):
