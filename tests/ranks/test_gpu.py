@@ -64,11 +64,12 @@ def stepped(rank, size, way, noise, sigma, steps, clipping="per_layer"):
         clipping=clipping, noise_multiplier=sigma, noise=noise, seed=5, micro_batches=2, options={"debug": False}
     )
     if way in ("sharded", "bfloat16"):
-        narrow = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.float32)
-        settings = {"mesh": init_device_mesh("cuda", (size,)), **({"mp_policy": narrow} if way == "bfloat16" else {})}
+        mesh = init_device_mesh("cuda", (size,))
+        gathered = torch.bfloat16 if way == "bfloat16" else None
         for part in net.blocks:
-            fully_shard(part, **settings)
-        called = its.compile(fully_shard(net, **settings), dynamic=False)
+            fully_shard(part, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=gathered))
+        policy = MixedPrecisionPolicy(param_dtype=gathered, output_dtype=torch.float32)
+        called = its.compile(fully_shard(net, mesh=mesh, mp_policy=policy), dynamic=False)
     else:
         called = as_replica(its, net, way, **({"device_ids": [rank]} if way == "inside" else {}))
     optimizer = its.attach(torch.optim.SGD(net.parameters(), lr=0.1))
