@@ -178,7 +178,8 @@ def _check_groups(options: Options, plan: Plan) -> None:
     """Bounds that move are those of all trainable parameters, so each of them must have a gradient. Where norms are
     estimated, the accountant was told how many groups there are."""
     held = options.held_probes
-    if held is not None and held.groups != len(plan.groups):
+    of_part = options.part_runs is not None  # then the engine has counted those of all parts
+    if held is not None and held.groups != len(plan.groups) and not of_part:
         raise Refusal(
             f"epsilon was computed for norms that are estimated in {held.groups} clipping group(s), and this "
             f"step has {len(plan.groups)}: {', '.join(g.name for g in plan.groups[:5])}... Give the engine "

@@ -30,11 +30,8 @@ def compile_in_parts(
 
     Raises OptionError where parameters belong to no part, or are sharded in a way that noise is not known for.
     """
-    if options.get("bound_scales") is not None or options.get("held_probes") is not None:
-        raise OptionError(
-            "bounds that move, and norms that are estimated, are not known yet for a model of sharded parts: leave "
-            "bounds and norm out"
-        )
+    if options.get("bound_scales") is not None:
+        raise OptionError("bounds that move are not known yet for a model of sharded parts: leave bounds out")
     if was_compiled(model):
         raise OptionError("this model was compiled part by part before: an engine compiles a model once")
     parts = parts_of(model)
@@ -49,6 +46,11 @@ def compile_in_parts(
     ranks.agree("the parameters of the sharded model", _told(parts))
     sum_shards(model)
     runs = PartRuns(shared=clipping == "flat" and len(parts) > 1)
+    if runs.shared and options.get("held_probes") is not None:
+        raise OptionError(
+            "norms that are estimated have no bound for all parts together: the second run of the backward would rest "
+            f"on the estimates of the first. Take clipping={BY_PART!r} or 'per_layer'"
+        )
     own = {**options, **_bounds(parts, options, clipping), "part_runs": runs}
     calls = compiled_calls(parts.values(), backend="flashdp", options=own, **settings)
     Parts(model, parts, shards, runs).install(lambda part: calls[type(part)])
@@ -145,4 +147,10 @@ def _bounds(parts: Mapping[str, nn.Module], options: Mapping[str, Any], clipping
         )
     if isinstance(bound, Mapping):
         raise OptionError("max_grad_norm states several bounds, but parts of a sharded model share one: give a number")
+    held = options.get("held_probes")
+    if held is not None and held.groups != count:
+        raise OptionError(
+            f"epsilon was computed for norms that are estimated in {held.groups} clipping group(s), and this model has "
+            f"{count}. Give the engine groups={count}"
+        )
     return {"clipping": kind, "max_grad_norm": {"*": bound / math.sqrt(max(count, 1))}}

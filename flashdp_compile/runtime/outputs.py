@@ -149,17 +149,19 @@ def _hook(node: Any, info: ReleaseInfo, batch: Mapping[int, int] | None, part: t
     if targets:
         # autograd's own graph holds these parameters as long as it holds the node, so this prolongs nothing
         node.register_hook(functools.partial(_released, info, batch, part, targets, []))
-        if info.owed is not None and (info.owed.bounds is not None or part is not None):
-            node.register_prehook(functools.partial(_begun, info.owed, -1 if part is None else part[1]))
+        if (owed := info.owed) is not None and any((owed.bounds, owed.probes, owed.parts)):
+            node.register_prehook(functools.partial(_begun, owed, None if part is None else part[1]))
 
 
 @hidden_from_dynamo
-def _begun(owed: Owed, part: int, grad_outputs: Sequence[Tensor | None]) -> None:
-    """Before a compiled node runs: what one that has failed has counted is forgotten."""
+def _begun(owed: Owed, part: int | None, grad_outputs: Sequence[Tensor | None]) -> None:
+    """Before a compiled node runs: what one that has failed has counted is forgotten, and it is told its part."""
     if owed.bounds is not None:
         owed.bounds.forget()
     if owed.parts is not None:
         owed.parts.running = part
+    if owed.probes is not None:
+        owed.probes.part = part
 
 
 @hidden_from_dynamo

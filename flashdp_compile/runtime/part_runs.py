@@ -34,7 +34,8 @@ class PartRuns:
     whose backward runs."""
 
     def __init__(self, *, shared: bool = False) -> None:
-        self.place, self.shared, self.running = len(_known), shared, -1
+        self.place, self.shared = len(_known), shared
+        self.running: int | None = None
         _known.append(self)
         self._norms: dict[int, Tensor] | None = None
         self._shares: Mapping[int, Tensor] = {}
@@ -60,10 +61,10 @@ class PartRuns:
 
     def norm_by_share(self, sqnorm: Tensor) -> Tensor:
         sqnorm = floored(sqnorm)
-        if self._norms is not None:
+        if self._norms is not None and self.running is not None:
             self._norms[self.running] = sqnorm
             return torch.ones_like(sqnorm)  # of no use: the sums are thrown away
-        if self.running not in self._shares:
+        if self.running is None or self.running not in self._shares:
             raise InternalError("a part of a model runs backward, and its share of the clipping bound is not known")
         return (sqnorm / self._shares[self.running]).to(sqnorm.dtype)
 

@@ -11,9 +11,13 @@ refuses a step whose passes had others.
 
 from __future__ import annotations
 
+import functools
+import hashlib
+
 import torch
 from torch import Tensor
 
+from flashdp_compile.compat import real_tensors
 from flashdp_compile.runtime.key_states import KeyStates
 
 __all__ = ["KEYS", "HeldProbes", "draw_probe_key"]
@@ -26,19 +30,23 @@ _known: list[HeldProbes] = []
 class HeldProbes:
     """The probes of the logical batches of one engine, and what its accountant was told of them: by which `norm`, from
     how many `probes`, in how many clipping `groups`. Compiled code knows it by its `place`. `moves` counts the releases
-    that have used them up. `entropy`: 16 bytes that all processes have which share the logical batches."""
+    that have used them up. `entropy`: 16 bytes that all processes have which share the logical batches. `part`: the
+    number of the part of a model whose backward runs. Each has probes of its own, though parts of one class share their
+    code, and so the streams of their probes."""
 
     def __init__(
         self, norm: str, probes: int, groups: int, seed: int | None = None, entropy: bytes | None = None
     ) -> None:
         self.norm, self.probes, self.groups, self.moves = norm, probes, groups, 0
         self.place, self._seed = len(_known), seed
+        self.part: int | None = None
         self.keys = KeyStates(DOMAIN, alike=True, entropy=entropy)
         _known.append(self)
 
     def key(self, device: torch.device) -> Tensor:
-        """The present [key, step], int64 [2]."""
-        return self.keys.draw(device, self._seed, hold=True)
+        """The present [key, step], int64 [2], of the part that runs."""
+        drawn = self.keys.draw(device, self._seed, hold=True)
+        return drawn if self.part is None else drawn.bitwise_xor_(_turned(self.part, device))
 
     def prepare(self, device: torch.device) -> None:
         """To be called before any CUDA graph capture."""
@@ -48,6 +56,14 @@ class HeldProbes:
         """The present ones are used up."""
         self.moves += 1
         self.keys.advance()
+
+
+@functools.cache
+def _turned(part: int, device: torch.device) -> Tensor:
+    """What makes the key of a part of that of the whole, int64 [2]: the step stays what it is."""
+    digest = hashlib.sha256(f"{DOMAIN}, part {part}".encode()).digest()
+    with real_tensors(), torch.inference_mode(False):
+        return torch.tensor([int.from_bytes(digest[:8], "little", signed=True), 0], device=device)
 
 
 @torch.library.custom_op("flashdp::draw_probe_key", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))

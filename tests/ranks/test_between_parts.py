@@ -13,6 +13,7 @@ from torch.distributed.tensor import Shard
 from torch.utils.checkpoint import checkpoint
 
 from engine.runs import engine, samples
+from flashdp_compile import accounting
 from ranks.runs import same, text_of
 from ranks.sharded import full, setup, shard
 
@@ -341,6 +342,10 @@ def low(net, **settings):
     shard(net, mp_policy=MixedPrecisionPolicy(**settings))
 
 
+ESTIMATED = {
+    "options": {"norm": "hutchinson", "probes": 16, "compiler": "eager"},
+    "sampling": accounting.Poisson(0.1, 80),
+}
 COMPILED = {
     "by pattern": (shard, {"clipping": {"*bias": "a", "*": "b"}}, "is not known for a model of sharded parts"),
     "batch_dim by name": (
@@ -349,6 +354,12 @@ COMPILED = {
         "what parts of a model hand to each other has no names",
     ),
     "bounds by name": (shard, {"max_grad_norm": {"*": 1.0}}, "give a number"),
+    "estimates of other groups": (shard, {**ESTIMATED, "groups": 3}, "Give the engine groups=4"),
+    "estimates for one bound": (
+        shard,
+        {**ESTIMATED, "clipping": "flat"},
+        "the second run of the backward would rest on the estimates of the first",
+    ),
     "moving bounds": (shard, {"bounds": lambda step: 1.0}, "bounds that move"),
     "forward of an object": (other_forward, {}, "first has a forward that was assigned to the object"),
     "ignored": (ignored, {}, "head.weight is not sharded over all 1 ranks"),
