@@ -54,32 +54,35 @@ COLUMNS = [(n, 4 + n, 8 + n, 12 + n) for n in range(4)]
 DIAGONALS = [(n, 4 + (n + 1) % 4, 8 + (n + 2) % 4, 12 + (n + 3) % 4) for n in range(4)]
 
 
+W, S = "{{ w }}", "{{ s }}"
+
+
 def _quarter(a: int, b: int, c: int, d: int) -> str:
     """The quarter round of these four words, as source."""
     return "".join(
-        f"    w{total} += w{term}\n    w{turned} ^= w{total}\n"
-        f"    w{turned} = (w{turned} << {bits}) | (w{turned} >> {32 - bits})\n"
+        f"    {W}{total} += {W}{term}\n    {W}{turned} ^= {W}{total}\n"
+        f"    {W}{turned} = ({W}{turned} << {bits}) | ({W}{turned} >> {32 - bits})\n"
         for total, term, turned, bits in ((a, b, d, 16), (c, d, b, 12), (a, b, d, 8), (c, d, b, 7))
     )
 
 
-# chacha_block(index): the words w0 .. w15, each uint32 and shaped like `index`, an int64 tensor of numbers of blocks.
-# Uses the parameters key_ptr and noise_stream.
+# chacha_block(index, w, s): the words w0 .. w15, each uint32 and shaped like `index`, an int64 tensor of numbers of
+# blocks; s0 .. s15 is the state. Uses the parameters key_ptr and noise_stream.
 MACROS = (
-    "{%- macro chacha_block(index) -%}\n"
+    "{%- macro chacha_block(index, w, s) -%}\n"
     "zero = ({{ index }} * 0).to(tl.uint32)\n"
-    + "".join(f"s{n} = zero + {constant}\n" for n, constant in enumerate(CONSTANTS))
+    + "".join(f"{S}{n} = zero + {constant}\n" for n, constant in enumerate(CONSTANTS))
     + "".join(
         f"k = tl.load(key_ptr + {n})\n"
-        f"s{4 + 2 * n}, s{5 + 2 * n} = zero + k.to(tl.uint32), zero + (k >> 32).to(tl.uint32)\n"
+        f"{S}{4 + 2 * n}, {S}{5 + 2 * n} = zero + k.to(tl.uint32), zero + (k >> 32).to(tl.uint32)\n"
         for n in range(4)
     )
     + "step = tl.load(key_ptr + 4)\n"
-    "s12, s13 = {{ index }}.to(tl.uint32), ({{ index }} * 0 + noise_stream).to(tl.uint32)\n"
-    "s14, s15 = zero + step.to(tl.uint32), zero + (step >> 32).to(tl.uint32)\n"
-    + "".join(f"w{n} = s{n}\n" for n in range(16))
+    f"{S}12, {S}13 = ({{{{ index }}}}).to(tl.uint32), ({{{{ index }}}} * 0 + noise_stream).to(tl.uint32)\n"
+    f"{S}14, {S}15 = zero + step.to(tl.uint32), zero + (step >> 32).to(tl.uint32)\n"
+    + "".join(f"{W}{n} = {S}{n}\n" for n in range(16))
     + "for _ in range(10):\n"
     + "".join(_quarter(*four) for four in COLUMNS + DIAGONALS)
-    + "".join(f"w{n} += s{n}\n" for n in range(16))
+    + "".join(f"{W}{n} += {S}{n}\n" for n in range(16))
     + "{%- endmacro -%}\n"
 )

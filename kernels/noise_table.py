@@ -34,7 +34,7 @@ class Spec:
     @property
     def elements(self) -> int:
         """Of one program."""
-        return self.block * (8 if self.secure else 4)
+        return self.block * (secure_noise.EACH if self.secure else 4)
 
 
 class Entry(NamedTuple):
@@ -53,7 +53,7 @@ TEMPLATE = Template(
     chacha.MACROS
     + secure_noise.MACROS
     + """
-{%- set each = 8 if secure else 4 -%}
+{%- set each = 16 if secure else 4 -%}
 import triton
 import triton.language as tl
 
@@ -68,7 +68,7 @@ def kernel(table_ptr, owner_ptr, key_ptr, factor_ptr, std, grid, per_grid):
     first = (program - tl.load(row + 3)) * {{ block }}
     shard = tl.load(row + 5)
 {% if secure %}
-    {{ draw_secure_normals("shard + first + tl.arange(0, %d)" % block, "%d, 8" % block) | indent(4) }}
+    {{ draw_secure_normals("shard + first + tl.arange(0, %d)" % block, "%d, 16" % block) | indent(4) }}
 {% else %}
     {{ draw_normals("shard + first + tl.arange(0, %d)" % block, "%d, 4" % block) | indent(4) }}
 {% endif %}
@@ -93,7 +93,7 @@ class NoiseTable:
         self._secure = secure
         sizes = [entry.elements for entry in tensors]
         for entry in tensors:
-            secure_noise.countable(8 * entry.block + entry.elements)
+            secure_noise.countable(secure_noise.EACH * entry.block + entry.elements)
         programs = [cdiv(size, Spec(secure, False).elements) for size in sizes]
         starts = [0, *itertools.accumulate(programs)]
         self._rows = [

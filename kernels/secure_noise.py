@@ -1,17 +1,22 @@
 """Secure noise: normals from ChaCha20, and a sum that is rounded to a grid. docs/secure-noise.md has the argument.
 
-Elements 8 i .. 8 i + 7 of a tensor, in row-major order, come from block i of ChaCha20 (chacha.py), whose words are
-w0 .. w15. Elements 8 i + 2 p and 8 i + 2 p + 1 come from the words (a, b, c, d) = w4p .. w4p+3, by Box-Muller:
+Elements 16 i .. 16 i + 15 of a tensor, in row-major order, come from blocks i and 2^31 + i of ChaCha20 (chacha.py),
+whose words are w0 .. w15 and m0 .. m15. Elements 16 i + 2 p and 16 i + 2 p + 1 come from (a, d) = w2p, w2p+1 and from
+(b, c) = m2p, m2p+1, by Box-Muller:
 
-                 a > 0, nearly always            a = 0, where c is needed for the radius
-    u            2^-62 (k + 1/2)                 2^-94 (k + 1/2)
-    k            the upper 62 bits of (a, b)     the upper 62 bits of (b, c)
-    t            2 pi 2^-64 (d, c)               2 pi 2^-32 d
-    values       radius cos t,  radius sin t     radius = sqrt(-2 ln u) <= 11.48
+           a >= 2^12, nearly always          0 < a < 2^12                      a = 0
+    u      2^-38 (k + 2^-32 (b + 1/2))       2^-64 (2^32 a + b + 1/2)          2^-96 (2^32 b + c + 1/2)
+    t      2 pi 2^-26 (n + 2^-32 c)          2 pi 2^-32 (d + 2^-32 c)          2 pi 2^-32 d
 
-So u is uniform on (0, 1) in steps of 2^-62, and of 2^-94 below 2^-32; the radius of an exact normal exceeds the largest
-with probability 2^-95. The kernel leaves c out of the angle: that moves a value by 2 pi 2^-32 radius <= 1.7e-8, about
-what rounding to float32 does at 1/4, and the grid is 10^5 times as wide.
+Here k is a with the lower 6 bits of d behind it, n the upper 26 bits of d, and the values are radius cos t and radius
+sin t for radius = sqrt(-2 ln u) <= 11.6. So u is uniform on (0, 1) in steps of 2^-70, of 2^-64 below 2^-20 and of 2^-96
+below 2^-32; the radius of an exact normal exceeds the largest with probability 2^-97.
+
+In float32 a value takes its further words only in the tail, a < 2^12, and there not for its angle: elsewhere they are
+2^31. That moves a radius by 2^-39 / (u radius) at most, 1.3e-9 where it is 4 and 3.5e-7 next to the tail, and a value
+by pi 2^-26 radius, 1.2e-7 where that is 2.5: about what rounding to float32 does. The grid is 10^4 times as wide. The
+block with the tail's words is drawn where a program has a value in the tail, which is one program in 1024: words alone
+decide it, and no gradient.
 
     out = round((grad + std * value) / grid(std)) * grid(std)       to nearest, ties to even, never -0; std 0: grad
 
@@ -34,6 +39,9 @@ from flashdp_compile.kernels.gaussian import fake, word
 FRACTION = 2.0**-8  # of std: it adds at most 2^-16 / 12 = 1.3e-6 of the variance
 LIMITS = 2.0**-90, 2.0**90  # of std: the grid, and one over it, are normal float32
 CHUNK = 1 << 12  # blocks at a time and thread: the state stays in the cache
+EACH = 16  # elements of a block
+FURTHER = 1 << 31  # the number of the block with further words, behind that of the block: 2^35 elements have 2^31
+TAIL = 1 << 12
 
 
 def grid(std: float) -> float:
@@ -45,19 +53,22 @@ def grid(std: float) -> float:
     return math.ldexp(FRACTION, math.frexp(std)[1] - 1)
 
 
-def box_muller(words: Tensor) -> Tensor:
-    """Float64 normals [n, 8] of the blocks [16, n], in the order of the elements."""
-    a, b, c, d = words.view(4, 4, -1).unbind(1)  # each [4, n]
-    small = a == 0
-    high, low = torch.where(small, b, a), torch.where(small, c, b)
-    odd = (high << 31) + (low >> 1) | 1  # u = 2^-63 odd, or 2^-95 odd
+def box_muller(words: Tensor, more: Tensor) -> Tensor:
+    """Float64 normals [n, 16] of the blocks [16, n] and those with their further words, in the order of elements."""
+    a, d = words.view(8, 2, -1).unbind(1)  # each [8, n]
+    b, c = (m.double() for m in more.view(8, 2, -1).unbind(1))
+    tail = a < TAIL
+    k = (a << 6) + (d & 63)
+    below = (b + 0.5).mul_(2.0**-32)
+    last = torch.where(a == 0, (c + 0.5) * 2.0**-32, 0.5)
+    u = torch.where(tail, ((a << 32).double() + b + last) * 2.0**-64, (k + below) * 2.0**-38)
     # near 1 the distance to 1 is what counts, and an integer still has it
-    u = odd.double().mul_(2.0**-63).mul_(torch.where(small, 2.0**-32, 1.0))
-    beside = ((1 << 62) - odd + (1 << 62)).double().mul_(-(2.0**-63))
+    beside = (((1 << 38) - 1 - k) + (1 - below)).mul_(-(2.0**-38))
     log = torch.where(u < 0.5, u.log(), beside.log1p())
     radius = log.mul_(-2.0).sqrt_()
-    t = c.double().mul_(2.0**-32).masked_fill_(small, 0.0).add_(d).mul_(2 * math.pi * 2.0**-32)
-    return torch.stack([radius * t.cos(), radius * t.sin()], -1).transpose(0, 1).reshape(-1, 8)
+    within = c.mul_(2.0**-32).masked_fill_(a == 0, 0.0)
+    t = torch.where(tail, (d + within) * 2.0**-32, ((d >> 6) + within) * 2.0**-26).mul_(2 * math.pi)
+    return torch.stack([radius * t.cos(), radius * t.sin()], -1).transpose(0, 1).reshape(-1, EACH)
 
 
 def secure_gaussian(
@@ -68,14 +79,30 @@ def secure_gaussian(
     word(stream)
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
     numel = math.prod(shape)
-    countable(8 * block + numel)
-    out = torch.empty((cdiv(numel, 8), 8), dtype=dtype, device=key.device)
+    countable(EACH * block + numel)
+    out = torch.empty((cdiv(numel, EACH), EACH), dtype=dtype, device=key.device)
     step = CHUNK * torch.get_num_threads() if key.device.type == "cpu" else max(len(out), 1)
     for first in range(0, len(out), step):
         rows = out[first : first + step]
         counter = torch.arange(block + first, block + first + len(rows), device=key.device)
-        rows.copy_(box_muller(chacha.words(key, counter, stream)))
+        words = chacha.words(key, counter, stream)
+        rows.copy_(box_muller(words, _further(words, key, counter, stream, dtype == torch.float64)))
     return out.view(-1)[:numel].view(shape)
+
+
+def _further(words: Tensor, key: Tensor, counter: Tensor, stream: int, exact: bool) -> Tensor:
+    """The further words [16, n] of blocks [16, n]; unless `exact`, of those alone in which a value needs them."""
+    if exact:
+        return chacha.words(key, counter + FURTHER, stream)
+    more = torch.full_like(words, 1 << 31)
+    tail = words[::2] < TAIL
+    if words.is_cuda:  # without waiting for the device
+        drawn = chacha.words(key, counter + FURTHER, stream)
+        return torch.where(tail.repeat_interleave(2, 0), drawn, more)
+    rows = tail.any(0).nonzero()[:, 0]
+    drawn = chacha.words(key, counter[rows] + FURTHER, stream)
+    more[:, rows] = torch.where(tail[:, rows].repeat_interleave(2, 0), drawn, more[:, rows])
+    return more
 
 
 def reference(grad: Tensor, key: Tensor, stream: int, std: float, block: int = 0) -> Tensor:
@@ -97,46 +124,72 @@ def specialise(grad: Tensor, key: Tensor, stream: int, std: float) -> Spec:
     return Spec()
 
 
-# box_muller(a, b, c, d, cosine, sine): two values, under these names, from four words.
-#
-# u 2^32 (or 2^64) is made of two words in float32, whose bits hold both the power of two and the rest m,
-# sqrt(1/2) <= m < sqrt(2):
-#     ln u = power ln 2 + ln m,  ln m = 2 artanh(f / (2 + f)),  f = m - 1
-# Where the power is 0, -f is the distance to 1, which is made of the complements of the words. What is rounded away is
-# 2^-24 of either, and the two bits that k leaves out are less. The series is off by 2e-9. Division and root are those
-# of the hardware, off by two units in the last place: exact ones take as long as the rest.
+# radius_of(scaled, power, beside, radius): sqrt(-2 ln u) under this name, for scaled = u 2^power in float32, whose bits
+# hold both an exponent and the rest m, sqrt(1/2) <= m < sqrt(2):
+#     ln u = exponent ln 2 + ln m,  ln m = 2 artanh(f / (2 + f)),  f = m - 1
+# Where the exponent is 0, -f is the distance to 1, which `beside` is 2^32 times, made of the complements of the words.
+# What is rounded away is 2^-24 of either. The series is off by 2e-9. Division and root are those of the hardware, off
+# by two units in the last place: exact ones take as long as the rest.
 #
 # on_grid(total, out): a float32 below 2^23 is rounded to whole numbers by adding 2^23 and taking it away; one above is
 # whole.
 MACROS = f"""\
-{{%- macro box_muller(a, b, c, d, cosine, sine) -%}}
-small = {{{{ a }}}} == 0
-high, low = tl.where(small, {{{{ b }}}}, {{{{ a }}}}), tl.where(small, {{{{ c }}}}, {{{{ b }}}})
-scaled = (high.to(tl.float32) + low.to(tl.float32) * {2.0**-32!r}) + {2.0**-31!r}
-bits = scaled.to(tl.int32, bitcast=True)
-power = (bits - {0x3F3504F3}) >> 23
-rest = (bits - (power << 23)).to(tl.float32, bitcast=True) - 1.0
-power -= tl.where(small, 64, 32)
-beside = ((high ^ 0xFFFFFFFF).to(tl.float32) + (low ^ 0xFFFFFFFF).to(tl.float32) * {2.0**-32!r}) + {2.0**-31!r}
-f = tl.where(power == 0, beside * {-(2.0**-32)!r}, rest)
+{{%- macro radius_of(scaled, power, beside, radius) -%}}
+bits = ({{{{ scaled }}}}).to(tl.int32, bitcast=True)
+exponent = (bits - {0x3F3504F3}) >> 23
+f = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
+exponent -= {{{{ power }}}}
+{{% if beside %}}
+f = tl.where(exponent == 0, ({{{{ beside }}}}) * {-(2.0**-32)!r}, f)
+{{% endif %}}
 s = f / (2.0 + f)
 s_2 = s * s
 series = s * (2.0 + s_2 * ({2 / 3!r} + s_2 * ({2 / 5!r} + s_2 * ({2 / 7!r} + s_2 * {2 / 9!r}))))
-log = power.to(tl.float32) * {math.log(2)!r} + series
-radius = tl.sqrt(-2.0 * log)
-{{{{ turned("radius", d, cosine, sine) }}}}
+{{{{ radius }}}} = tl.sqrt(-2.0 * (exponent.to(tl.float32) * {math.log(2)!r} + series))
+{{%- endmacro -%}}
+{{%- macro radius_of_words(a, d, radius) -%}}
+six = ({{{{ d }}}} & 63).to(tl.float32) * {2.0**-6!r} + {2.0**-7!r}
+{{{{ radius_of(a ~ ".to(tl.float32) + six", 32, "(" ~ a ~ " ^ 0xFFFFFFFF).to(tl.float32) + (1.0 - six)", radius) }}}}
+{{%- endmacro -%}}
+{{%- macro radius_of_tail(a, b, c, radius) -%}}
+upper = {{{{ a }}}}.to(tl.float32) * {2.0**32!r} + {{{{ b }}}}.to(tl.float32)
+{{{{ radius_of("upper + (" ~ c ~ ".to(tl.float32) * %r + %r)" % ({2.0**-32!r}, {2.0**-33!r}), 64, "", radius) }}}}
+{{%- endmacro -%}}
+{{%- macro angle_of_word(a, d) -%}}
+tl.where({{{{ a }}}} < {TAIL}, {{{{ d }}}}, ({{{{ d }}}} & {0xFFFFFFC0}) + 32)
 {{%- endmacro -%}}
 {{%- macro draw_secure_normals(index, shape) -%}}
 i = {{{{ index }}}}
-{{{{ chacha_block("i") }}}}
-{{{{ box_muller("w0", "w1", "w2", "w3", "cosine_0", "sine_0") }}}}
-{{{{ box_muller("w4", "w5", "w6", "w7", "cosine_1", "sine_1") }}}}
-{{{{ box_muller("w8", "w9", "w10", "w11", "cosine_2", "sine_2") }}}}
-{{{{ box_muller("w12", "w13", "w14", "w15", "cosine_3", "sine_3") }}}}
+{{{{ chacha_block("i", "w", "s") }}}}
+{{% for p in range(8) %}}
+{{{{ radius_of_words("w%d" % (2 * p), "w%d" % (2 * p + 1), "radius_%d" % p) }}}}
+{{% endfor %}}
+least = w0
+{{% for p in range(1, 8) %}}
+least = tl.minimum(least, w{{{{ 2 * p }}}})
+{{% endfor %}}
+if tl.min(least, 0) < {TAIL}:
+    {{{{ chacha_block("(i + %d)" % {FURTHER}, "m", "t") | indent(4) }}}}
+{{% for p in range(8) %}}
+    {{{{ radius_of_tail("w%d" % (2 * p), "m%d" % (2 * p), "m%d" % (2 * p + 1), "far") | indent(4) }}}}
+    radius_{{{{ p }}}} = tl.where(w{{{{ 2 * p }}}} < {TAIL}, far, radius_{{{{ p }}}})
+{{% endfor %}}
+{{% for p in range(8) %}}
+turned_word = {{{{ angle_of_word("w%d" % (2 * p), "w%d" % (2 * p + 1)) }}}}
+{{{{ turned("radius_%d" % p, "turned_word", "cosine_%d" % p, "sine_%d" % p) }}}}
+{{% endfor %}}
 # in the order of the elements: the last dimension that is joined varies fastest
-cosines = tl.join(tl.join(cosine_0, cosine_2), tl.join(cosine_1, cosine_3))
-sines = tl.join(tl.join(sine_0, sine_2), tl.join(sine_1, sine_3))
+{{% for name in ("cosine", "sine") %}}
+{{{{ name }}}}s = {{{{ joined(name) }}}}
+{{% endfor %}}
 normals = tl.join(cosines, sines).reshape({{{{ shape }}}})
+{{%- endmacro -%}}
+{{%- macro joined(name) -%}}
+{{%- set n = name ~ "_" -%}}
+tl.join(
+    tl.join(tl.join({{{{ n }}}}0, {{{{ n }}}}4), tl.join({{{{ n }}}}2, {{{{ n }}}}6)),
+    tl.join(tl.join({{{{ n }}}}1, {{{{ n }}}}5), tl.join({{{{ n }}}}3, {{{{ n }}}}7)),
+)
 {{%- endmacro -%}}
 {{%- macro on_grid(total, out) -%}}
 steps = {{{{ total }}}} * tl.full([], per_grid, tl.float32)
@@ -158,8 +211,8 @@ import triton.language as tl
 @triton.jit(do_not_specialize=["noise_stream"])
 def kernel(grad_ptr, key_ptr, noise_stream, std, grid, per_grid, out_ptr, N):
     first = tl.program_id(0).to(tl.int64) * {{ block }}
-    {{ draw_secure_normals("first + tl.arange(0, %d)" % block, "%d, 8" % block) | indent(4) }}
-    n = 8 * i[:, None] + tl.arange(0, 8)[None, :]
+    {{ draw_secure_normals("first + tl.arange(0, %d)" % block, "%d, 16" % block) | indent(4) }}
+    n = 16 * i[:, None] + tl.arange(0, 16)[None, :]
     grad = tl.load(grad_ptr + n, mask=n < N, other=0.0).to(tl.float32)
     total = grad + tl.full([], std, tl.float32) * normals
     {{ on_grid("total", "noised") | indent(4) }}
@@ -173,7 +226,7 @@ def launch(grad: Tensor, key: Tensor, stream: int, std: float) -> Tensor:
     word(stream)
     step = grid(std)
     spec = specialise(grad, key, stream, std)
-    programs = cdiv(countable(grad.numel()), 8 * spec.block)
+    programs = cdiv(countable(grad.numel()), EACH * spec.block)
     grad = grad.contiguous()  # elements are numbered in row-major order, whatever the layout
     out = torch.empty_like(grad)
     numbers = float(std), step, 1 / step if step else 0.0
@@ -183,7 +236,7 @@ def launch(grad: Tensor, key: Tensor, stream: int, std: float) -> Tensor:
 
 def countable(numel: int) -> int:
     """`numel` if the blocks of so many elements can be numbered: ValueError otherwise."""
-    if numel > 8 * chacha.BLOCKS:
+    if numel > EACH * FURTHER:
         raise ValueError(f"secure noise has one counter for at most 2^35 elements of a tensor: {numel}")
     return numel
 

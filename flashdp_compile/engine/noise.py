@@ -109,7 +109,7 @@ class SecureNoise(Noise):
     same in every process."""
 
     secure, op = True, staticmethod(torch.ops.flashdp.add_secure_noise)
-    reference, drawn = staticmethod(secure_noise.reference), 8
+    reference, drawn = staticmethod(secure_noise.reference), secure_noise.EACH
 
     def __init__(self, seed: int | None, secret: Callable[[int], bytes] = os.urandom) -> None:
         super().__init__(seed)

@@ -94,7 +94,7 @@ import triton.language as tl
 def kernel(counter_ptr, key_ptr, noise_stream, out_ptr, N):
     n = tl.arange(0, {{ block }})
     i = tl.load(counter_ptr + n, mask=n < N, other=0)
-    {{ chacha_block("i") | indent(4) }}
+    {{ chacha_block("i", "w", "s") | indent(4) }}
     {% for word in range(16) %}
     tl.store(out_ptr + {{ word }} * N + n, w{{ word }}.to(tl.int64), mask=n < N)
     {% endfor %}

@@ -75,15 +75,11 @@ def test_apart():
 @pytest.mark.parametrize("secure", [True, False])
 def test_shards_get_what_the_op_adds_to_the_whole(secure, device):
     """Each begins with a block of its own, and the last one is short, as those of a tensor on several ranks."""
-    whole, key, block = (
-        torch.randn(3001, generator=torch.Generator().manual_seed(0)).to(device),
-        key_of(secure, device),
-        8,
-    )
+    whole, key = torch.randn(3025, generator=torch.Generator().manual_seed(0)).to(device), key_of(secure, device)
     (expected,) = each([whole], key, secure)
-    shards = [part.clone() for part in whole.split([1024, 1032, 944, 1])]
-    firsts = [0, 1024, 2056, 3000]
-    each_block = block if secure else block // 2
+    shards = [part.clone() for part in whole.split([1024, 1040, 944, 17])]
+    firsts = [0, 1024, 2064, 3008]
+    each_block = 16 if secure else 4
     entries = [Entry(len(part), 10, 0, first // each_block) for part, first in zip(shards, firsts, strict=True)]
     NoiseTable(entries, secure).add(shards, key, STD)
     torch.testing.assert_close(torch.cat(shards), expected, rtol=0, atol=0 if secure else 1e-6)

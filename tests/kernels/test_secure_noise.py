@@ -32,19 +32,28 @@ def draws():
     return secure_gaussian(N, key_of(11, 12, 13, 14, step=3), 5, torch.float64)
 
 
-def minus_log(a: int, b: int, c: int) -> float:
+def minus_log(a: int, b: int, c: int, d: int) -> float:
     """-ln u, from the docstring of the module: u is a fraction of integers, and so is its distance to 1."""
-    k, unit = ((a << 32) + b >> 2, Fraction(1, 2**62)) if a else ((b << 32) + c >> 2, Fraction(1, 2**94))
-    u = unit * (2 * k + 1) / 2
+    half = Fraction(1, 2)
+    if a == 0:
+        u = (2**32 * b + c + half) / 2**96
+    elif a < 2**12:
+        u = (2**32 * a + b + half) / 2**64
+    else:
+        u = (2**6 * a + d % 2**6 + (b + half) / 2**32) / 2**38
     return -math.log1p(-float(1 - u)) if 2 * u > 1 else -math.log(u)
 
 
 def documented(element: int, key: list[int], stream: int, step: int) -> float:
     """One value, from the same docstring, by integers and floats of Python."""
     words = [half for k in key for half in (k % 2**32, k // 2**32)]
-    block = plain_block(words, element // 8, [stream, step % 2**32, step // 2**32])
-    a, b, c, d = block[element % 8 // 2 * 4 :][:4]
-    radius, t = math.sqrt(2 * minus_log(a, b, c)), 2 * math.pi * ((d << 32) + (c if a else 0)) / 2**64
+    nonce = [stream, step % 2**32, step // 2**32]
+    number, p = element // 16, element % 16 // 2
+    a, d = plain_block(words, number, nonce)[2 * p :][:2]
+    b, c = plain_block(words, 2**31 + number, nonce)[2 * p :][:2]
+    within = c / 2**32 if a else 0
+    t = 2 * math.pi * ((d + within) / 2**32 if a < 2**12 else (d // 2**6 + within) / 2**26)
+    radius = math.sqrt(2 * minus_log(a, b, c, d))
     return radius * (math.sin(t) if element % 2 else math.cos(t))
 
 
@@ -70,7 +79,11 @@ def kernel(word_ptr, out_ptr, N):
     {% for name in "abcd" %}
     {{ name }} = tl.load(word_ptr + {{ loop.index0 }} * N + n, mask=n < N, other=1).to(tl.uint32)
     {% endfor %}
-    {{ box_muller("a", "b", "c", "d", "cosine", "sine") | indent(4) }}
+    {{ radius_of_words("a", "d", "radius") | indent(4) }}
+    {{ radius_of_tail("a", "b", "c", "far") | indent(4) }}
+    radius = tl.where(a < 4096, far, radius)
+    word = {{ angle_of_word("a", "d") }}
+    {{ turned("radius", "word", "cosine", "sine") | indent(4) }}
     tl.store(out_ptr + n, cosine, mask=n < N)
     tl.store(out_ptr + N + n, sine, mask=n < N)
 """
@@ -81,65 +94,94 @@ class Spec:
     block: int = 1024
 
 
+def values(words):
+    """Float64 values [n, 2] of words (a, b, c, d) [4, n]."""
+    a, b, c, d = words
+    return box_muller(torch.stack([a, d]).repeat(8, 1), torch.stack([b, c]).repeat(8, 1))[:, :2]
+
+
 def both(words, device):
     """Values [2, n] of words [4, n], by the kernel and by the twin."""
     found = torch.empty(2, words.shape[1], device=device)
     run = codegen.kernel(Template("box_muller", secure_noise.MACROS + VALUES), Spec())
     common.start(run, common.cdiv(words.shape[1], 1024), found, words.contiguous().to(device), found, words.shape[1])
-    return found.cpu(), box_muller(words.repeat(4, 1))[:, :2].T
+    return found.cpu(), values(words).T
 
 
 def test_kernel_and_twin_agree_on_every_value(device):
+    """Where b and c are what float32 takes them for, and in the tail, where it reads them."""
     words = chacha.words(key_of(1), torch.arange(25_000), 2).view(4, 4, -1).transpose(0, 1).reshape(4, -1)
+    words[0, ::5] >>= 20
+    words[1:3] = torch.where(words[0] < 4096, words[1:3], 2**31)
     found, exact = both(words, device)
-    torch.testing.assert_close(found.double(), exact, rtol=4e-7, atol=2e-8)
+    torch.testing.assert_close(found.double(), exact, rtol=5e-7, atol=4e-8)
+    words[1:3] = torch.where(words[0] < 4096, words[1:3], torch.randint(2**32, (2, words.shape[1])))
+    radius = values(words).norm(dim=1, keepdim=True).T
+    allowed = 4e-7 * values(words).T.abs() + math.pi * 2.0**-26 * radius + 4e-7 * (radius > 5)  # docs/secure-noise.md
+    assert ((found.double() - values(words).T).abs() <= allowed + 2e-8).all()
 
 
 FULL = 2**32 - 1
-# a, b, c: the neighbourhoods of 1, sqrt(1/2), 1/2 and 2^-32, where formulas meet, and both ends
+# a, b, c, d: the neighbourhoods of 1, sqrt(1/2), 1/2 and the tail, where formulas meet, and all ends
 CRAFTED = [
-    (FULL, FULL, 0),
-    (FULL, FULL - 2**20, 0),
-    (FULL, 0, 0),
-    (2**32 - 2**20, 0, 0),
-    (3037000500, 0, 0),
-    (3037000499, 0, 0),
-    (2**31, 0, 0),
-    (2**31 - 1, FULL, 0),
-    (1, 0, 0),
-    (1, FULL, 0),
-    (0, FULL, FULL),
-    (0, 2**20, 7),
-    (0, 1, 0),
-    (0, 0, FULL),
-    (0, 0, 0),
+    (FULL, 2**31, 0, 63),
+    (FULL, 2**31, 0, 0),
+    (2**32 - 2**20, 2**31, 0, 0),
+    (3037000500, 2**31, 0, 0),
+    (3037000499, 2**31, 0, 0),
+    (2**31, 2**31, 0, 0),
+    (2**31 - 1, 2**31, 0, 63),
+    (2**12, 2**31, 0, 0),
+    (2**12 - 1, FULL, FULL, 0),
+    (2**12 - 1, 0, 0, 0),
+    (1, 0, 0, 0),
+    (0, FULL, FULL, 0),
+    (0, 2**20, 7, 0),
+    (0, 1, 0, 0),
+    (0, 0, FULL, 0),
+    (0, 0, 0, 0),
 ]
 
 
 def test_radii_are_right_from_one_end_to_the_other(device):
-    words = torch.tensor([[*abc, 0] for abc in CRAFTED]).T
-    wanted = torch.tensor([math.sqrt(2 * minus_log(*abc)) for abc in CRAFTED], dtype=torch.float64)
+    words = torch.tensor(CRAFTED).T
+    wanted = torch.tensor([math.sqrt(2 * minus_log(*each)) for each in CRAFTED], dtype=torch.float64)
     for found in both(words, device):
-        torch.testing.assert_close(found[0].double(), wanted, rtol=1.2e-7, atol=0)
-        assert (found[1] == 0).all()
-    assert wanted[0] == math.sqrt(2 * 2.0**-63) and wanted[-3] > 9.4 and 11.47 < wanted[-1] < 11.48
+        torch.testing.assert_close(found.double().norm(dim=0), wanted, rtol=3e-7, atol=0)
+    assert wanted[0] == pytest.approx(2.0**-19, rel=1e-9) and wanted[-3] > 9.4 and 11.59 < wanted[-1] < 11.60
 
 
-def test_a_word_serves_the_radius_or_the_angle():
+def test_a_bit_serves_the_radius_or_the_angle():
     """Never both, or the two would depend on each other."""
-    words = torch.tensor([[a, 2**31, c, 2**29] for a in (1, 0) for c in (0, 2**31)]).T
-    values = box_muller(words.repeat(4, 1))[:, :2]
-    radius, angle = values.norm(dim=1).tolist(), torch.atan2(values[:, 1], values[:, 0]).tolist()
-    half_a_word = 2 * math.pi * 2.0**-33
-    assert abs(radius[1] - radius[0]) < 1e-14 and abs(angle[1] - angle[0] - half_a_word) < 1e-14
-    assert abs(radius[3] - radius[2]) > 1e-11 and abs(angle[3] - angle[2]) < 1e-14
+    plain, tail, end = (2**20, 2**31, 2**31, 2**29 + 5), (2, 2**31, 2**31, 2**29 + 5), (0, 2**10, 2**31, 2**29 + 5)
+    angles = {plain: {(2, 31), (3, 6), (3, 31)}, tail: {(2, 31), (3, 0), (3, 31)}, end: {(3, 0), (3, 31)}}
+    radii = {
+        plain: {(0, 31), (0, 12), (1, 31), (3, 5)},
+        tail: {(0, 11), (0, 0), (1, 31), (1, 4)},
+        end: {(1, 31), (1, 0), (2, 31)},
+    }
+    for words in angles:
+        turned, moved = set(), set()
+        for place in range(4):
+            for bit in range(32):
+                changed = list(words)
+                changed[place] ^= 1 << bit
+                if [changed[0] < 2**12, changed[0] == 0] != [words[0] < 2**12, words[0] == 0]:
+                    continue
+                found = values(torch.tensor([words, changed]).T)
+                radius, angle = found.norm(dim=1), torch.atan2(found[:, 1], found[:, 0])
+                if abs(angle[1] - angle[0]) > 1e-13:
+                    turned.add((place, bit))
+                if abs(radius[1] / radius[0] - 1) > 1e-13:
+                    moved.add((place, bit))
+        assert not turned & moved and angles[words] <= turned and radii[words] <= moved
 
 
 def test_the_largest_radius_reaches_the_gradient(device, monkeypatch):
     """Words that ChaCha20 will not give in a lifetime, through the whole twin."""
     monkeypatch.setattr(chacha, "words", lambda key, counter, stream: torch.zeros(16, len(counter), dtype=torch.int64))
-    out = secure_noise.reference(torch.ones(8), key_of(1), 2, 4.0)
-    assert out.tolist() == [1 + 4 * 11.4765625, 1.0] * 4
+    out = secure_noise.reference(torch.ones(16), key_of(1), 2, 4.0)
+    assert out.tolist() == [1 + 4 * 11.59765625, 1.0] * 8
 
 
 def test_the_law_is_normal(draws):
@@ -161,7 +203,7 @@ def test_tails_have_their_weight(draws, bound, sign):
 
 
 def test_neighbours_do_not_go_together(draws):
-    for lag in (*range(1, 18), 1024, 8 * 128):
+    for lag in (*range(1, 34), 1024, 16 * 128):
         for power in (1, 2):
             first, second = (part**power - float(power == 2) for part in (draws[lag:], draws[:-lag]))
             assert abs((first * second).mean()) < 5 * power / math.sqrt(N), (lag, power)
@@ -297,7 +339,7 @@ def test_a_stream_is_a_word(stream, path):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_blocks_have_a_counter_of_32_bits(path):
-    """2^35 elements are 2^32 blocks: one more would be the first again."""
+    """2^35 elements have 2^31 of them, and as many with further words: one more would be the first of these."""
     secure_noise.countable(2**35)
     with pytest.raises(ValueError, match="at most 2\\^35 elements"):
         getattr(secure_noise, path)(torch.ones(1).expand(2**35 + 1), key_of(1), 2, 0.5)
