@@ -9,7 +9,7 @@
 | outer_stores(xs, gs, stores) [layers, B, d, p], ..., [layers, B] | the same of several layers                     |
 | product_sum(product, weights)            [d, p]       | sum_b w_b product_b                                       |
 | product_sums(products, weights, key, streams, std) [d, p], ... | the same of several layers, with noise   |
-| clipped_product(x, g, samples, bound, ...) [d, p], [B] | the sum of such products with clip weights, and their norms |
+| clipped_product(x, g, samples, beside, ...) [d, p], [B] | their clipped sum, and norms of what is clipped with it |
 | weighted_matmul(x, g, weights)           [d, p]       | sum_b w_b x_b^T g_b                                       |
 | weighted_matmuls(xs, gs, weights, key, streams, std) [d, p], ... | the same of several layers, with noise |
 | embedding_sqnorm(ids, g)                 [B]          | |gradient of the table|^2 of each sample                  |

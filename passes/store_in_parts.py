@@ -1,14 +1,24 @@
 """Makes the products of a large layer for a few samples at a time, where those of all of them set the peak of memory.
 
     product, norms = outer_store(x, g)
-    product_sum(product, clip_factors(norms, ...), ...)        clipped_product(x, g, samples, ...)
+    product_sum(product, clip_factors(norms, ...), ...)        clipped_product(x, g, samples, None, ...)
+
+    total = norms + others                                     sum, total = clipped_product(x, g, samples, others, ...)
+    product_sum(product, clip_factors(total, ...), ...)        sum
+    ... clip_factors(total, ...) ...                           ... clip_factors(total, ...) ...
 
 The head of a language model has B x vocabulary x width products. `release_late` finds them a place where activations
 have been freed; under activation checkpointing there is none. A layer that is clipped by itself need not have them all
-at once. The sum is read and written once more for each part, so parts are as large as the peak allows.
+at once, nor need one whose norms are the last of its clipping group: those of the other members are known before. Of a
+group only the largest layer is made so. The sum is read and written once more for each part, so parts are as large as
+the peak allows.
 
 What is made in parts may also run as soon as its operands are there, and these, such as the gradient of the logits, are
-then no longer held for it.
+then no longer held for it. In a group it may have to wait for the norms of others, with its operands instead of its
+products: the model of memory says which are less.
+
+The other members read their weights from the call of clip_factors that was there, and it counts what it counted. It
+reads the norms by which the layer was clipped: all members have the weights of the same numbers.
 """
 
 from __future__ import annotations
@@ -22,22 +32,38 @@ from torch import fx
 from flashdp_compile.compat import argument, sort_topologically
 from flashdp_compile.passes.memory import Memory
 from flashdp_compile.passes.nodes import call, is_static
-from flashdp_compile.passes.order import Step
+from flashdp_compile.passes.order import Step, dependents
+from flashdp_compile.passes.vectors import erase, terms
 
-flashdp = torch.ops.flashdp
+aten, flashdp = torch.ops.aten, torch.ops.flashdp
 
 LARGE = 0.02  # of the peak: smaller products stay together
 GAIN = 0.01  # of the peak, at least
 
 
 class Layer(NamedTuple):
-    """One that is clipped by itself, from the products of all samples to their sum."""
+    """One from the products of all samples to their sum, whose weights come from `group`: the layer's norms and those
+    of the other members (`beside`), added up."""
 
     store: fx.Node
     product: fx.Node
     norms: fx.Node
+    beside: tuple[fx.Node, ...]
+    group: fx.Node
     clip: fx.Node
     total: fx.Node
+
+    @property
+    def made(self) -> tuple[fx.Node, ...]:
+        """What is made at once."""
+        weights = (self.clip,) if len(self.clip.users) == 1 else ()
+        return self.store, self.product, self.norms, *weights, self.total
+
+    @property
+    def operands(self) -> set[fx.Node]:
+        scale = argument(self.clip, "grad_scale")
+        read = {*self.store.all_input_nodes, *self.total.all_input_nodes, *self.beside}
+        return (read | ({scale} if scale is not None else set())) - {self.product, self.clip}
 
 
 class Parts(NamedTuple):
@@ -56,10 +82,14 @@ def store_in_parts(graph: fx.Graph, device: str = "cuda") -> int:
     if not layers:
         return 0
     memory, order, parted = Memory(graph), list[Step](graph.nodes), list[tuple[Layer, fx.Node, int]]()
+    groups = set[fx.Node]()
     peak = memory.peak(order)
     for layer in sorted(layers, key=lambda layer: -memory.bytes[layer.product]):
         if memory.bytes[layer.product] < LARGE * peak:
             break
+        if layer.clip in groups:  # its norms are what a larger layer of the group would wait for
+            continue
+        groups.add(layer.clip)
         whole = memory.bytes[layer.product]
         tried = [_tried(memory, order, layer, place) for place in (_earliest(order, layer), layer.total)]
         best = min(tried, key=lambda parts: parts.peak)
@@ -76,7 +106,7 @@ def store_in_parts(graph: fx.Graph, device: str = "cuda") -> int:
 
 
 def _read(store: fx.Node, device: str) -> Layer | None:
-    """The layer of these products, unless others wait for its weights or it waits for others."""
+    """The layer of these products, unless its weights need more than norms that are known without it."""
     x = store.args[0].meta["val"]
     if x.device.type != device or not all(map(is_static, store.meta["val"])) or x.shape[0] < 2:
         return None
@@ -88,16 +118,27 @@ def _read(store: fx.Node, device: str) -> Layer | None:
     if total.target is not flashdp.product_sum.default or total.args[0] is not product:
         return None
     clip = argument(total, "weights")
-    if clip.target is not flashdp.clip_factors.default or clip.args[0] is not norms or len(clip.users) != 1:
+    if clip.target is not flashdp.clip_factors.default:
         return None
-    if argument(clip, "counts") or argument(clip, "others") is not None:
+    if len(clip.users) == 1 and argument(clip, "counts"):  # weights that nobody reads would not be counted, either
         return None
-    return Layer(store, product, norms, clip, total)
+    group = clip.args[0]
+    beside = terms(group)
+    if norms not in beside or (norms is not group and len(norms.users) != 1):
+        return None
+    beside.remove(norms)
+    layer = Layer(store, product, norms, tuple(beside), group, clip, total)
+    alike = all(_kind(n) == _kind(norms) for n in beside)
+    return layer if alike and layer.operands.isdisjoint(dependents([store])) else None
+
+
+def _kind(norms: fx.Node) -> tuple[torch.Size, torch.dtype]:
+    return norms.meta["val"].shape, norms.meta["val"].dtype
 
 
 def _earliest(order: list[Step], layer: Layer) -> fx.Node:
     """The node behind which all operands of a layer are there."""
-    needed = {operand for node in layer for operand in node.all_input_nodes}.difference(layer)
+    needed = layer.operands
     return next(n for n in reversed(_nodes(order)) if n in needed or n.op == "placeholder")
 
 
@@ -106,14 +147,19 @@ def _nodes(order: list[Step]) -> list[fx.Node]:
 
 
 def _as_one(order: list[Step], layer: Layer, place: fx.Node) -> list[Step]:
-    """The order in which the layer's nodes run at once, behind a node or in the place of its sum."""
-    moved = list[Step]()
-    for step in order:
-        if step not in layer:
-            moved.append(step)
-        if step is place or (isinstance(step, tuple) and place in step):
-            moved.append(tuple(layer))
-    return moved
+    """The order in which the layer is made at once, behind a node or in the place of its sum. What reads it, as the
+    other members of its group do, comes behind."""
+    made, readers = layer.made, dependents([layer.store])
+    moved, waiting = list[Step](), list[Step]()
+    at = next(at for at, step in enumerate(order) if step is place or (isinstance(step, tuple) and place in step))
+    for step in order[: at + 1]:
+        if step not in made:
+            (waiting if _reads(step, readers) else moved).append(step)
+    return [*moved, made, *waiting, *(step for step in order[at + 1 :] if step not in made)]
+
+
+def _reads(step: Step, readers: set[fx.Node]) -> bool:
+    return any(node in readers for node in (step if isinstance(step, tuple) else (step,)))
 
 
 def _tried(memory: Memory, order: list[Step], layer: Layer, place: fx.Node) -> Parts:
@@ -134,12 +180,14 @@ def _batch(layer: Layer) -> int:
 def _replace(graph: fx.Graph, layer: Layer, place: fx.Node, samples: int) -> None:
     policy = [argument(layer.clip, n) for n in ("bound", "fn", "mean", "expected_batch_size", "grad_scale")]
     noise = [argument(layer.total, n) for n in ("key", "stream", "std")]
-    with graph.inserting_after(place):
-        made = call(graph, flashdp.clipped_product.default, *layer.store.args, samples, *policy, *noise)
-        total, norms = (call(graph, operator.getitem, made, at) for at in (0, 1))
+    with graph.inserting_before(place.next):
+        beside = None
+        for norms in layer.beside:
+            beside = norms if beside is None else call(graph, aten.add.Tensor, beside, norms)
+        operands = *layer.store.args, samples, beside
+        made = call(graph, flashdp.clipped_product.default, *operands, *policy, *noise)
+        total, group = (call(graph, operator.getitem, made, at) for at in (0, 1))
     layer.total.replace_all_uses_with(total)
-    for old in (layer.total, layer.clip):
-        graph.erase_node(old)
-    layer.norms.replace_all_uses_with(norms)
-    for old in (layer.product, layer.norms, layer.store):
-        graph.erase_node(old)
+    layer.group.replace_all_uses_with(group)
+    for old in (layer.total, layer.group):
+        erase(old)

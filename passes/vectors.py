@@ -13,12 +13,13 @@ proved; norms and sums differ by rounding.
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
-from flashdp_compile.compat import sort_topologically
+from flashdp_compile.compat import argument, sort_topologically
 from flashdp_compile.passes.nodes import call, is_static, is_zero
 from flashdp_compile.passes.points import RESHAPES
 
@@ -32,13 +33,12 @@ AT_ONCE = 64  # vectors that one launch sums: a kernel for hundreds takes long t
 def norm_vectors(graph: fx.Graph, device: str = "cuda") -> int:
     """Rewrites the norms on devices of this type, in place; returns how many."""
     done = 0
-    for clip in graph.find_nodes(op="call_function", target=flashdp.clip_factors.default):
-        total = clip.args[0]
+    for total, reader in _added_norms(graph):
         parts = [(n, squared(n)) for n in terms(total)]
         vectors = [v for _, v in parts if v is not None and v.meta["val"].device.type == device]
         if len(vectors) < 2:
             continue
-        with graph.inserting_before(clip):
+        with graph.inserting_before(reader):
             added = [n for n, v in parts if v is None or v.meta["val"].device.type != device]
             values = [call(graph, aten.reshape.default, v, rows(v)) for v in vectors]
             for first in range(0, len(values), AT_ONCE):
@@ -51,6 +51,15 @@ def norm_vectors(graph: fx.Graph, device: str = "cuda") -> int:
         done += len(vectors)
     sort_topologically(graph)  # a norm may now come behind what reads it
     return done
+
+
+def _added_norms(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Norms of several members of a clipping group, and who clips by them."""
+    for clip in graph.find_nodes(op="call_function", target=flashdp.clip_factors.default):
+        yield clip.args[0], clip
+    for layer in graph.find_nodes(op="call_function", target=flashdp.clipped_product.default):
+        if (beside := argument(layer, "beside")) is not None:
+            yield beside, layer
 
 
 def terms(total: fx.Node) -> list[fx.Node]:

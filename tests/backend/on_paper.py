@@ -170,12 +170,13 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, help="a model of so many blocks")
     parser.add_argument("--triton", action="store_true", help="without the kernels of kernels/hopper")
     parser.add_argument("--growth", type=float, help="by how much of the peak memory may grow for windows of layers")
+    parser.add_argument("--parts", action="store_true", help="make products in parts where the peak is lower for it")
     parser.add_argument("--early", action="store_true", help="print too what is compiled early: names and errors")
     arguments = parser.parse_args()
 
     from flashdp_compile.compat import early
     from flashdp_compile.kernels import hopper, tuning
-    from flashdp_compile.passes import group_layers
+    from flashdp_compile.passes import group_layers, store_in_parts
 
     begun = []
 
@@ -187,6 +188,8 @@ def main() -> None:
     compile_early, early.compile_early = early.compile_early, begin
     if arguments.triton:
         hopper.available = lambda device: False
+    if not arguments.parts:
+        store_in_parts.LARGE = 1.0
     if arguments.growth is not None:
         group_layers.GROWTH = arguments.growth
     tuning._table()["sm_90"]["outer_store"]["16"][0][-1] = 8  # wide tiles for a product that is cut into so few

@@ -168,3 +168,12 @@ def test_the_count_of_bad_samples_copies_the_norms_of_a_launch_at_once():
     sqnorms = [arguments[1] for arguments in calls(code, "group_weights")]
     readers = [line for line in launches(code) if line.startswith("triton_") and any(f"{s}, " in line for s in sqnorms)]
     assert len(readers) == 1 and all(f"{s}, " in readers[0] for s in sqnorms)
+
+
+def test_a_head_whose_products_are_made_in_parts_is_one_call():
+    """The norms of its bias are known before, and the weights of this bias come from the norms that the call gives."""
+    code = backward_of("per_layer", "auto", "--triton", "--parts")
+    (made,) = re.findall(r"(\w+) = torch\.ops\.flashdp\.clipped_product\.default\(", code)
+    (norms,) = re.findall(rf"(\w+) = {made}\[1\]", code)
+    assert len(calls(code, "outer_store")) == 1
+    assert any(norms in arguments for kernel in ("group_weights", "clip_weights") for arguments in calls(code, kernel))

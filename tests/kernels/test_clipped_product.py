@@ -8,17 +8,20 @@ from flashdp_compile.kernels import FAMILIES, outer_store, product_sums
 from flashdp_compile.kernels.clip import release_weights_into
 
 FAMILY = FAMILIES["clipped_product"]
-CASE = (7, 33, 20, 24, 1)
+CASE = (7, 33, 20, 24, 1, 1)
+ALONE = (*CASE[:-1], 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("expected", [None, 7])
 @pytest.mark.parametrize("mean", [False, True])
 @pytest.mark.parametrize("samples", [1, 2, 3, 7, 9])
-def test_parts_give_the_same_as_the_whole(samples, mean, expected, dtype, device):
-    x, g, _, bound, fn, _, _, scale, key, stream, std = arguments(FAMILY, CASE, dtype, device)
-    total, norms = FAMILY.launch(x, g, samples, bound, fn, mean, expected, scale, key, stream, std)
+@pytest.mark.parametrize("case", [CASE, ALONE], ids=["group", "alone"])
+def test_parts_give_the_same_as_the_whole(case, samples, mean, expected, dtype, device):
+    x, g, _, beside, bound, fn, _, _, scale, key, stream, std = arguments(FAMILY, case, dtype, device)
+    total, norms = FAMILY.launch(x, g, samples, beside, bound, fn, mean, expected, scale, key, stream, std)
     product, sqnorm = outer_store.launch(x, g)
+    sqnorm = sqnorm if beside is None else sqnorm + beside
     weights = release_weights_into(None, sqnorm, None, bound, fn, mean, expected, scale)
     assert ((0 < weights) & (weights < 1)).any()
     (whole,) = product_sums.launch([product], [weights], key, [stream], std)
@@ -43,6 +46,43 @@ def test_a_sample_that_is_not_finite_is_left_out(path, device):
         torch.testing.assert_close(total, without)
 
 
+@pytest.mark.parametrize("path", ["launch", "reference"])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -1e30])
+def test_a_sample_of_which_another_member_is_not_finite_is_left_out(path, poison, device):
+    """As its weight is 0 in the sums of those members."""
+    args = list(arguments(FAMILY, CASE, torch.float32, device))
+    args[2] = 2
+    args[3][3] = poison
+    total, norms = getattr(FAMILY, path)(*args)
+    weights = release_weights_into(None, norms, None, *args[4:9])
+    assert total.isfinite().all()
+    assert (weights != 0).tolist() == [b != 3 for b in range(7)]
+    args[1][3], args[3][3] = 0.0, 0.0
+    without, _ = getattr(FAMILY, path)(*args)
+    torch.testing.assert_close(total, without)
+
+
+@pytest.mark.parametrize("path", ["launch", "reference"])
+def test_others_of_the_group_leave_less_of_the_bound(path, device):
+    """The layer's part and theirs are together as long as the bound allows, for each sample."""
+    x, g, _, beside, bound, *_ = arguments(FAMILY, CASE, torch.float32, device)
+    own = outer_store.reference(x, g)[1]
+    for b in range(7):
+        one = x[b : b + 1], g[b : b + 1], 1, beside[b : b + 1], bound, "hard", False, None, None, None, 0, 0.0
+        total, norms = getattr(FAMILY, path)(*one)
+        clipped = bound / (own[b] + beside[b]).sqrt()
+        assert clipped < 1
+        torch.testing.assert_close(norms, own[b : b + 1] + beside[b : b + 1])
+        torch.testing.assert_close(total, clipped * x[b].mT @ g[b], rtol=1e-4, atol=1e-5)
+
+
+def test_norms_of_another_precision_take_the_twin(device):
+    args = list(arguments(FAMILY, CASE, torch.float32, device))
+    assert FAMILY.supports(*args)
+    args[3] = args[3].double()
+    assert not FAMILY.supports(*args)
+
+
 def test_only_so_many_products_are_there_at_a_time(monkeypatch, device):
     seen = []
     store = outer_store.launch
@@ -56,7 +96,7 @@ def test_only_so_many_products_are_there_at_a_time(monkeypatch, device):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="memory of a GPU")
 def test_the_peak_of_memory_is_that_of_one_part():
     x, g = (torch.randn(8, 64, n, device="cuda", dtype=torch.bfloat16) for n in (4096, 2048))
-    args = x, g, 1, 1.0, "hard", True, 8, None, None, 0, 0.0
+    args = x, g, 1, None, 1.0, "hard", True, 8, None, None, 0, 0.0
     FAMILY.launch(*args)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()

@@ -1,73 +1,18 @@
 """Products that set the peak are made for a few samples at a time; nothing else changes, and what waits stays whole."""
 
-import dataclasses
-
 import pytest
 import torch
-from corrupt import NOISY
-from pass_support import random_inputs, rewritten, run
-from torch import fx, nn
-from torch.utils.checkpoint import checkpoint
+from heads import BATCH, MECHANISMS, LanguageModel, graph, made, outputs, the_same
+from pass_support import random_inputs
+from torch import nn
 
 from flashdp_compile.compat import argument
 from flashdp_compile.passes import store_in_parts as module
-from flashdp_compile.passes.mechanism import Mechanism
 from flashdp_compile.passes.memory import Memory
 from flashdp_compile.passes.order import behind, dependents
 from flashdp_compile.passes.store_in_parts import store_in_parts
-from flashdp_compile.runtime import noise, scaling
 
 flashdp = torch.ops.flashdp
-BATCH = 8
-
-
-class LanguageModel(nn.Module):
-    """Checkpointed layers, which hold little, and a head whose products [B, 16, 800] are larger than all else."""
-
-    def __init__(self, bias: bool = False) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
-        self.head = nn.Linear(16, 800, bias=bias)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            x = x + checkpoint(lambda y, layer=layer: layer(y).relu(), x, use_reentrant=False)
-        return self.head(x).square().mean((1, 2))
-
-
-def graph(
-    clipping: str = "per_layer",
-    model: nn.Module | None = None,
-    strategy: str = "store",
-    mechanism: Mechanism = NOISY,
-    bound: float = 0.5,
-) -> fx.Graph:
-    x = torch.randn(BATCH, 12, 16)
-    return rewritten(
-        model or LanguageModel(), x, strategy=strategy, clipping=clipping, bound=bound, mechanism=mechanism
-    ).joint.graph
-
-
-def outputs(of: fx.Graph, inputs: list[object]) -> list[torch.Tensor]:
-    noise.KEYS.reset()  # the same key for every run: the mechanism has a seed
-    return [value for value in run(of, inputs) if isinstance(value, torch.Tensor)]
-
-
-def made(of: fx.Graph) -> list[fx.Node]:
-    return list(of.find_nodes(op="call_function", target=flashdp.clipped_product.default))
-
-
-SCALER = torch.amp.GradScaler("cpu", init_scale=64.0)
-SCALER.scale(torch.zeros(()))  # it has a scale from now on
-MECHANISMS = {
-    "sum": NOISY,
-    "mean": dataclasses.replace(NOISY, mean=True),
-    "expected": dataclasses.replace(NOISY, mean=True, expected_batch_size=5),
-    "automatic": dataclasses.replace(NOISY, clip_fn="automatic"),
-    "normalize": dataclasses.replace(NOISY, clip_fn="normalize"),
-    "scaled": dataclasses.replace(NOISY, grad_scaler=scaling.place(SCALER)),
-    "scaled and within the bound": dataclasses.replace(NOISY, grad_scaler=scaling.place(SCALER), noise_multiplier=0.0),
-}
 
 
 @pytest.mark.parametrize("name", MECHANISMS)
@@ -79,8 +24,7 @@ def test_the_head_is_made_in_parts_and_the_numbers_stay(name):
     of.lint()
     (node,) = made(of)
     assert argument(node, "samples") < BATCH
-    for was, now in zip(before, outputs(of, inputs), strict=True):
-        torch.testing.assert_close(was, now, rtol=1e-6, atol=1e-7)
+    the_same(of, before, inputs)
     assert store_in_parts(of, "cpu") == 0
 
 
@@ -113,8 +57,7 @@ def test_what_was_put_off_no_longer_waits():
     (node,) = (n for n in made(of) if 800 in n.meta["val"][0].shape)
     assert order.index(node) < min(order.index(n) for n in (*stores, *made(of)) if n in order and n is not node)
     assert Memory(of).peak(list(of.nodes)) < high
-    for was, now in zip(before, outputs(of, inputs), strict=True):
-        torch.testing.assert_close(was, now, rtol=1e-6, atol=1e-7)
+    the_same(of, before, inputs)
 
 
 class TwoHeads(LanguageModel):
@@ -136,8 +79,7 @@ def test_several_layers(monkeypatch):
     before = outputs(of, inputs)
     assert store_in_parts(of, "cpu") >= 2
     of.lint()
-    for was, now in zip(before, outputs(of, inputs), strict=True):
-        torch.testing.assert_close(was, now, rtol=1e-6, atol=1e-7)
+    the_same(of, before, inputs)
 
 
 def test_with_noise_in_the_sum():
@@ -158,8 +100,7 @@ def test_with_noise_in_the_sum():
     of.erase_node(noised)
     assert store_in_parts(of, "cpu") == 1
     assert made(of)[0].args[-3:] == (key, stream, std)
-    for was, now in zip(before, outputs(of, inputs), strict=True):
-        torch.testing.assert_close(was, now, rtol=1e-6, atol=1e-7)
+    the_same(of, before, inputs)
 
 
 @pytest.mark.parametrize("least", [1, 2, 4])
@@ -186,23 +127,17 @@ def test_parts_are_as_large_as_the_peak_allows(least, monkeypatch):
     assert argument(made(of)[0], "samples") == least
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{"clipping": "flat"}, {"model": LanguageModel(bias=True)}, {"strategy": "outer"}],
-    ids=["flat", "bias", "outer"],
-)
-def test_what_waits_for_other_norms_stays_whole(settings):
-    of = graph(**settings)
+def test_products_that_are_never_stored():
+    of = graph(strategy="outer")
     assert store_in_parts(of, "cpu") == 0
     assert not made(of)
 
 
-@pytest.mark.parametrize("change", ["counts", "others"])
-def test_the_group_that_counts_stays_whole(change):
+def test_the_layer_that_counts_for_all_stays_whole():
+    """Nobody would read its weights any more, and what computes them would not count."""
     of = graph()
     for clip in of.find_nodes(op="call_function", target=flashdp.clip_factors.default):
-        own = (True, None) if change == "counts" else (False, clip.args[0])
-        clip.args = (*clip.args[:5], *own, *clip.args[7:])
+        clip.args = (*clip.args[:5], True, None, *clip.args[7:])
     assert store_in_parts(of, "cpu") == 0
 
 
