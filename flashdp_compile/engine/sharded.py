@@ -114,6 +114,12 @@ def _shards(model: nn.Module, ranks: Ranks) -> dict[str, ShardWatch]:
                 f"{name} is not sharded over all {ranks.size} ranks: apply fully_shard to the whole model, with a mesh "
                 "of all of them"
             )
+        if parameter.dtype.itemsize < torch.float32.itemsize:
+            raise OptionError(
+                f"{name} is {parameter.dtype}, to which fully_shard would round clipped sums before their noise, and "
+                "rounding lets one sample move a sum by more than its bound. Keep parameters in float32, and compute "
+                "in bfloat16 by MixedPrecisionPolicy(param_dtype=torch.bfloat16)"
+            )
         try:
             found[name] = watch_shard(parameter, name)
         except ValueError as error:
