@@ -20,8 +20,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from flashdp_compile.compat import TorchDispatchMode, foreign_hooks, is_of_sharding, real_tensors, tree_leaves
 from flashdp_compile.errors import Refusal
 from flashdp_compile.runtime.outputs import was_computed
+from flashdp_compile.runtime.part_calls import check_buffers, keys_of, refuse_without_gradients
 
-__all__ = ["Flow", "tensors_of"]
+__all__ = ["Around", "Flow", "tensors_of"]
 
 _PLAIN = (int, float, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 SAMPLES, PUBLIC = "samples", "public"
@@ -35,12 +36,13 @@ class Known(NamedTuple):
 
 
 class Flow:
-    """Between the parts of `model`. `known`: what the tensors hold that the present forward may pass on."""
+    """Between the parts of `model`. `known`: what the tensors hold that the present forward may pass on. `samples`: the
+    tensors that ever held some."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self.known = WeakIdKeyDictionary()
-        self._samples = WeakIdKeyDictionary()  # tensors that ever held some
+        self.samples = WeakIdKeyDictionary()
 
     @contextlib.contextmanager
     def of(self, arguments: Any) -> Iterator[None]:
@@ -62,22 +64,23 @@ class Flow:
         for value in _only_tensors(values):
             self.known[value] = Known(holding, _state(value))
             if holding == SAMPLES:
-                self._samples[value] = True
+                self.samples[value] = True
 
     def returned(self, outputs: Any) -> None:
         """Remembers that these hold samples: none may come back as a buffer."""
-        self._samples.update((value, True) for value in tensors_of(outputs))
+        self.samples.update((value, True) for value in _only_tensors(outputs))
 
-    def around(self, part: nn.Module) -> None:
+    def around(self, part: nn.Module, name: str) -> Around:
         """Watches what a part is given and returns."""
-        around = _Around(self, part, alone=part is self._model)
+        around = Around(self, part, name, alone=part is self._model)
         part.register_forward_pre_hook(around.enter, prepend=True, with_kwargs=True)
         part.register_forward_hook(around.leave, always_call=True)
+        return around
 
     def _public_buffers(self) -> Iterator[Tensor]:
         """Those that no part has computed. Raises Refusal if one is a tensor of an earlier forward."""
         for name, buffer in self._model.named_buffers():
-            if buffer in self._samples:
+            if buffer in self.samples:
                 raise Refusal(
                     f"buffer {name} is a tensor that holds samples of an earlier call, which no clipping bounds. Keep "
                     "nothing of them"
@@ -107,16 +110,22 @@ class _Between(TorchDispatchMode):
         return made
 
 
-class _Around:
+class Around:
     """The hooks around a part: all that fully_shard does between them is its own affair."""
 
-    def __init__(self, flow: Flow, part: nn.Module, alone: bool) -> None:
-        self._flow, self._part, self._alone = flow, part, alone
+    def __init__(self, flow: Flow, part: nn.Module, name: str, alone: bool) -> None:
+        self._flow, self._part, self._name, self._alone = flow, part, name, alone
         self._paused: list[Any] = []
+
+    @property
+    def entered(self) -> bool:
+        return bool(self._paused)
 
     def enter(self, part: nn.Module, args: Any, kwargs: Any) -> None:
         if torch.is_grad_enabled():
             self._check(args, kwargs)
+        elif self._flow.known and not self._alone:
+            refuse_without_gradients(self._name)
         context = real_tensors()
         context.__enter__()
         self._paused.append(context)
@@ -129,13 +138,14 @@ class _Around:
 
     def _check(self, args: Any, kwargs: Any) -> None:
         for hook in foreign_hooks(self._part):
-            if not isinstance(getattr(hook, "__self__", None), _Around):
+            if not isinstance(getattr(hook, "__self__", None), Around):
                 raise Refusal(
                     f"a part of the model has the hook {getattr(hook, '__qualname__', hook)}, which runs outside of "
                     "its graph, so nothing is proved of what it does. Remove it, or do the same in the module's forward"
                 )
         if self._alone:
             return
+        check_buffers(self._name, self._part, self._flow.known, self._flow.samples)
         for value in _only_tensors((args, kwargs)):
             known = self._flow.known.get(value)
             if known is None:
@@ -166,7 +176,7 @@ def tensors_of(values: Any) -> Iterator[Tensor]:
 
 def _only_tensors(values: Any) -> Iterator[Tensor]:
     """Raises Refusal if there could be others, within an object that is not looked into."""
-    for value in tree_leaves(values):
+    for value in (*tree_leaves(values), *keys_of(values)):
         if isinstance(value, Tensor):
             yield value
         elif type(value) not in _PLAIN:

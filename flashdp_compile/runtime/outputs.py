@@ -52,7 +52,8 @@ def wrap(
     `frozen` maps places among the arguments to the names of parameters that required no gradient when `compiled` was
     made, so that it has none for them. A call in which one requires a gradient raises FlashDPError. `buffers` maps
     places to the names of buffers: one that an earlier call has computed remembers its samples. `broken` says what was
-    left out of the graph. Each is a Refusal where a release could be made, as is code around the compiled call.
+    left out of the graph. Each is a Refusal where a release could be made, or by a part of a model that is trained, as
+    is code around the compiled call.
     """
     places, remembered = frozen or {}, buffers or {}
 
@@ -64,11 +65,14 @@ def wrap(
             hold_back(ddp)
         since, batch, part = next_node_number(), LEDGER.batch, LEDGER.part
         outputs = compiled(*args)
-        if watch_outputs(outputs, info, since, batch, part):
+        of_graph = (outputs,) if isinstance(outputs, Tensor) else outputs
+        if LEDGER.graphs is not None:
+            LEDGER.graphs.append(of_graph)
+        if watch_outputs(outputs, info, since, batch, part) or part is not None and torch.is_grad_enabled():
             _refuse_unseen(broken, sys._getframe(1))
             _refuse_memory([name for place, name in remembered.items() if was_computed(args[place])])
         given = set(map(id, args))
-        for output in (outputs,) if isinstance(outputs, Tensor) else outputs:
+        for output in of_graph:
             if isinstance(output, Tensor) and id(output) not in given:
                 _returned[id(output)] = output
         return outputs

@@ -20,7 +20,8 @@ from flashdp_compile.compat import (
     unusual_sums,
 )
 from flashdp_compile.errors import FlashDPError, Refusal
-from flashdp_compile.runtime.between_parts import Flow, tensors_of
+from flashdp_compile.runtime.between_parts import Around, Flow, tensors_of
+from flashdp_compile.runtime.part_calls import check_call, check_results
 from flashdp_compile.runtime.part_runs import PartRuns
 from flashdp_compile.runtime.release import LEDGER, Release
 from flashdp_compile.runtime.shard_watch import ShardWatch
@@ -53,8 +54,8 @@ class Parts:
         (`was_compiled`)."""
         setattr(self.model, _MARK, True)
         for number, part in enumerate(self._modules):
-            part.forward = self._forward(number, part, compiled(part))
-            self._flow.around(part)
+            around = self._flow.around(part, self.names[number])
+            part.forward = self._forward(number, part, compiled(part), around)
         if self._modules != [self.model]:
             self.model.forward = self._watched(self.model.forward)
 
@@ -72,17 +73,21 @@ class Parts:
         """Whether the clipped sums of this part will not be added up over all ranks as they are."""
         return bool(unusual_sums(self._groups[number]))
 
-    def _forward(self, number: int, part: nn.Module, compiled: Callable[..., Any]) -> Callable[..., Any]:
+    def _forward(self, number: int, part: nn.Module, compiled: Callable[..., Any], around: Around) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_dynamo_compiling():
                 _refuse_twice()
             if torch.is_grad_enabled():
+                check_call(self.names[number], around.entered)
                 self._link(number, part)
-            before, LEDGER.part = LEDGER.part, (self, number)
+            before, LEDGER.part, LEDGER.graphs = (LEDGER.part, LEDGER.graphs), (self, number), []
             try:
-                return compiled(part, *args, **kwargs)
+                outputs, graphs = compiled(part, *args, **kwargs), LEDGER.graphs
             finally:
-                LEDGER.part = before
+                LEDGER.part, LEDGER.graphs = before
+            if torch.is_grad_enabled() and part is not self.model:
+                check_results(self.names[number], outputs, (args, kwargs), graphs, self._flow.known)
+            return outputs
 
         return forward
 

@@ -9,9 +9,9 @@ import itertools
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from flashdp_compile.compat import backward_number
 from flashdp_compile.runtime.bounds import BoundScales, Moved
@@ -86,6 +86,8 @@ class Ledger:
         self.epoch = 0
         self.part: tuple[InParts, int] | None = None
         """What is being called: a part of a model, by the model and a number."""
+        self.graphs: list[Sequence[Any]] | None = None
+        """What each compiled graph has returned that ran within this call of a part."""
         self.batch: Mapping[int, int] = {}
         """The place of what each loader of an engine has handed out last, by the name of the loader."""
 

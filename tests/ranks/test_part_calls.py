@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from engine.runs import samples
+from engine.runs import engine, samples
 from ranks.runs import same, text_of
-from ranks.sharded import full, setup
+from ranks.sharded import full, setup, shard
 
 
 class Part(nn.Module):
@@ -60,7 +60,102 @@ def narrow():
     stepped(Net().bfloat16(), lambda out: loss_of(out.float()))
 
 
+def mixed(part, y, x):
+    return y - y.mean(0)
+
+
+def by_itself():
+    """What comes between two parts is not seen outside of the model's forward."""
+    net = Net(forward_of=lambda net, x: net.first(x))
+
+    def loss(h):
+        net.second.unshard()
+        return loss_of(net.second.forward(h - h.mean(0)))
+
+    stepped(net, loss)
+
+
+def keeping(part, y, x):
+    kept, part.kept = getattr(part, "kept", None), y.detach()
+    return y, y.detach() if kept is None else kept
+
+
+def from_before():
+    """No op is called on it, so it is in no graph."""
+    second = Part(lambda part, y, x, kept: y + kept)
+    stepped(Net(Part(keeping), second, lambda net, x: net.second(*net.first(x))), times=2)
+
+
+def in_a_buffer():
+    def forward(net, x):
+        h = net.first(x)
+        net.second.memo = x
+        return net.second(h)
+
+    stepped(Net(None, Part(lambda part, y, x: y * part.memo.mean(0)), forward))
+
+
+def in_the_data_of_a_buffer():
+    def forward(net, x):
+        net.second.memo.data = x
+        return net.second(net.first(x))
+
+    stepped(Net(None, Part(lambda part, y, x: y * part.memo.mean(0)), forward))
+
+
+def without_gradients():
+    """It may do as it likes then, and the next call reads its buffer as if it were public."""
+
+    def update(part, y, x):
+        if torch.is_grad_enabled():
+            return y * part.memo[0]
+        part.memo[0].copy_(x.mean(0))
+        return y
+
+    def forward(net, x):
+        with torch.no_grad():
+            net.second(x)
+        return net.second(net.first(x))
+
+    stepped(Net(None, Part(update), forward))
+
+
+def not_compiled():
+    def forward(net, x):
+        with torch.compiler.set_stance("force_eager"):
+            h = net.first(x)
+        return net.second(h)
+
+    stepped(Net(Part(mixed, frozen=True), None, forward))
+
+
+def aside(part, x):
+    return layer(part, x - x.mean(0))
+
+
+def layer(part, x):
+    return part.inner(x)
+
+
+class Aside(Part):
+    forward = torch._dynamo.disable(aside, recursive=False)
+
+
+def compiled_within():
+    """Only what it calls is a graph."""
+    its, net = engine(clipping="per_block"), Net(Aside(frozen=True))
+    its.compile(shard(net), fullgraph=False)
+    loss_of(net(samples())).backward()
+
+
 CASES = {
+    by_itself: "the forward of second is called by itself",
+    from_before: "a tensor of shape (8, 3) that its graph has not made",
+    in_a_buffer: "buffer memo of second was assigned between two parts",
+    in_the_data_of_a_buffer: "buffer memo of second was assigned between two parts",
+    without_gradients: "second is called under torch.no_grad() within a forward",
+    not_compiled: "first ran 0 graphs",
+    compiled_within: "What runs outside of the graph is not seen",
     narrow: "to which fully_shard would round clipped sums",
 }
 
