@@ -7,6 +7,7 @@ batch may have as many samples as each has tokens.
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from flashdp_compile.errors import Refusal
@@ -14,6 +15,7 @@ from flashdp_compile.passes.axes.domain import Batched, Constant, same
 from flashdp_compile.passes.axes.engine import Axes
 from flashdp_compile.passes.batch_axis import BatchDim
 from flashdp_compile.passes.capture import JointGraph
+from flashdp_compile.passes.order import dependents
 from flashdp_compile.passes.refuse import refuse
 
 _FIX = (
@@ -32,6 +34,14 @@ def check_part_outputs(joint: JointGraph, batch_dim: BatchDim, axes: Axes | None
             "batch_dim is one for each input by name, but what parts of a model hand to each other has no names: give "
             "one number, and let all inputs have their samples there"
         )
+    for node in dependents(joint.samples):
+        if node.target is torch.ops.aten._local_scalar_dense.default:
+            refuse(
+                node,
+                joint,
+                "a part of the model makes a number of Python of samples, which others would take for public",
+                "leave it a tensor, with a row for each sample, and capture_scalar_outputs off",
+            )
     for node in joint.outputs:
         value = node.meta.get("val")
         dims = getattr(value, "dim", lambda: 0)()

@@ -148,7 +148,15 @@ def compiled_within():
     loss_of(net(samples())).backward()
 
 
+def as_a_number():
+    """Outputs of no dimension are losses otherwise."""
+    second = Part(lambda part, y, x, mean: y * mean)
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        stepped(Net(Part(lambda part, y, x: (y, y.mean().item())), second, lambda net, x: net.second(*net.first(x))))
+
+
 CASES = {
+    as_a_number: "makes a number of Python of samples",
     by_itself: "the forward of second is called by itself",
     from_before: "a tensor of shape (8, 3) that its graph has not made",
     in_a_buffer: "buffer memo of second was assigned between two parts",
