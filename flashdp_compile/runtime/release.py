@@ -88,13 +88,15 @@ class Ledger:
         """What is being called: a part of a model, by the model and a number."""
         self.graphs: list[Sequence[Any]] | None = None
         """What each compiled graph has returned that ran within this call of a part."""
+        self.within = -1
+        """The backward pass that runs others, which are one with it (two_passes.py); -1 if none does."""
         self.batch: Mapping[int, int] = {}
         """The place of what each loader of an engine has handed out last, by the name of the loader."""
 
     def open(self, info: ReleaseInfo, batch: Mapping[int, int] | None = None, *, alone: bool = False) -> Release:
         """A new release, listed with those that the running call of backward() has already made, unless it is made of
         earlier ones and stands `alone`."""
-        backward = -1 if alone else backward_number()
+        backward = -1 if alone else self.within if self.within != -1 else backward_number()
         with self._lock:
             last = self._last
             peers = last.peers if last is not None and last.backward == backward != -1 else []

@@ -155,7 +155,17 @@ def as_a_number():
         stepped(Net(Part(lambda part, y, x: (y, y.mean().item())), second, lambda net, x: net.second(*net.first(x))))
 
 
+def two_models():
+    """One call of backward() is no two micro-batches, although it runs one backward for each model."""
+    its = engine(clipping="flat", micro_batches=2)
+    nets = [its.compile(shard(Net())) for _ in range(2)]
+    optimizer = its.attach(torch.optim.SGD([p for net in nets for p in net.parameters()], lr=1.0))
+    sum(loss_of(net(samples())) for net in nets).backward()
+    optimizer.step()
+
+
 CASES = {
+    two_models: "one backward ran several compiled graphs",
     as_a_number: "makes a number of Python of samples",
     by_itself: "the forward of second is called by itself",
     from_before: "a tensor of shape (8, 3) that its graph has not made",
