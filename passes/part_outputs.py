@@ -34,7 +34,8 @@ def check_part_outputs(joint: JointGraph, batch_dim: BatchDim, axes: Axes | None
             "batch_dim is one for each input by name, but what parts of a model hand to each other has no names: give "
             "one number, and let all inputs have their samples there"
         )
-    for node in dependents(joint.samples):
+    of_samples = {*joint.samples, *dependents(joint.samples)}
+    for node in of_samples:
         if node.target is torch.ops.aten._local_scalar_dense.default:
             refuse(
                 node,
@@ -49,7 +50,7 @@ def check_part_outputs(joint: JointGraph, batch_dim: BatchDim, axes: Axes | None
             continue
         dim = batch_dim % dims if -dims <= batch_dim < dims else None
         if axes is None:
-            if dim is None or not same(value.shape[dim], joint.batch):
+            if node in of_samples and (dim is None or not same(value.shape[dim], joint.batch)):
                 refuse(
                     node, joint, f"this output of a part of the model has other rows than samples ({_told(node)})", _FIX
                 )

@@ -164,7 +164,19 @@ def two_models():
     optimizer.step()
 
 
+class Result:
+    def __init__(self, value):
+        self.value = value
+
+
+def in_an_object():
+    """Its backward would not be seen to begin."""
+    net = Net(forward_of=lambda net, x: Result(net.second(net.first(x))))
+    stepped(net, lambda out: loss_of(out.value), clipping="flat")
+
+
 CASES = {
+    in_an_object: "a Result is passed to or by a model",
     two_models: "one backward ran several compiled graphs",
     as_a_number: "makes a number of Python of samples",
     by_itself: "the forward of second is called by itself",
@@ -176,6 +188,22 @@ CASES = {
     compiled_within: "What runs outside of the graph is not seen",
     narrow: "to which fully_shard would round clipped sums",
 }
+
+
+def same_for_all(rank, size, counts):
+    """Batches of so many samples, where a part hands on a table that holds none."""
+    first, second = Part(lambda part, y, x: (y, part.memo * 2)), Part(lambda part, y, x, table: y * table[0])
+    options = {"compiler": "eager", "public_inputs": ["args.1"]}
+    its, net, called, optimizer = setup(Net(first, second, lambda net, x: net.second(*net.first(x))), options=options)
+    for count in counts:
+        loss_of(called(samples()[:count])).backward()
+        optimizer.step()
+    return its.steps_done
+
+
+def test_a_table_is_handed_on_for_any_number_of_samples(pool):
+    """Or a rank that has few would refuse, and the others wait for it."""
+    assert pool.run(1, same_for_all, (5, 1, 0)) == [3]
 
 
 def attempted(rank, size):
