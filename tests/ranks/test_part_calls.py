@@ -175,7 +175,18 @@ def in_an_object():
     stepped(net, lambda out: loss_of(out.value), clipping="flat")
 
 
+def as_a_key():
+    """Of a dict, where tensors are not looked for."""
+
+    def forward(net, x):
+        before, net.before = getattr(net, "before", x), x
+        return net.second(net.first(x), {before: 1})
+
+    stepped(Net(None, Part(lambda part, y, x, given: y * next(iter(given))), forward), times=2)
+
+
 CASES = {
+    as_a_key: "that no other part has returned, and that is no argument of the whole model",
     in_an_object: "a Result is passed to or by a model",
     two_models: "one backward ran several compiled graphs",
     as_a_number: "makes a number of Python of samples",
