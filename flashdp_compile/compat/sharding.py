@@ -56,8 +56,11 @@ def prefetched_again(model: nn.Module) -> Callable[[], None]:
     orders = [(group, list(group._post_forward_indices)) for group in _groups(model)]
 
     def restore() -> None:
-        for group, order in orders:
-            group._post_forward_indices[:] = order
+        for (
+            group,
+            order,
+        ) in orders:  # of which nothing is left if a gradient of the model's outputs was asked for before
+            group._post_forward_indices[:] = [at for at in order if at < len(group.comm_ctx.post_forward_order)]
 
     return restore
 

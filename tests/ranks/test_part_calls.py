@@ -217,6 +217,25 @@ def test_a_table_is_handed_on_for_any_number_of_samples(pool):
     assert pool.run(1, same_for_all, (5, 1, 0)) == [3]
 
 
+def gradient_of_outputs(rank, size):
+    """What a step moves, with and without a gradient that was asked for before."""
+    found = []
+    for asked in (False, True):
+        its, net, called, optimizer = setup(Net(), clipping="flat")
+        start, out = full(net), called(samples())
+        if asked:
+            torch.autograd.grad(loss_of(out), out, retain_graph=True)
+        loss_of(out).backward()
+        optimizer.step()
+        found.append([a - b for a, b in zip(start, full(net), strict=True)])
+    return found
+
+
+def test_a_gradient_of_outputs_may_be_asked_for(pool):
+    ((without, asked),) = pool.run(1, gradient_of_outputs)
+    assert same(without, asked)
+
+
 def attempted(rank, size):
     return {case.__name__: text_of(case) for case in CASES}
 
