@@ -39,6 +39,7 @@ aten, flashdp = torch.ops.aten, torch.ops.flashdp
 
 LARGE = 0.02  # of the peak: smaller products stay together
 GAIN = 0.01  # of the peak, at least
+GAIN_IN_GROUP = 0.05  # and where a group waits: the parts of a sharded model, which it is for, have a peak each
 
 
 class Layer(NamedTuple):
@@ -93,7 +94,7 @@ def store_in_parts(graph: fx.Graph, device: str = "cuda") -> int:
         whole = memory.bytes[layer.product]
         tried = [_tried(memory, order, layer, place) for place in (_earliest(order, layer), layer.total)]
         best = min(tried, key=lambda parts: parts.peak)
-        if best.peak <= (1 - GAIN) * peak:
+        if best.peak <= (1 - (GAIN_IN_GROUP if layer.beside else GAIN)) * peak:
             parted.append((layer, best.place, best.samples))
             order, peak = best.order, best.peak
             memory.bytes[layer.product] = whole // _batch(layer) * best.samples

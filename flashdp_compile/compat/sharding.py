@@ -125,12 +125,11 @@ def local_shard(value: Tensor) -> Tensor:
 
 
 def sharded_like(local: Tensor, parameter: Tensor) -> Tensor:
-    """The DTensor of these shards, placed as the parameter is."""
-    from torch.distributed.tensor import DTensor
+    """The DTensor of these shards, placed as the parameter is; DTensor.from_local would bring shards that are offloaded
+    to the CPU back to the mesh's device."""
+    from torch.distributed.fsdp._fully_shard._fsdp_common import _from_local_no_grad
 
-    mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
-    shape, stride = parameter.shape, parameter.stride()
-    return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
+    return _from_local_no_grad(local, parameter._spec)  # type: ignore[attr-defined]
 
 
 def _groups(model: nn.Module) -> Iterator[Any]:

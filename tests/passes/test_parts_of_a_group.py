@@ -100,6 +100,7 @@ class TwoHeads(LanguageModel):
 
 def test_one_layer_of_a_group_is_enough(monkeypatch):
     monkeypatch.setattr(module, "GAIN", 0.0)
+    monkeypatch.setattr(module, "GAIN_IN_GROUP", 0.0)
     monkeypatch.setattr(module, "LARGE", 0.0)
     of = graph(clipping="flat", model=TwoHeads())
     (node,) = taken(of)
@@ -110,6 +111,7 @@ def test_one_layer_of_a_group_is_enough(monkeypatch):
 def test_one_layer_of_each_group(monkeypatch):
     """The first group counts for both, and its largest layer does not wait for the other's norms."""
     monkeypatch.setattr(module, "GAIN", 0.0)
+    monkeypatch.setattr(module, "GAIN_IN_GROUP", 0.0)
     monkeypatch.setattr(module, "LARGE", 0.0)
     of = graph(clipping={"layers.*": "layers", "*": "heads"}, model=TwoHeads(), bound={"*": 0.5, "layers.*": 0.5})
     both = taken(of, 2)
