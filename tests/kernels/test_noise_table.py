@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flashdp_compile.kernels import gaussian, secure_noise
+from flashdp_compile.kernels import chacha, gaussian, secure_noise
 from flashdp_compile.kernels.noise_table import Entry, NoiseTable, apart, fits
 
 SIZES = [5, 1024, 3001, 8, 0, 1, 1023]
@@ -83,3 +83,16 @@ def test_shards_get_what_the_op_adds_to_the_whole(secure, device):
     entries = [Entry(len(part), 10, 0, first // each_block) for part, first in zip(shards, firsts, strict=True)]
     NoiseTable(entries, secure).add(shards, key, STD)
     torch.testing.assert_close(torch.cat(shards), expected, rtol=0, atol=0 if secure else 1e-6)
+
+
+def test_a_program_draws_the_further_words_of_its_tail(device):
+    """Block 10776916 of this key and stream has a word of 4: without further words its radius would be anyone's guess
+    between 6.41 and 6.45."""
+    key, block = torch.tensor([11, 12, 13, 14, 3], device=device), 10_776_916
+    assert chacha.words(key.cpu(), torch.tensor([block]), 5)[::2].min() == 4
+    grad = torch.zeros(3 * 16, device=device)
+    NoiseTable([Entry(grad.numel(), 5, 0, block - 1)], secure=True).add([grad], key, 1.0)
+    twin = secure_noise.reference(torch.zeros(3 * 16), key.cpu(), 5, 1.0, block - 1)
+    exact = secure_noise.secure_gaussian(3 * 16, key.cpu(), 5, torch.float64, block - 1)
+    assert exact[16:32].view(8, 2).norm(dim=1).max() > 6.4 and exact[:16].view(8, 2).norm(dim=1).max() < 5.27
+    assert torch.equal(grad.cpu(), twin) and (twin - exact).abs().max() <= 0.51 * secure_noise.grid(1.0)
