@@ -43,6 +43,17 @@ class LanguageModel(nn.Module):
         return self.head(x).square().mean((1, 2))
 
 
+class TwoHeads(LanguageModel):
+    """Of which the second is the smaller one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = nn.Linear(16, 600, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + self.second(x).square().mean((1, 2))
+
+
 def graph(
     clipping: object = "per_layer",
     model: nn.Module | None = None,

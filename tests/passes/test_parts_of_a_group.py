@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from corrupt import NOISY
-from heads import BATCH, MECHANISMS, LanguageModel, graph, outputs, taken, the_same
+from heads import BATCH, MECHANISMS, LanguageModel, TwoHeads, graph, outputs, taken, the_same
 from pass_support import random_inputs
 from torch import fx, nn
 
@@ -85,17 +85,6 @@ def test_the_largest_layer_of_a_group(settings):
     of = graph(**settings)
     (node,) = taken(of)
     assert 800 in node.meta["val"][0].shape
-
-
-class TwoHeads(LanguageModel):
-    """Of which the second is the smaller one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.second = nn.Linear(16, 600, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x) + self.second(x).square().mean((1, 2))
 
 
 def test_one_layer_of_a_group_is_enough(monkeypatch):

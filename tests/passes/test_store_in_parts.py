@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from heads import BATCH, MECHANISMS, LanguageModel, graph, made, outputs, the_same
+from heads import BATCH, MECHANISMS, LanguageModel, TwoHeads, graph, made, outputs, the_same
 from pass_support import random_inputs
 from torch import nn
 
@@ -58,17 +58,6 @@ def test_what_was_put_off_no_longer_waits():
     assert order.index(node) < min(order.index(n) for n in (*stores, *made(of)) if n in order and n is not node)
     assert Memory(of).peak(list(of.nodes)) < high
     the_same(of, before, inputs)
-
-
-class TwoHeads(LanguageModel):
-    """Of which the second is the smaller one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.second = nn.Linear(16, 600, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x) + self.second(x).square().mean((1, 2))
 
 
 def test_several_layers(monkeypatch):
