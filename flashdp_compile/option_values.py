@@ -81,15 +81,22 @@ def grad_scaler(scaler: Any) -> Any:
 
 def bound_scales(value: Any, noise_at: Any) -> Any:
     """What a PrivacyEngine gives, a `runtime.bounds.BoundScales`, or None."""
-    if value is not None and (not isinstance(getattr(value, "place", None), int) or noise_at != "step"):
-        raise OptionError("bound_scales is what a PrivacyEngine keeps of bounds that move: give the engine `bounds`")
-    return value
+    return _of_engine(
+        value, noise_at, "bound_scales is what a PrivacyEngine keeps of bounds that move: give the engine `bounds`"
+    )
 
 
 def part_runs(value: Any, noise_at: Any) -> Any:
     """What a PrivacyEngine gives, a `runtime.part_runs.PartRuns`, or None."""
+    return _of_engine(
+        value, noise_at, "part_runs is what a PrivacyEngine keeps of a model of parts: let the engine compile it"
+    )
+
+
+def _of_engine(value: Any, noise_at: Any, refusal: str) -> Any:
+    """Something that compiled code knows by its place."""
     if value is not None and (not isinstance(getattr(value, "place", None), int) or noise_at != "step"):
-        raise OptionError("part_runs is what a PrivacyEngine keeps of a model of parts: let the engine compile it")
+        raise OptionError(refusal)
     return value
 
 

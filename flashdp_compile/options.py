@@ -45,6 +45,7 @@ PRIVACY = (
     "held_probes",
     "part_runs",
 )
+OF_ENGINE = ("bound_scales", "held_probes", "part_runs")  # what a PrivacyEngine keeps
 PERFORMANCE = ("norm_strategy", "autotune", "compiler", "mode", "inductor", "debug")
 
 DEBUG_VARIABLE = "FLASHDP_DEBUG"
@@ -233,12 +234,7 @@ class Options:
             texts["seed"] = "from the operating system"
         if self.grad_scaler is not None:
             texts["grad_scaler"] = "the one given"
-        if self.bound_scales is not None:
-            texts["bound_scales"] = "those of the engine"
-        if self.held_probes is not None:
-            texts["held_probes"] = "those of the engine"
-        if self.part_runs is not None:
-            texts["part_runs"] = "those of the engine"
+        texts |= {name: "those of the engine" for name in OF_ENGINE if getattr(self, name) is not None}
         return ", ".join(f"{name}={text}" for name, text in texts.items())
 
     def caveats(self) -> list[str]:
@@ -259,7 +255,7 @@ class Options:
         """Everything that can change the generated graph, as JSON takes it, equal for equal settings: the part of the
         compile cache's key that comes from the options. Mappings become lists of pairs, as their order counts."""
         known = {name: getattr(self, name) for name in (*PRIVACY, *PERFORMANCE) if name != "debug"}
-        for name in ("grad_scaler", "bound_scales", "held_probes", "part_runs"):  # which one it is, the pipeline adds
+        for name in ("grad_scaler", *OF_ENGINE):  # which one it is, the pipeline adds
             known[name] = getattr(self, name) is not None
         return {name: _canonical(value) for name, value in known.items()}
 
