@@ -15,7 +15,7 @@ from flashdp_compile.options import Options
 from flashdp_compile.passes.groups import form_groups, sensitivity
 from flashdp_compile.passes.inputs import describe_inputs
 from flashdp_compile.passes.strategies.catalogue import MOST_SLACK
-from flashdp_compile.pipeline import FlashDPPass, LastPass
+from flashdp_compile.pipeline import FlashDPPass, LastPass, mechanism_of
 from flashdp_compile.runtime import clipping, guard, noise, probe_keys
 
 
@@ -89,7 +89,7 @@ def _compile(
     label = compat.graph_label(gm)
     feeds_parts = options.part_runs is not None and torch.is_grad_enabled()  # evaluation does as it likes
     rewriting = FlashDPPass(inputs, options, report(options.debug_folder, label), feeds_parts)
-    twice = options.part_runs is not None and options.part_runs.shared
+    twice = mechanism_of(options).part_runs is not None
     if options.compiler == "eager":
         compiled = compat.compile_with_interpreter(gm, example_inputs, rewriting, twice)
     else:

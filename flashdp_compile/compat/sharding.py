@@ -14,6 +14,7 @@ __all__ = [
     "foreign_hooks",
     "grad_dtype",
     "groups_of",
+    "is_narrow",
     "is_of_sharding",
     "is_sharded",
     "local_shard",
@@ -50,16 +51,13 @@ def groups_of(part: nn.Module, model: nn.Module) -> list[Any]:
     return [group for group in found.values() if any(p._module_info.module in inside for p in group.fsdp_params)]
 
 
-def prefetched_again(model: nn.Module) -> Callable[[], None]:
+def prefetched_again(groups: Iterable[Any]) -> Callable[[], None]:
     """To be called before a backward that will run twice; what it gives, between the two runs: fully_shard gathers
     parameters ahead of their use in the second, too."""
-    orders = [(group, list(group._post_forward_indices)) for group in _groups(model)]
+    orders = [(group, list(group._post_forward_indices)) for group in groups]
 
     def restore() -> None:
-        for (
-            group,
-            order,
-        ) in orders:  # of which nothing is left if a gradient of the model's outputs was asked for before
+        for group, order in orders:  # fewer are left if a gradient of the model's outputs was asked for before
             group._post_forward_indices[:] = [at for at in order if at < len(group.comm_ctx.post_forward_order)]
 
     return restore
@@ -86,10 +84,15 @@ def unusual_sums(groups: Iterable[Any]) -> str:
     return ""
 
 
+def is_narrow(dtype: torch.dtype) -> bool:
+    """Whether a sum that lacks its noise must not be rounded to it."""
+    return dtype.itemsize < torch.float32.itemsize
+
+
 def take_wide_gradients(parameter: Tensor) -> None:
     """Lets a parameter that fully_shard has put together have its gradient in float32 if it is narrower itself, as
     MixedPrecisionPolicy(param_dtype=torch.bfloat16) makes it. Autograd would round it otherwise."""
-    if parameter.dtype.itemsize < torch.float32.itemsize:
+    if is_narrow(parameter.dtype):
         parameter.grad_dtype = torch.float32
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flashdp_compile.compat import is_sharded, sum_shards
+from flashdp_compile.compat import is_narrow, is_sharded, sum_shards
 from flashdp_compile.engine.ranks import Ranks
 from flashdp_compile.errors import OptionError
 from flashdp_compile.runtime.part_runs import PartRuns
@@ -114,7 +114,7 @@ def _shards(model: nn.Module, ranks: Ranks) -> dict[str, ShardWatch]:
                 f"{name} is not sharded over all {ranks.size} ranks: apply fully_shard to the whole model, with a mesh "
                 "of all of them"
             )
-        if parameter.dtype.itemsize < torch.float32.itemsize:
+        if is_narrow(parameter.dtype):
             raise OptionError(
                 f"{name} is {parameter.dtype}, to which fully_shard would round clipped sums before their noise, and "
                 "rounding lets one sample move a sum by more than its bound. Keep parameters in float32, and compute "

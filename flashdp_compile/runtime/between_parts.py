@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from flashdp_compile.compat import TorchDispatchMode, foreign_hooks, is_of_sharding, real_tensors, tree_leaves
+from flashdp_compile.compat import TorchDispatchMode, tree_leaves
 from flashdp_compile.errors import Refusal
 from flashdp_compile.runtime.outputs import was_computed
-from flashdp_compile.runtime.part_calls import check_buffers, keys_of, refuse_without_gradients
 
-__all__ = ["Around", "Flow", "tensors_of"]
+__all__ = ["SAMPLES", "Flow", "only_tensors", "state_of", "tensors_of"]
 
 _PLAIN = (int, float, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 SAMPLES, PUBLIC = "samples", "public"
@@ -61,21 +60,19 @@ class Flow:
 
         Raises Refusal if there could be others, within an object that is not looked into.
         """
-        for value in _only_tensors(values):
-            self.known[value] = Known(holding, _state(value))
+        for value in only_tensors(values):
+            self.known[value] = Known(holding, state_of(value))
             if holding == SAMPLES:
                 self.samples[value] = True
 
+    def is_public(self, value: Tensor) -> bool:
+        """Whether it is known to hold no samples."""
+        known = self.known.get(value)
+        return known is not None and known.holding == PUBLIC
+
     def returned(self, outputs: Any) -> None:
         """Remembers that these hold samples: none may come back as a buffer."""
-        self.samples.update((value, True) for value in _only_tensors(outputs))
-
-    def around(self, part: nn.Module, name: str) -> Around:
-        """Watches what a part is given and returns."""
-        around = Around(self, part, name, alone=part is self._model)
-        part.register_forward_pre_hook(around.enter, prepend=True, with_kwargs=True)
-        part.register_forward_hook(around.leave, always_call=True)
-        return around
+        self.samples.update((value, True) for value in only_tensors(outputs))
 
     def _public_buffers(self) -> Iterator[Tensor]:
         """Those that no part has computed. Raises Refusal if one is a tensor of an earlier forward."""
@@ -98,7 +95,7 @@ class _Between(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for value in tensors_of((args, kwargs or {})):
-            if getattr(self._flow.known.get(value), "holding", None) != PUBLIC:
+            if not self._flow.is_public(value):
                 what = "samples, or on what was made of them," if value in self._flow.known else "a tensor"
                 raise Refusal(
                     f"{func} is called{_user_line()} on {what} between two parts of a model that are compiled each by "
@@ -110,63 +107,7 @@ class _Between(TorchDispatchMode):
         return made
 
 
-class Around:
-    """The hooks around a part: all that fully_shard does between them is its own affair."""
-
-    def __init__(self, flow: Flow, part: nn.Module, name: str, alone: bool) -> None:
-        self._flow, self._part, self._name, self._alone = flow, part, name, alone
-        self._paused: list[Any] = []
-
-    @property
-    def entered(self) -> bool:
-        return bool(self._paused)
-
-    def enter(self, part: nn.Module, args: Any, kwargs: Any) -> None:
-        if torch.is_grad_enabled():
-            self._check(args, kwargs)
-        elif self._flow.known and not self._alone:
-            refuse_without_gradients(self._name)
-        context = real_tensors()
-        context.__enter__()
-        self._paused.append(context)
-
-    def leave(self, part: nn.Module, args: Any, outputs: Any) -> None:
-        if self._paused:
-            self._paused.pop().__exit__(None, None, None)
-        if torch.is_grad_enabled():
-            self._flow.mark(outputs, SAMPLES)
-
-    def _check(self, args: Any, kwargs: Any) -> None:
-        for hook in foreign_hooks(self._part):
-            if not isinstance(getattr(hook, "__self__", None), Around):
-                raise Refusal(
-                    f"a part of the model has the hook {getattr(hook, '__qualname__', hook)}, which runs outside of "
-                    "its graph, so nothing is proved of what it does. Remove it, or do the same in the module's forward"
-                )
-        if self._alone:
-            return
-        check_buffers(self._name, self._part, self._flow.known, self._flow.samples)
-        for value in _only_tensors((args, kwargs)):
-            known = self._flow.known.get(value)
-            if known is None:
-                raise Refusal(
-                    f"a part of the model is given a tensor of shape {tuple(value.shape)} that no other part has "
-                    "returned, and that is no argument of the whole model: nothing is proved of how it was made. Parts "
-                    "are called by the model's own forward; checkpoint a part inside of its forward, not from outside"
-                )
-            if known.state != _state(value):
-                raise Refusal(
-                    f"a tensor of shape {tuple(value.shape)} was changed before it came to a part of the model: "
-                    "nothing is proved of what did it, such as an assignment to .data or an autograd.Function"
-                )
-            if value._backward_hooks and not all(map(is_of_sharding, value._backward_hooks.values())):
-                raise Refusal(
-                    f"a tensor of shape {tuple(value.shape)} that a part of the model is given has a hook on its "
-                    "gradient, which could mix samples. Remove it"
-                )
-
-
-def _state(value: Tensor) -> tuple[Any, ...]:
+def state_of(value: Tensor) -> tuple[Any, ...]:
     return value.grad_fn, -1 if value.is_inference() else value._version, value.data_ptr()
 
 
@@ -174,9 +115,9 @@ def tensors_of(values: Any) -> Iterator[Tensor]:
     return (value for value in tree_leaves(values) if isinstance(value, Tensor))
 
 
-def _only_tensors(values: Any) -> Iterator[Tensor]:
+def only_tensors(values: Any) -> Iterator[Tensor]:
     """Raises Refusal if there could be others, within an object that is not looked into."""
-    for value in (*tree_leaves(values), *keys_of(values)):
+    for value in (*tree_leaves(values), *_keys_of(values)):
         if isinstance(value, Tensor):
             yield value
         elif type(value) not in _PLAIN:
@@ -184,6 +125,16 @@ def _only_tensors(values: Any) -> Iterator[Tensor]:
                 f"a {type(value).__name__} is passed to or by a model that is compiled part by part, and may hold "
                 "tensors that nothing is proved of: pass tensors, or tuples, lists and dicts of them"
             )
+
+
+def _keys_of(values: Any) -> Iterator[Any]:
+    """Of the dicts within: torch looks for tensors among their values alone."""
+    if isinstance(values, Mapping):
+        yield from values
+        values = tuple(values.values())
+    if isinstance(values, (list, tuple)):
+        for value in values:
+            yield from _keys_of(value)
 
 
 def _user_line() -> str:

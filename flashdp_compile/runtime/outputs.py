@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from flashdp_compile.compat import (
     COMPILED_BACKWARD,
     hidden_from_dynamo,
+    is_narrow,
     left_out,
     next_node_number,
     node_number,
@@ -183,10 +184,8 @@ def _released(
     if not arrived:
         return None
     if info.owed is not None and info.owed.parts is not None and info.owed.parts.measuring:
-        passed_on = list(grad_inputs)
-        for index, _, _ in arrived:
-            passed_on[index] = None
-        return tuple(passed_on)
+        taken_away = {index for index, _, _ in arrived}
+        return tuple(None if index in taken_away else grad for index, grad in enumerate(grad_inputs))
     release = LEDGER.open(info, batch)
     if info.owed is None:
         for index, parameter, watched in arrived:
@@ -204,7 +203,7 @@ def _released(
         fault = Fault.RESCALED
     for index, parameter, watched in arrived:
         total = cast(Tensor, grad_inputs[index])
-        wrong = fault or (Fault.ROUNDED if total.dtype.itemsize < torch.float32.itemsize else None)
+        wrong = fault or (Fault.ROUNDED if is_narrow(total.dtype) else None)
         if watched.shard is not None:
             watched.announce(parameter, total, release)
             watched.shard.expect(parameter, watched, release, wrong)

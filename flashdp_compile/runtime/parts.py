@@ -1,7 +1,7 @@
 """A model of which each part is compiled by itself, as fully_shard asks for: it gathers the parameters of a part just
 before its forward, and lets go of them behind it.
 
-What runs between the parts is watched by between_parts.py.
+What runs between the parts is watched by between_parts.py, how they are called by part_calls.py.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from flashdp_compile.compat import (
     unusual_sums,
 )
 from flashdp_compile.errors import FlashDPError, Refusal
-from flashdp_compile.runtime.between_parts import Around, Flow, tensors_of
-from flashdp_compile.runtime.part_calls import check_call, check_results
+from flashdp_compile.runtime.between_parts import Flow, tensors_of
+from flashdp_compile.runtime.part_calls import Around, check_call, check_results
 from flashdp_compile.runtime.part_runs import PartRuns
 from flashdp_compile.runtime.release import LEDGER, Release
 from flashdp_compile.runtime.shard_watch import ShardWatch
@@ -54,7 +54,7 @@ class Parts:
         (`was_compiled`)."""
         setattr(self.model, _MARK, True)
         for number, part in enumerate(self._modules):
-            around = self._flow.around(part, self.names[number])
+            around = Around(self._flow, part, self.names[number], alone=part is self.model)
             part.forward = self._forward(number, part, compiled(part), around)
         if self._modules != [self.model]:
             self.model.forward = self._watched(self.model.forward)
@@ -86,7 +86,7 @@ class Parts:
             finally:
                 LEDGER.part, LEDGER.graphs = before
             if torch.is_grad_enabled() and part is not self.model:
-                check_results(self.names[number], outputs, (args, kwargs), graphs, self._flow.known)
+                check_results(self.names[number], outputs, (args, kwargs), graphs, self._flow)
             return outputs
 
         return forward
@@ -143,7 +143,8 @@ class Parts:
             with self._flow.of((args, kwargs)):
                 outputs = forward(*args, **kwargs)
             if self._runs.shared:
-                outputs = backward_twice(outputs, self._runs, prefetched_again(self.model))
+                groups = (group for groups in self._groups.values() for group in groups)
+                outputs = backward_twice(outputs, self._runs, prefetched_again(groups))
                 self._flow.returned(outputs)
             return outputs
 
