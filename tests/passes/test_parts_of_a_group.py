@@ -87,6 +87,14 @@ def test_the_largest_layer_of_a_group(settings):
     assert 800 in node.meta["val"][0].shape
 
 
+def test_what_gains_little_stays_whole(monkeypatch):
+    """More is asked of a layer that is clipped with others than of one by itself."""
+    monkeypatch.setattr(module, "GAIN", 0.0)
+    monkeypatch.setattr(module, "GAIN_IN_GROUP", 0.95)
+    assert store_in_parts(graph(clipping="flat"), "cpu") == 0
+    assert store_in_parts(graph(), "cpu") >= 1
+
+
 def test_one_layer_of_a_group_is_enough(monkeypatch):
     monkeypatch.setattr(module, "GAIN", 0.0)
     monkeypatch.setattr(module, "GAIN_IN_GROUP", 0.0)
