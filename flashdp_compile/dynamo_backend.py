@@ -94,7 +94,8 @@ def _compile(
         compiled = compat.compile_with_interpreter(gm, example_inputs, rewriting, twice)
     else:
         settings = (options.mode, options.inductor, twice)
-        compiled = compat.compile_with_inductor(gm, example_inputs, rewriting, LastPass(), *settings)
+        last = LastPass(0 if options.part_runs is None else options.part_runs.kept)
+        compiled = compat.compile_with_inductor(gm, example_inputs, rewriting, last, *settings)
     buffers = {place: i.name for place, i in enumerate(inputs) if i.role == "buffer"}
     frozen = {place: name for place, (name, p) in placed.items() if not p.requires_grad}
     return guard.wrap(compiled, guard.ReleaseInfo(label=label, owed=owed), frozen, buffers, broken)

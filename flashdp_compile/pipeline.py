@@ -252,8 +252,12 @@ class FlashDPPass(CustomGraphPass):
 class LastPass(CustomGraphPass):
     """What Inductor runs on the graphs of forward and backward, before it makes their writes in place.
 
-    Inductor's own passes before it leave nodes in any order, and sort them only behind it.
+    Inductor's own passes before it leave nodes in any order, and sort them only behind it. `beside`: bytes that other
+    graphs of the model keep on the device.
     """
+
+    def __init__(self, beside: int = 0) -> None:
+        self._beside = beside
 
     def __call__(self, graph: fx.Graph) -> None:
         with _as_internal_errors():
@@ -262,7 +266,7 @@ class LastPass(CustomGraphPass):
             fuse_noise(graph)
             sum_vectors(graph)
             release_late(graph)
-            store_in_parts(graph)
+            store_in_parts(graph, beside=self._beside)
             group_layers(graph)
             clip_groups(graph)
             norm_vectors(graph)
@@ -271,7 +275,7 @@ class LastPass(CustomGraphPass):
 
     def uuid(self) -> Any:
         """The key of compile caches."""
-        return sources_digest(), tuning.learned()
+        return sources_digest(), tuning.learned(), self._beside
 
 
 @cache

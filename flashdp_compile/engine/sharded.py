@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flashdp_compile.compat import is_narrow, is_sharded, sum_shards
+from flashdp_compile.compat import is_narrow, is_sharded, local_shard, sum_shards
 from flashdp_compile.engine.ranks import Ranks
 from flashdp_compile.errors import OptionError
 from flashdp_compile.runtime.part_runs import PartRuns
@@ -45,7 +45,7 @@ def compile_in_parts(
     # what a rank has frozen is missing in buffers that fully_shard adds up: where sizes differ gloo ends the process
     ranks.agree("the parameters of the sharded model", _told(parts))
     sum_shards(model)
-    runs = PartRuns(shared=clipping == "flat" and len(parts) > 1)
+    runs = PartRuns(shared=clipping == "flat" and len(parts) > 1, kept=_kept(model))
     if runs.shared and options.get("held_probes") is not None:
         raise OptionError(
             "norms that are estimated have no bound for all parts together: the second run of the backward would rest "
@@ -125,6 +125,16 @@ def _shards(model: nn.Module, ranks: Ranks) -> dict[str, ShardWatch]:
         except ValueError as error:
             raise OptionError(f"{name}: {error}; noise is known for shards of dimension 0, by fully_shard") from error
     return found
+
+
+def _kept(model: nn.Module) -> int:
+    """Bytes of this rank's shards, and of the sums that are to come for them, if they are where parts run."""
+    kept = 0
+    for parameter in model.parameters():
+        shard, mesh = local_shard(parameter.detach()), getattr(parameter, "device_mesh", None)
+        if mesh is None or shard.device.type == mesh.device_type:
+            kept += (2 if parameter.requires_grad else 1) * shard.nbytes
+    return kept
 
 
 def _told(parts: Mapping[str, nn.Module]) -> dict[str, str]:

@@ -30,11 +30,12 @@ _known: list[PartRuns] = []
 
 
 class PartRuns:
-    """Of one model. `shared`: its parts have one bound, in the shares said above. `running` is the number of the part
-    whose backward runs."""
+    """Of one model. `shared`: its parts have one bound, in the shares said above. `kept`: bytes that stay on the device
+    of a part whatever part runs, of parameters and their sums. `running` is the number of the part whose backward
+    runs."""
 
-    def __init__(self, *, shared: bool = False) -> None:
-        self.place, self.shared = len(_known), shared
+    def __init__(self, *, shared: bool = False, kept: int = 0) -> None:
+        self.place, self.shared, self.kept = len(_known), shared, kept
         self.running: int | None = None
         _known.append(self)
         self._norms: dict[int, Tensor] | None = None

@@ -7,7 +7,7 @@ from flashdp_compile import pipeline
 from flashdp_compile.options import PERFORMANCE, PRIVACY, Options
 from flashdp_compile.passes.axes import registry
 from flashdp_compile.passes.inputs import Input
-from flashdp_compile.pipeline import FlashDPPass
+from flashdp_compile.pipeline import FlashDPPass, LastPass
 from flashdp_compile.runtime.bounds import BoundScales
 from flashdp_compile.runtime.part_runs import PartRuns
 from flashdp_compile.runtime.probe_keys import HeldProbes
@@ -119,6 +119,10 @@ def test_moving_bounds_count_by_their_place():
     beside = {"noise_at": "step", "expected_batch_size": 5}
     one, other = BoundScales(), BoundScales()
     assert key(bound_scales=one, **beside) == key(bound_scales=one, **beside) != key(bound_scales=other, **beside)
+
+
+def test_what_other_graphs_keep_counts_for_the_last_pass():
+    assert LastPass(1).uuid() == LastPass(1).uuid() != LastPass().uuid()
 
 
 def test_a_scaler_counts_by_its_place():

@@ -95,6 +95,13 @@ def test_what_gains_little_stays_whole(monkeypatch):
     assert store_in_parts(graph(), "cpu") >= 1
 
 
+def test_what_gains_little_beside_the_other_parts_of_a_model_stays_whole():
+    of = graph(clipping=PART, model=Head())
+    peak = Memory(of).peak(list(of.nodes))
+    assert store_in_parts(of, "cpu", beside=int(peak / module.GAIN_IN_GROUP)) == 0
+    assert store_in_parts(of, "cpu", beside=peak) == 1
+
+
 def test_one_layer_of_a_group_is_enough(monkeypatch):
     monkeypatch.setattr(module, "GAIN", 0.0)
     monkeypatch.setattr(module, "GAIN_IN_GROUP", 0.0)

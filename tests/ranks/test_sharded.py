@@ -14,6 +14,7 @@ from torch.distributed.checkpoint import state_dict as state
 from torch.utils.data import TensorDataset
 
 from engine.runs import BATCH, BOUND, clipped_sum, engine, samples
+from flashdp_compile.engine.sharded import _kept
 from ranks.runs import backward, close, same, share
 from ranks.sharded import Net, clipped_by_part, full, setup, shard, steps
 
@@ -54,6 +55,19 @@ def test_sums_are_those_of_one_process(pool, size, cases):
             assert close(found, wanted[clipping]), (way, clipping)
     for one, other in itertools.combinations(wanted.values(), 2):
         assert not close(one, other, 1e-2), "bounds are others"
+
+
+def kept(rank, size):
+    net = Net()
+    net.first.requires_grad_(False)
+    net = shard(net)
+    own = [(p.to_local().numel(), p.requires_grad) for p in net.parameters()]
+    return _kept(net), sum((8 if trained else 4) * count for count, trained in own)
+
+
+def test_what_a_rank_keeps_of_parameters_and_their_sums(pool):
+    found = pool.run(2, kept)
+    assert all(told == wanted > 0 for told, wanted in found) and found[0] != found[1]
 
 
 def test_parameters_in_bfloat16(pool):
