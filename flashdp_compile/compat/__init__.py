@@ -73,7 +73,7 @@ from flashdp_compile.compat.launches import (
     start_kernel,
     written_by,
 )
-from flashdp_compile.compat.ranks import add_up, compile_in_place, running_ddp, unsplit_ddp_graphs, wait_of
+from flashdp_compile.compat.ranks import adding_up, compile_in_place, running_ddp, unsplit_ddp_graphs, wait_of
 from flashdp_compile.compat.sharding import (
     first_element,
     foreign_hooks,
@@ -117,7 +117,7 @@ __all__ = [
     "TangentAOTInput",
     "TorchDispatchMode",
     "UnwrappedCompilerError",
-    "add_up",
+    "adding_up",
     "allocations",
     "argument",
     "belongs_to_backward",

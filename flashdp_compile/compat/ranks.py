@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-__all__ = ["add_up", "compile_in_place", "running_ddp", "unsplit_ddp_graphs", "wait_of"]
+__all__ = ["adding_up", "compile_in_place", "running_ddp", "unsplit_ddp_graphs", "wait_of"]
 
 
 def running_ddp() -> Any:
@@ -48,23 +47,20 @@ def wait_of(device: torch.device) -> timedelta | None:
     return getattr(getattr(backend, "options", None), "_timeout", None)
 
 
-def add_up(tensors: list[torch.Tensor], group: Any) -> None:
-    """Replaces tensors of one device and dtype by their sums over all ranks, in one operation where there is one."""
-    if not tensors:
-        return
-    if not tensors[0].is_cuda:  # gloo
-        for work in [dist.all_reduce(tensor, group=group, async_op=True) for tensor in tensors]:
+def adding_up(tensors: list[torch.Tensor], group: Any) -> Callable[[], None]:
+    """Begins to replace tensors of one device and dtype by their sums over all ranks, in one operation where there is
+    one. What it gives waits for them, on a GPU its stream and not the host."""
+    if tensors[0].is_cuda:
+        from torch.distributed.distributed_c10d import _coalescing_manager
+
+        with _coalescing_manager(group, tensors[0].device, async_ops=True) as pending:
+            for tensor in tensors:
+                dist.all_reduce(tensor, group=group)
+        return pending.wait
+    works = [dist.all_reduce(tensor, group=group, async_op=True) for tensor in tensors]  # gloo
+
+    def wait() -> None:
+        for work in works:
             work.wait()
-        return
-    with _together(group, tensors[0].device):
-        for tensor in tensors:
-            dist.all_reduce(tensor, group=group)
 
-
-@contextlib.contextmanager
-def _together(group: Any, device: torch.device) -> Iterator[None]:
-    from torch.distributed.distributed_c10d import _coalescing_manager
-
-    with _coalescing_manager(group, device, async_ops=True) as pending:
-        yield
-    pending.wait()  # of the stream, not of the host
+    return wait

@@ -17,10 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flashdp_compile.compat import add_up, wait_of
+from flashdp_compile.compat import adding_up, wait_of
 from flashdp_compile.errors import RanksError
 
 _NOTHING, _FAILED = 0, 1
+WAVE = 1 << 28  # bytes: a millisecond or more between GPUs, and few enough for noise to begin early
 
 
 class Ranks:
@@ -86,14 +87,24 @@ class Ranks:
 
     def add_up(self, tensors: Sequence[Tensor]) -> None:
         """Replaces each by its sum over all ranks."""
+        for _ in self.adding_up(tensors):
+            pass
+
+    def adding_up(self, tensors: Sequence[Tensor]) -> Iterator[list[int]]:
+        """Replaces each by its sum over all ranks. Gives the places of those that have come, while others are on their
+        way: what is done with these on a GPU does not wait for those."""
         if self.size == 1:
+            yield list(range(len(tensors)))
             return
-        alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        for tensor in tensors:
-            alike.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+        waves, pending = _waves(tensors), []
         with self._answers():
-            for (device, _), group in alike.items():
-                add_up(group, None if device.type == "cuda" else self._host)
+            for wave in waves:
+                group = None if tensors[wave[0]].is_cuda else self._host
+                pending.append(adding_up([tensors[at] for at in wave], group))
+        for wave, wait in zip(waves, pending, strict=True):
+            with self._answers():
+                wait()
+            yield wave
 
     def check_equal(self, what: str, tensors: Sequence[Tensor]) -> None:
         """Raises RanksError unless tensors hold the same on all ranks, as told by two sums. Waits for their devices."""
@@ -150,6 +161,20 @@ class Ranks:
     def _raised(self, text: str) -> RanksError:
         self._told = error = RanksError(f"{text}. Nothing was released")
         return error
+
+
+def _waves(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """The places of tensors that are added up in one operation: of one device and dtype, WAVE bytes of them or more."""
+    found, open_waves = list[list[int]](), dict[tuple[torch.device, torch.dtype], tuple[list[int], int]]()
+    for at, tensor in enumerate(tensors):
+        kind = tensor.device, tensor.dtype
+        wave, size = open_waves.get(kind, ([], WAVE))
+        if size >= WAVE:
+            wave, size = [], 0
+            found.append(wave)
+        wave.append(at)
+        open_waves[kind] = wave, size + tensor.nbytes
+    return found
 
 
 def _world() -> int:

@@ -78,7 +78,6 @@ class Steps:
                 sums = logical.take()
             self._agree(number, logical, releases, sums)
             move()
-            self._ranks.add_up([one.total for one in sums if one.first is None])
             gradients = self._released(number, releases[0], sums)
             logical.put(f"step {self._budget.steps_done} of the engine", sums, gradients)
         except BaseException:
@@ -112,7 +111,23 @@ class Steps:
             self._equal.add(optimizer)
 
     def _released(self, number: int, release: Release, sums: Sequence[Sum]) -> list[Tensor]:
-        """What becomes of the clipped sums, to which this release and others have added."""
+        """What becomes of the clipped sums, to which this release and others have added. Sums of one rank are added up
+        over all, and noise is added to those that have come while others are on their way."""
+        shards = [at for at, one in enumerate(sums) if one.first is not None]
+        own = [at for at, one in enumerate(sums) if one.first is None]
+        found: dict[int, Tensor] = {}
+
+        def add_noise(places: Sequence[int]) -> None:
+            noised = self._noised(number, release, [sums[at] for at in places])
+            found.update(zip(places, noised, strict=True))
+
+        if shards:
+            add_noise(shards)
+        for wave in self._ranks.adding_up([sums[at].total for at in own]):
+            add_noise([own[at] for at in wave])
+        return [found[at] for at in range(len(sums))]
+
+    def _noised(self, number: int, release: Release, sums: Sequence[Sum]) -> list[Tensor]:
         owed = release.info.owed
         assert owed is not None
         std = self._sigma_of_gradients() * sensitivity(release) / owed.divisor

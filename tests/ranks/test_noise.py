@@ -2,12 +2,14 @@
 
 import functools
 import itertools
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
+import flashdp_compile.engine.ranks as module
 from engine.runs import BATCH, BOUND, copies, engine, samples
 from ranks.runs import close, same, setup, share, take_steps
 
@@ -41,6 +43,25 @@ def test_a_seed_gives_the_run_of_one_rank(pool, alone, size, how):
     for number, found in itertools.product(range(2), ranks):
         assert same(found[number], ranks[0][number])
         assert same(found[number], one[number]) if how == "last" else close(found[number], one[number], 1e-6)
+
+
+def in_waves(rank, size):
+    """What `seeded` has where each sum comes by itself."""
+    with mock.patch.object(module, "WAVE", 1):
+        return seeded(rank, size, NOISES, "last")
+
+
+def test_noise_that_is_added_while_other_sums_are_on_their_way(pool, alone):
+    one = alone(seeded, NOISES, "shared")
+    for found in pool.run(2, in_waves):
+        assert all(map(same, found, one))
+
+
+def test_sums_come_in_waves_of_a_size(monkeypatch):
+    monkeypatch.setattr(module, "WAVE", 8)
+    sizes = [(1, torch.float32), (1, torch.float32), (3, torch.float32), (1, torch.float64), (1, torch.float32)]
+    assert module._waves([torch.zeros(n, dtype=dtype) for n, dtype in sizes]) == [[0, 1], [2], [3], [4]]
+    assert module._waves([]) == []
 
 
 def loaded(rank, size, pads, steps=3):
