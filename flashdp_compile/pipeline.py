@@ -16,38 +16,28 @@ from torch import fx
 import flashdp_compile.kernels
 import flashdp_compile.passes
 from flashdp_compile import autotune
-from flashdp_compile.compat import CustomGraphPass, sort_topologically, versions
+from flashdp_compile.compat import CustomGraphPass, versions
 from flashdp_compile.errors import FlashDPError, InternalError, Refusal
 from flashdp_compile.kernels import tuning
 from flashdp_compile.options import Options
-from flashdp_compile.passes.align_rows import aligned_rows
+from flashdp_compile.passes.apart.run import take_all_apart
 from flashdp_compile.passes.axes.engine import Axes, propagate
 from flashdp_compile.passes.axes.registry import fingerprint
 from flashdp_compile.passes.axes.rules_flashdp import register_runtime_ops
 from flashdp_compile.passes.before import Before
 from flashdp_compile.passes.capture import JointGraph, capture
-from flashdp_compile.passes.clip_groups import clip_groups
 from flashdp_compile.passes.dump import graph_text
-from flashdp_compile.passes.fuse_noise import fuse_noise
-from flashdp_compile.passes.fused import take_fused_apart
-from flashdp_compile.passes.group_layers import group_layers
 from flashdp_compile.passes.groups import MovingBounds, form_groups
 from flashdp_compile.passes.guarantee import Guarantee
-from flashdp_compile.passes.inline import inline_kernels
 from flashdp_compile.passes.inputs import Input
+from flashdp_compile.passes.late.run import run_late
 from flashdp_compile.passes.mechanism import Mechanism
-from flashdp_compile.passes.own_memory import own_memory
 from flashdp_compile.passes.part_outputs import check_part_outputs
-from flashdp_compile.passes.patches import take_patches_apart
 from flashdp_compile.passes.plan import Plan, make_plan
 from flashdp_compile.passes.points import ParameterGradient, check_single, find_points
-from flashdp_compile.passes.release_late import release_late
 from flashdp_compile.passes.rewrite import private_gradients, rewrite, rewrite_empty, rewrite_single
-from flashdp_compile.passes.store_in_parts import store_in_parts
 from flashdp_compile.passes.strategies.catalogue import MOST_SLACK
 from flashdp_compile.passes.strategies.materialize import MATERIALIZE
-from flashdp_compile.passes.unroll import unroll_maps
-from flashdp_compile.passes.vectors import norm_vectors, sum_vectors
 from flashdp_compile.passes.verify import verify
 from flashdp_compile.runtime import bounds, clipping, noise, part_runs, probe_keys, scaling  # noqa: F401  registers the ops that the rewrite inserts
 from flashdp_compile.tune_tiles import tune_tiles
@@ -108,9 +98,7 @@ def guarantee_of(options: Options, before: Before, slack: float) -> Guarantee:
 
 def analyse(graph: fx.Graph, record: Record) -> None:
     """Everything up to the plan, entered into `record`; before it, the graph itself is only taken apart."""
-    unroll_maps(graph)
-    take_fused_apart(graph)
-    take_patches_apart(graph)
+    take_all_apart(graph)
     options = record.options
     record.joint = capture(graph, record.inputs, options.batch_dim, record.feeds_parts)
     if record.joint is None:
@@ -250,28 +238,15 @@ class FlashDPPass(CustomGraphPass):
 
 
 class LastPass(CustomGraphPass):
-    """What Inductor runs on the graphs of forward and backward, before it makes their writes in place.
-
-    Inductor's own passes before it leave nodes in any order, and sort them only behind it. `beside`: bytes that other
-    graphs of the model keep on the device.
-    """
+    """What Inductor runs on the graphs of forward and backward, before it makes their writes in place. `beside`: bytes
+    that other graphs of the model keep on the device."""
 
     def __init__(self, beside: int = 0) -> None:
         self._beside = beside
 
     def __call__(self, graph: fx.Graph) -> None:
         with _as_internal_errors():
-            sort_topologically(graph)
-            own_memory(graph)
-            fuse_noise(graph)
-            sum_vectors(graph)
-            release_late(graph)
-            store_in_parts(graph, beside=self._beside)
-            group_layers(graph)
-            clip_groups(graph)
-            norm_vectors(graph)
-            with aligned_rows(graph):
-                inline_kernels(graph)
+            run_late(graph, self._beside)
 
     def uuid(self) -> Any:
         """The key of compile caches."""

@@ -1,4 +1,4 @@
-"""The explicit list of families. Adding one is a file beside this one, and a line here."""
+"""The explicit list of families. Adding one is a file beside this one, an import and a line here."""
 
 from flashdp_compile.kernels import (
     clipped_product,

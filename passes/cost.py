@@ -266,8 +266,9 @@ def materialize_work(gradient: ParameterGradient, axes: Axes) -> MaterializeWork
         ]
         moved += 4 * sum(sizes)
         shape = [size_expression(s) for s in gradient.shape]
-        if "linear" in point.kind:
-            contracted = size_expression(point.node.args[0].meta["val"].shape[-1])
+        if point.kind in ("linear", "batched linear", "bilinear"):
+            samples = 0 if point.kind == "bilinear" else -1  # the dimension that is summed over
+            contracted = size_expression(point.node.args[0].meta["val"].shape[samples])
             flops += 2 * contracted * product(shape)
         elif point.kind == "convolution":
             output = point.node.args[0].meta["val"].shape

@@ -11,6 +11,18 @@ from torch import fx
 
 from flashdp_compile.compat import detect_fake_mode
 
+aten = torch.ops.aten
+
+# ops that keep all elements and their row-major order
+RESHAPES = (
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unsqueeze.default,
+)
+
 
 def is_static(value: torch.Tensor) -> bool:
     """Whether sizes, strides and the place in the storage are numbers, known before the program runs."""

@@ -18,6 +18,7 @@ from flashdp_compile.compat import size_expression
 from flashdp_compile.passes.axes.domain import Batched, Constant, Mixed, PointKey, Reduced
 from flashdp_compile.passes.axes.engine import Axes
 from flashdp_compile.passes.capture import Gradient, JointGraph
+from flashdp_compile.passes.nodes import RESHAPES
 from flashdp_compile.passes.order import dependents
 from flashdp_compile.passes.refuse import refuse
 from flashdp_compile.passes.values import laid_out
@@ -184,15 +185,6 @@ def _point(axes: Axes, key: PointKey, gradient: Gradient) -> Point:
 
 
 _SAME_VALUE = (prims.convert_element_type.default, aten.clone.default, aten.alias.default, aten._to_copy.default)
-# ops that keep all elements and their row-major order
-RESHAPES = (
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.reshape.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.unsqueeze.default,
-)
 
 
 def _terms(axes: Axes, node: fx.Node, relabelling: tuple[Any, ...]) -> tuple[Term, ...] | None:

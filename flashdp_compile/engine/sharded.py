@@ -1,4 +1,5 @@
-"""Compiles a model to which fully_shard was applied: part by part, each clipped by itself or in groups of its own."""
+"""Compiles a model to which fully_shard was applied: part by part, each clipped by itself, in groups of its own, or to
+its share of one bound of all."""
 
 from __future__ import annotations
 

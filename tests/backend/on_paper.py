@@ -176,7 +176,7 @@ def main() -> None:
 
     from flashdp_compile.compat import early
     from flashdp_compile.kernels import hopper, tuning
-    from flashdp_compile.passes import group_layers, store_in_parts
+    from flashdp_compile.passes.late import group_layers, store_in_parts
 
     begun = []
 

@@ -10,8 +10,8 @@ from pass_support import random_inputs, rewritten, run
 from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
+from flashdp_compile.passes.late.store_in_parts import store_in_parts
 from flashdp_compile.passes.mechanism import Mechanism
-from flashdp_compile.passes.store_in_parts import store_in_parts
 from flashdp_compile.runtime import noise, scaling
 
 flashdp = torch.ops.flashdp

@@ -5,7 +5,7 @@ import torch
 from torch import fx
 
 from flashdp_compile.kernels import tuning
-from flashdp_compile.passes.align_rows import aligned_rows
+from flashdp_compile.passes.late.align_rows import aligned_rows
 
 flashdp = torch.ops.flashdp
 

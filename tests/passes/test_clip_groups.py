@@ -10,15 +10,15 @@ from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from flashdp_compile.kernels import tuning
-from flashdp_compile.passes import clip_groups as module
-from flashdp_compile.passes import group_layers as grouped
-from flashdp_compile.passes.clip_groups import clip_groups
-from flashdp_compile.passes.fuse_noise import fuse_noise
-from flashdp_compile.passes.group_layers import group_layers
+from flashdp_compile.passes.late import clip_groups as module
+from flashdp_compile.passes.late import group_layers as grouped
+from flashdp_compile.passes.late.clip_groups import clip_groups
+from flashdp_compile.passes.late.fuse_noise import fuse_noise
+from flashdp_compile.passes.late.group_layers import group_layers
+from flashdp_compile.passes.late.memory import Memory
+from flashdp_compile.passes.late.vectors import norm_vectors, sum_vectors
 from flashdp_compile.passes.mechanism import Mechanism
-from flashdp_compile.passes.memory import Memory
 from flashdp_compile.passes.strategies.catalogue import NAMES
-from flashdp_compile.passes.vectors import norm_vectors, sum_vectors
 from flashdp_compile.runtime import clipping, noise
 
 aten, flashdp = torch.ops.aten, torch.ops.flashdp
@@ -225,7 +225,7 @@ def test_a_norm_may_belong_to_two_groups():
 
 
 def test_long_vectors_and_other_dtypes_are_norms_or_left_alone(monkeypatch):
-    monkeypatch.setattr("flashdp_compile.passes.vectors.LONG", 6)
+    monkeypatch.setattr("flashdp_compile.passes.late.norms.LONG", 6)
 
     def weigh(*vectors):
         return [flashdp.clip_factors(v.square().sum(1), 0.5, "hard", False, None, False) for v in vectors]

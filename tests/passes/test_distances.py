@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from flashdp_compile.passes.distances import cdist, cdist_backward
+from flashdp_compile.passes.apart.distances import cdist, cdist_backward
 
 aten = torch.ops.aten
 

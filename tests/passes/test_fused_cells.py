@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import flashdp_compile
-from flashdp_compile.passes import fused_cells
-from flashdp_compile.passes.fused import take_fused_apart
-from flashdp_compile.passes.fused_cells import FORMULAS
+from flashdp_compile.passes.apart import fused_cells
+from flashdp_compile.passes.apart.fused import take_fused_apart
+from flashdp_compile.passes.apart.fused_cells import FORMULAS
 from flashdp_compile.testing import joint_graph
 
 aten = torch.ops.aten

@@ -7,8 +7,8 @@ import torch
 from torch import fx
 
 from flashdp_compile.kernels import hopper, tuning
-from flashdp_compile.passes import group_layers as module
-from flashdp_compile.passes.group_layers import group_layers
+from flashdp_compile.passes.late import group_layers as module
+from flashdp_compile.passes.late.group_layers import group_layers
 
 flashdp = torch.ops.flashdp
 

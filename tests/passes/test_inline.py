@@ -13,9 +13,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from flashdp_compile.compat import recorded_launches
 from flashdp_compile.errors import InternalError
-from flashdp_compile.passes.fuse_noise import fuse_noise
-from flashdp_compile.passes.inline import inline_kernels
-from flashdp_compile.passes.vectors import norm_vectors, sum_vectors
+from flashdp_compile.passes.late.fuse_noise import fuse_noise
+from flashdp_compile.passes.late.inline import inline_kernels
+from flashdp_compile.passes.late.vectors import norm_vectors, sum_vectors
 from flashdp_compile.pipeline import LastPass
 from flashdp_compile.runtime import noise
 
@@ -95,7 +95,7 @@ def test_a_sum_that_is_used_twice_keeps_its_noise_apart():
 
 
 def test_large_gradients_keep_a_launch_of_their_own(monkeypatch):
-    monkeypatch.setattr("flashdp_compile.passes.vectors.SMALL", 3 * 5)
+    monkeypatch.setattr("flashdp_compile.passes.late.norms.SMALL", 3 * 5)
     of = graph("materialize").joint.graph
     inputs = random_inputs(of)
     before = outputs(of, inputs)
@@ -105,7 +105,7 @@ def test_large_gradients_keep_a_launch_of_their_own(monkeypatch):
 
 
 def test_vectors_are_summed_so_many_at_a_time(monkeypatch):
-    monkeypatch.setattr("flashdp_compile.passes.vectors.AT_ONCE", 2)
+    monkeypatch.setattr("flashdp_compile.passes.late.vectors.AT_ONCE", 2)
     of = graph("materialize").joint.graph
     inputs = random_inputs(of)
     before = outputs(of, inputs)
@@ -119,7 +119,7 @@ def test_vectors_are_summed_so_many_at_a_time(monkeypatch):
 @pytest.mark.parametrize("at_once", [1, 64])
 def test_norms_of_vectors_are_taken_together(model, strategy, at_once, monkeypatch):
     """Of the layers that are clipped together; the others' norms, which the count of bad samples reads, come along."""
-    monkeypatch.setattr("flashdp_compile.passes.vectors.AT_ONCE", at_once)
+    monkeypatch.setattr("flashdp_compile.passes.late.vectors.AT_ONCE", at_once)
     of = MODELS[model](strategy).joint.graph
     inputs = random_inputs(of)
     before = outputs(of, inputs)
@@ -134,7 +134,7 @@ def test_norms_of_vectors_are_taken_together(model, strategy, at_once, monkeypat
 
 def test_norms_of_long_vectors_stay_apart(monkeypatch):
     """The kernel would add up their squares in long chains, and materialize states a slack of 2^-20."""
-    monkeypatch.setattr("flashdp_compile.passes.vectors.LONG", 6)
+    monkeypatch.setattr("flashdp_compile.passes.late.norms.LONG", 6)
 
     def weights(*vectors):
         a, b, c, d = (v.square().sum(1) for v in vectors)
@@ -202,7 +202,7 @@ def test_strides_of_operands_are_pinned():
 def test_a_write_that_inductor_does_not_see_is_an_error(monkeypatch):
     """It may then read the buffer before the launch, or drop the launch: noise that is missing."""
     of = graph("store").joint.graph
-    monkeypatch.setattr("flashdp_compile.passes.inline.written_by", lambda launch: {"part_ptr"})
+    monkeypatch.setattr("flashdp_compile.passes.late.inline.written_by", lambda launch: {"part_ptr"})
     with pytest.raises(InternalError, match="does not see that a kernel of flashdp writes"):
         inline_kernels(of, device="cpu")
 

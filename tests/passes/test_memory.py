@@ -7,7 +7,7 @@ import torch
 from torch import fx
 
 from flashdp_compile.kernels import FAMILIES
-from flashdp_compile.passes.memory import Memory
+from flashdp_compile.passes.late.memory import Memory
 
 aten = torch.ops.aten
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, fx
 
 from flashdp_compile.compat import detect_fake_mode, trace
-from flashdp_compile.passes import own_memory as module
-from flashdp_compile.passes.own_memory import own_memory
+from flashdp_compile.passes.late import own_memory as module
+from flashdp_compile.passes.late.own_memory import own_memory
 
 aten = torch.ops.aten
 INDEX = torch.tensor([0, 2, 2])

@@ -10,12 +10,12 @@ from pass_support import random_inputs
 from torch import fx, nn
 
 from flashdp_compile.compat import argument
-from flashdp_compile.passes import store_in_parts as module
 from flashdp_compile.passes.groups import MovingBounds
-from flashdp_compile.passes.memory import Memory
+from flashdp_compile.passes.late import store_in_parts as module
+from flashdp_compile.passes.late.memory import Memory
+from flashdp_compile.passes.late.store_in_parts import store_in_parts
+from flashdp_compile.passes.late.vectors import norm_vectors
 from flashdp_compile.passes.order import behind, dependents
-from flashdp_compile.passes.store_in_parts import store_in_parts
-from flashdp_compile.passes.vectors import norm_vectors
 from flashdp_compile.runtime import clipping
 from flashdp_compile.runtime.bounds import BoundScales
 from flashdp_compile.runtime.part_runs import PartRuns

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from flashdp_compile.passes import patches
+from flashdp_compile.passes.apart import patches
+from flashdp_compile.passes.apart.patches import take_patches_apart
 from flashdp_compile.passes.axes.engine import propagate
-from flashdp_compile.passes.patches import take_patches_apart
 from flashdp_compile.passes.points import find_points
 from flashdp_compile.testing import joint_graph
 

@@ -20,6 +20,7 @@ from flashdp_compile.passes.cost import (
     LinearSizes,
     gram_cost,
     linear_kernels,
+    materialize_work,
     outer_cost,
     store_cost,
 )
@@ -98,6 +99,14 @@ class TestCosts:
         assert evaluate(cost.flops, {joint.batch: 5}) == 5 * 4**2 * 11 + 2 * 5 * 4 * 30
         assert evaluate(cost.flops, {}) == TYPICAL_SIZE * (4**2 * 11 + 2 * 4 * 30)
         assert str(joint.batch) in plan_table(make_plan(gradients, axes, "flat", 1.0))
+
+    @pytest.mark.parametrize("layer", [nn.Bilinear(5, 7, 3), nn.Linear(35, 3)], ids=["bilinear", "linear"])
+    def test_a_product_takes_two_operations_for_each_sample_and_weight(self, layer):
+        bilinear = isinstance(layer, nn.Bilinear)
+        inputs = [torch.randn(64, 5), torch.randn(64, 7)] if bilinear else [torch.randn(64, 35)]
+        axes = propagate(joint_graph(layer, *inputs))
+        weight = next(g for g in find_points(axes) if g.name == "weight")
+        assert materialize_work(weight, axes).flops == 2 * 64 * 3 * 35
 
     def test_time_is_work_over_rates(self):
         one, none = sympy.Float(1.0), sympy.Integer(0)

@@ -6,8 +6,8 @@ from corrupt import NOISY
 from pass_support import random_inputs, rewritten, run
 from torch import fx, nn
 
-from flashdp_compile.passes.memory import Memory
-from flashdp_compile.passes.release_late import release_late
+from flashdp_compile.passes.late.memory import Memory
+from flashdp_compile.passes.late.release_late import release_late
 from flashdp_compile.runtime import noise
 
 STORE = torch.ops.flashdp.outer_store.default
@@ -72,7 +72,7 @@ def test_the_head_comes_later_and_the_peak_is_lower():
 
 def test_small_layers_stay_where_they_are(monkeypatch):
     of = graph("per_layer")
-    monkeypatch.setattr("flashdp_compile.passes.release_late.LARGE", 1.0)
+    monkeypatch.setattr("flashdp_compile.passes.late.release_late.LARGE", 1.0)
     order = [str(n) for n in of.nodes]
     assert release_late(of) == 0
     assert [str(n) for n in of.nodes] == order

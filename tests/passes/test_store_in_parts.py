@@ -7,10 +7,10 @@ from pass_support import random_inputs
 from torch import nn
 
 from flashdp_compile.compat import argument
-from flashdp_compile.passes import store_in_parts as module
-from flashdp_compile.passes.memory import Memory
+from flashdp_compile.passes.late import store_in_parts as module
+from flashdp_compile.passes.late.memory import Memory
+from flashdp_compile.passes.late.store_in_parts import store_in_parts
 from flashdp_compile.passes.order import behind, dependents
-from flashdp_compile.passes.store_in_parts import store_in_parts
 
 flashdp = torch.ops.flashdp
 

@@ -3,10 +3,10 @@
 import torch
 from torch import fx
 
-from flashdp_compile.passes import windows
-from flashdp_compile.passes.memory import Memory
+from flashdp_compile.passes.late import windows
+from flashdp_compile.passes.late.memory import Memory
+from flashdp_compile.passes.late.windows import Fitting, fullest
 from flashdp_compile.passes.order import behind
-from flashdp_compile.passes.windows import Fitting, fullest
 
 mm = torch.ops.aten.mm.default
 

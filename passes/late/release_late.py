@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from flashdp_compile.passes.memory import Memory
+from flashdp_compile.passes.late.memory import Memory
 from flashdp_compile.passes.nodes import is_static
 from flashdp_compile.passes.order import behind, dependents
 

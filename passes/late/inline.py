@@ -21,9 +21,8 @@ from flashdp_compile.errors import InternalError
 from flashdp_compile.kernels import FAMILIES
 from flashdp_compile.kernels.clip import release_weights
 from flashdp_compile.kernels.family import Family, tensors
-from flashdp_compile.passes.nodes import is_static
-from flashdp_compile.passes.points import RESHAPES
-from flashdp_compile.passes.take_apart import TakeApart
+from flashdp_compile.passes.apart.take_apart import TakeApart
+from flashdp_compile.passes.nodes import RESHAPES, is_static
 
 aten = torch.ops.aten
 

@@ -8,8 +8,8 @@ from typing import Any
 from torch import fx
 
 from flashdp_compile.compat import OpOverload
-from flashdp_compile.passes import distances, fused_cells
-from flashdp_compile.passes.take_apart import TakeApart
+from flashdp_compile.passes.apart import distances, fused_cells
+from flashdp_compile.passes.apart.take_apart import TakeApart
 
 FORMULAS: dict[OpOverload, Callable[..., Any]] = {**fused_cells.FORMULAS, **distances.FORMULAS}
 

@@ -21,8 +21,8 @@ import torch
 from torch import fx
 
 from flashdp_compile.compat import argument, sort_topologically
+from flashdp_compile.passes.late.norms import erase, rows, squared, terms
 from flashdp_compile.passes.nodes import call, is_static
-from flashdp_compile.passes.vectors import erase, rows, squared, terms
 
 aten, flashdp = torch.ops.aten, torch.ops.flashdp
 

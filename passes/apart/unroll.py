@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from flashdp_compile.passes.take_apart import TakeApart
+from flashdp_compile.passes.apart.take_apart import TakeApart
 
 MOST_STEPS = 256  # compilation takes as long as for a model with so many layers
 

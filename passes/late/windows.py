@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence, Set
 from torch import fx
 
 from flashdp_compile.kernels.common import cdiv
-from flashdp_compile.passes.memory import Memory
+from flashdp_compile.passes.late.memory import Memory
 from flashdp_compile.passes.order import Step, behind, dependents
 
 ROUNDS = ((3, 8), (1, 3))  # windows of so many rounds of programs, at least and at most: tried in this order

@@ -11,7 +11,7 @@ from torch import fx
 
 from flashdp_compile.compat import argument
 from flashdp_compile.kernels import FAMILIES
-from flashdp_compile.passes.points import RESHAPES
+from flashdp_compile.passes.nodes import RESHAPES
 
 flashdp = torch.ops.flashdp
 

@@ -20,13 +20,11 @@ import torch
 from torch import fx
 
 from flashdp_compile.compat import argument, sort_topologically
-from flashdp_compile.passes.nodes import call, is_static, is_zero
-from flashdp_compile.passes.points import RESHAPES
+from flashdp_compile.passes.late.norms import erase, is_small, rows, squared, terms, viewed
+from flashdp_compile.passes.nodes import call, is_zero
 
 aten, flashdp = torch.ops.aten, torch.ops.flashdp
 
-SMALL = 1 << 20  # elements of all samples: a larger gradient is worth a launch of its own
-LONG = 1 << 15  # elements of one sample: the kernel squares more in chains whose rounding nears 2^-20, the slack
 AT_ONCE = 64  # vectors that one launch sums: a kernel for hundreds takes long to compile
 
 
@@ -62,36 +60,6 @@ def _added_norms(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:
             yield beside, layer
 
 
-def terms(total: fx.Node) -> list[fx.Node]:
-    """What is added up to the total, in order, as far as nobody else reads the sums in between."""
-    found, stack = [], [total]
-    while stack:
-        node = stack.pop()
-        inside = node is total or len(node.users) == 1
-        if inside and node.target is aten.add.Tensor and len(node.all_input_nodes) == 2 and not node.kwargs:
-            stack += reversed(node.args)
-        else:
-            found.append(node)
-    return found
-
-
-def squared(norm: fx.Node, read_once: bool = True) -> fx.Node | None:
-    """v, if a value is the squared norm of each sample's v, and if nobody else reads it or is allowed to."""
-    squares = norm
-    if norm.target is aten.sum.dim_IntList:
-        squares = _viewed(norm.args[0])
-        if len(norm.args) != 2 or norm.kwargs or list(norm.args[1]) != [1] or norm.args[0].meta["val"].dim() != 2:
-            return None
-    if squares.target is not aten.pow.Tensor_Scalar or squares.args[1] != 2 or (read_once and len(norm.users) != 1):
-        return None
-    values = squares.args[0]
-    if not isinstance(values, fx.Node) or norm.meta["val"].dim() != 1:
-        return None
-    if not _fits(values.meta["val"], norm.meta["val"]) or rows(values)[1] > LONG:
-        return None
-    return values
-
-
 class Vector(NamedTuple):
     """sum_b w_b v_b, reshaped, with noise: what `noise` gives. v is [B, *shape], w is [B]."""
 
@@ -116,7 +84,7 @@ def sum_vectors(graph: fx.Graph, device: str = "cuda") -> int:
 
 
 def _read(noise: fx.Node) -> Vector | None:
-    total = _viewed(noise.args[0])
+    total = viewed(noise.args[0])
     if total.target is not aten.sum.dim_IntList or len(total.args) != 2 or total.kwargs or list(total.args[1]) != [0]:
         return None
     kept = total.args[0]
@@ -125,33 +93,16 @@ def _read(noise: fx.Node) -> Vector | None:
     nonzero, weighted, otherwise = kept.args
     if nonzero.target is not aten.ne.Scalar or nonzero.args[1] != 0 or not is_zero(otherwise):
         return None
-    weights = _viewed(nonzero.args[0])
+    weights = viewed(nonzero.args[0])
     factors = weighted.all_input_nodes if weighted.target is aten.mul.Tensor else []
-    values = [n for n in factors if _viewed(n) is not weights]
-    if len(factors) != 2 or len(values) != 1 or not _fits(values[0].meta["val"], weights.meta["val"]):
+    values = [n for n in factors if viewed(n) is not weights]
+    if len(factors) != 2 or len(values) != 1 or not is_small(values[0].meta["val"], weights.meta["val"]):
         return None
     by = next(n for n in factors if n is not values[0])
     along_samples = (*values[0].meta["val"].shape[:1], *[1] * (values[0].meta["val"].dim() - 1))
     if not all(tuple(n.meta["val"].shape) == along_samples for n in (by, nonzero)):
         return None
     return Vector(noise, values[0], weights)
-
-
-def _viewed(node: Any) -> Any:
-    while node.target in RESHAPES:
-        node = node.args[0]
-    return node
-
-
-def _fits(values: torch.Tensor, weights: torch.Tensor) -> bool:
-    """Whether values are those of a small vector, one for each weight."""
-    return (
-        all(is_static(t) and t.dtype == torch.float32 for t in (values, weights))
-        and weights.dim() == 1
-        and values.shape[:1] == weights.shape
-        and values.is_contiguous()
-        and 0 < values.numel() <= SMALL
-    )
 
 
 def _together(graph: fx.Graph, key: fx.Node, std: float, vectors: list[Vector]) -> None:
@@ -165,18 +116,3 @@ def _together(graph: fx.Graph, key: fx.Node, std: float, vectors: list[Vector]) 
             vector.noise.replace_all_uses_with(shaped)
     for vector in vectors:
         erase(vector.noise)
-
-
-def erase(node: fx.Node) -> None:
-    """A node that nobody reads, and what it alone has read."""
-    unread = dict.fromkeys([node])
-    while unread:
-        node, _ = unread.popitem()
-        operands = node.all_input_nodes
-        node.graph.erase_node(node)
-        unread |= dict.fromkeys(n for n in operands if not n.users and n.op == "call_function")
-
-
-def rows(node: fx.Node) -> list[int]:
-    value = node.meta["val"]
-    return [value.shape[0], value.numel() // value.shape[0]]

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, fx
 
 from flashdp_compile.compat import argument
+from flashdp_compile.passes.apart.take_apart import TakeApart
 from flashdp_compile.passes.nodes import per_dimension
-from flashdp_compile.passes.take_apart import TakeApart
 
 aten = torch.ops.aten
 

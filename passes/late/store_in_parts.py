@@ -30,10 +30,10 @@ import torch
 from torch import fx
 
 from flashdp_compile.compat import argument, sort_topologically
-from flashdp_compile.passes.memory import Memory
+from flashdp_compile.passes.late.memory import Memory
+from flashdp_compile.passes.late.norms import erase, terms
 from flashdp_compile.passes.nodes import call, is_static
 from flashdp_compile.passes.order import Step, dependents
-from flashdp_compile.passes.vectors import erase, terms
 
 aten, flashdp = torch.ops.aten, torch.ops.flashdp
 

@@ -25,9 +25,9 @@ from flashdp_compile.compat import argument, sort_topologically
 from flashdp_compile.kernels import FAMILIES, hopper, outer_stores, product_sums, tuning
 from flashdp_compile.kernels.common import cdiv
 from flashdp_compile.kernels.operands import TMA, layout
-from flashdp_compile.passes.memory import Memory
+from flashdp_compile.passes.late.memory import Memory
+from flashdp_compile.passes.late.windows import Fitting
 from flashdp_compile.passes.nodes import call, is_static
-from flashdp_compile.passes.windows import Fitting
 
 aten, flashdp = torch.ops.aten, torch.ops.flashdp
 
