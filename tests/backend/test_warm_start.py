@@ -5,8 +5,14 @@ import textwrap
 
 import pytest
 
-from backend.processes import output_of
+from backend.processes import Forks
 
+# What takes long in a process that compiles: modules of torch, and asking the compiler what the processor can do.
+TORCH = """
+import torch._inductor.codecache, torch._inductor.compile_fx, torch._inductor.cpu_vec_isa
+torch._inductor.codecache.torch_key()
+torch._inductor.cpu_vec_isa.pick_vec_isa()
+"""
 START = """
 import json
 import os
@@ -50,23 +56,34 @@ def report(*found):
 """
 
 
-def start(program: str, folder) -> dict:
-    """What one process reports."""
-    environment = {"TORCHINDUCTOR_CACHE_DIR": str(folder), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    return json.loads(output_of(START + textwrap.dedent(program), **environment).splitlines()[-1])
+@pytest.fixture(scope="module")
+def start():
+    """Starts a process for a program and a cache folder and gives what it reports: a cold start, or a warm one.
+
+    They are forked from two processes, since what is cached must not depend on how a process hashes strings."""
+    kinds = {warm: Forks(TORCH, TORCHINDUCTOR_COMPILE_THREADS="1") for warm in (False, True)}
+
+    def start(program: str, folder, warm: bool = False) -> dict:
+        output = kinds[warm].output_of(START + textwrap.dedent(program), TORCHINDUCTOR_CACHE_DIR=str(folder))
+        return json.loads(output.splitlines()[-1])
+
+    yield start
+    for forks in kinds.values():
+        forks.close()
 
 
-def twice(program: str, folder) -> tuple[dict, dict]:
+def twice(start, program: str, folder) -> tuple[dict, dict]:
     """The reports of a cold and of a warm start."""
-    cold, warm = start(program, folder), start(program, folder)
+    cold, warm = start(program, folder), start(program, folder, warm=True)
     assert cold["hits"] == 0 and cold["passes"] > 0
     assert warm["hits"] > 0 and warm["passes"] == 0
     return cold, warm
 
 
-def test_receipts_and_noise(tmp_path):
+def test_receipts_and_noise(start, tmp_path):
     """One release is stepped on; plain gradients, two releases, and parameters outside of the region are not."""
     cold, warm = twice(
+        start,
         """
         model, outside = nn.Linear(5, 3), nn.Linear(3, 3)
         step, x = compiled(model), torch.randn(4, 5)
@@ -100,7 +117,7 @@ def test_receipts_and_noise(tmp_path):
     assert warm["found"][2] != cold["found"][2], "a warm start draws noise of its own"
 
 
-def test_what_is_refused_is_refused_again(tmp_path):
+def test_what_is_refused_is_refused_again(start, tmp_path):
     program = """
     class Centred(nn.Linear):
         def forward(self, x):
@@ -108,7 +125,7 @@ def test_what_is_refused_is_refused_again(tmp_path):
 
     report(outcome(lambda: compiled(Centred(5, 3))(torch.randn(4, 5))))
     """
-    cold, warm = start(program, tmp_path), start(program, tmp_path)
+    cold, warm = start(program, tmp_path), start(program, tmp_path, warm=True)
     for found in (cold, warm):
         assert found["hits"] == 0 and found["passes"] == 1
         assert found["found"][0].startswith("Refusal: flashdp cannot prove that samples are independent")
@@ -133,13 +150,13 @@ PUBLIC = {"public_inputs": ["scale"]}
 """
 
 
-def test_what_is_cached_is_not_taken_for_something_else(tmp_path):
+def test_what_is_cached_is_not_taken_for_something_else(start, tmp_path):
     """Options, sources, versions, roles of inputs, and what is trained."""
-    twice(SCALED + "scaled(**PUBLIC); report()", tmp_path)
+    twice(start, SCALED + "scaled(**PUBLIC); report()", tmp_path)
     changed = """
     report(scaled())  # the scale may be a sample's data now
     """
-    (roles,) = start(SCALED + textwrap.dedent(changed), tmp_path)["found"]
+    (roles,) = start(SCALED + textwrap.dedent(changed), tmp_path, warm=True)["found"]
     assert roles[0] == 0 and roles[1].startswith("Refusal: flashdp cannot prove that samples are independent")
     changed = """
     found = {"nothing": scaled(**PUBLIC)}
@@ -157,16 +174,17 @@ def test_what_is_cached_is_not_taken_for_something_else(tmp_path):
     found["nothing, again"] = scaled(**PUBLIC)
     report(found)
     """
-    (found,) = start(SCALED + textwrap.dedent(changed), tmp_path)["found"]
+    (found,) = start(SCALED + textwrap.dedent(changed), tmp_path, warm=True)["found"]
     assert found.pop("nothing") == found.pop("nothing, again") == [1, None]
     assert len(found) == 6
     for hits, text in found.values():
         assert hits == 0 and text.startswith("Stopped: the passes run")
 
 
-def test_conditions_on_sizes_hold_for_cached_code(tmp_path):
+def test_conditions_on_sizes_hold_for_cached_code(start, tmp_path):
     """A batch of one sample is no case of the code for several: what depends on this is asked in a warm start too."""
     cold, warm = twice(
+        start,
         """
         model = nn.Linear(5, 3)
         step = compiled(model, noise_multiplier=0.0)
@@ -206,11 +224,11 @@ report(outcome(lambda: compiled(Centred(5, 3))(torch.randn(4, 5)).sum().backward
 """
 
 
-def test_a_rule_from_outside_is_asked_again(tmp_path):
+def test_a_rule_from_outside_is_asked_again(start, tmp_path):
     """A wrong rule accepted the graph. The process in which it is gone must not go on with what it accepted."""
     wrong = "RULES[torch.ops.example.centre.default] = lambda site, x, dim: x"
     accepted = start(CENTRED.format(rule=wrong), tmp_path)
     assert accepted["found"] == [None] and accepted["passes"] == 1
-    refused = start(CENTRED.format(rule=""), tmp_path)
+    refused = start(CENTRED.format(rule=""), tmp_path, warm=True)
     assert (refused["hits"], refused["passes"]) == (0, 1)
     assert "has no rule" in refused["found"][0]
