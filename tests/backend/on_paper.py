@@ -163,7 +163,7 @@ class Blocks(nn.Module):
         return (x.square().mean(2) * labels).mean(1)
 
 
-def main() -> None:
+def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("clipping")
     parser.add_argument("strategy")
@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("--growth", type=float, help="by how much of the peak memory may grow for windows of layers")
     parser.add_argument("--parts", action="store_true", help="make products in parts where the peak is lower for it")
     parser.add_argument("--early", action="store_true", help="print too what is compiled early: names and errors")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
 
     from flashdp_compile.compat import early
     from flashdp_compile.kernels import hopper, tuning
@@ -193,16 +193,33 @@ def main() -> None:
     if arguments.growth is not None:
         group_layers.GROWTH = arguments.growth
     tuning._table()["sm_90"]["outer_store"]["16"][0][-1] = 8  # wide tiles for a product that is cut into so few
-    ids = torch.randint(0, 512, (16, 512))
-    options = {"clipping": arguments.clipping, "norm_strategy": arguments.strategy, "expected_batch_size": 16}
     model = Blocks(arguments.blocks) if arguments.blocks else Model()
+    write(model, clipping=arguments.clipping, norm_strategy=arguments.strategy)
+    errors = {k.fn.__name__: [repr(f.exception()) for f in early.under_way(k)] for k in begun}
+    print(json.dumps([*generated, errors]))
+
+
+def write(model: nn.Module, **options: str) -> None:
+    """Leaves the code of a step in `generated`."""
+    ids = torch.randint(0, 512, (16, 512))
+    options = {**options, "expected_batch_size": 16}
     compiled = torch.compile(model, backend="flashdp", fullgraph=True, options=options)
     try:
         with torch.autocast("cpu", torch.bfloat16):
             compiled(ids, ids).mean().backward()
     except Stop:
-        errors = {k.fn.__name__: [repr(f.exception()) for f in early.under_way(k)] for k in begun}
-        print(json.dumps([*generated, errors]))
+        pass
+
+
+def prepare() -> None:
+    """Writes the code of a step that nobody reads: Inductor has loaded then what it needs for every one."""
+    from flashdp_compile.compat import early
+
+    compile_early, early.compile_early = early.compile_early, lambda *ignored: None  # no threads in what is forked
+    write(Model())
+    early.compile_early = compile_early
+    generated.clear()
+    torch._dynamo.reset()
 
 
 if __name__ == "__main__":

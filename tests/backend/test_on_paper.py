@@ -2,15 +2,13 @@
 
 import functools
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from backend.processes import Forks
 from flashdp_compile.kernels import tuning
 
 pytestmark = pytest.mark.skipif(
@@ -19,14 +17,29 @@ pytestmark = pytest.mark.skipif(
 
 
 @functools.cache
+def forks() -> Forks:
+    """Forked from a process that has written the code of a step: half the time goes to what Inductor prepares once."""
+    begin = f"""
+    import sys
+    sys.path.insert(0, {str(Path(__file__).parent)!r})
+    import on_paper
+    on_paper.prepare()
+    """
+    settings = {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    return Forks(begin, **settings, TRITON_INTERPRET="0", OMP_NUM_THREADS="1")  # forks have no pool of threads
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _end():
+    yield
+    forks().close()
+
+
+@functools.cache
 def on_paper(*arguments: str) -> tuple[str, dict[str, list[str]]]:
     """The code of the backward, and how the early compilations of kernels ended."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    command = [sys.executable, str(Path(__file__).with_name("on_paper.py")), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    _, backward, early = json.loads(done.stdout.splitlines()[-1])
+    output = forks().output_of(f"on_paper.main({list(arguments)})")
+    _, backward, early = json.loads(output.splitlines()[-1])
     return backward, early
 
 
