@@ -163,12 +163,8 @@ def test_the_noise_of_both(noise):
 
 
 def test_epsilon_is_that_of_the_plan():
-    fixed, moving = (
-        PrivacyEngine(
-            target_delta=1e-5, target_epsilon=3.0, sample_size=1000, expected_batch_size=50, steps=20, bounds=bounds
-        )
-        for bounds in (None, Quantile())
-    )
+    plan = {"target_delta": 1e-5, "target_epsilon": 3.0, "sample_size": 1000, "expected_batch_size": 50, "steps": 20}
+    fixed, moving = (PrivacyEngine(**plan, accountant="rdp", bounds=bounds) for bounds in (None, Quantile()))
     assert fixed.noise_multiplier == moving.noise_multiplier
     assert moving._steps._sigma_of_gradients() > moving.noise_multiplier
 
