@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+LIMIT = 300  # seconds of a process
+
 
 def run(program: str, **environment: str) -> "subprocess.CompletedProcess[str]":
     """The finished process; its output is text. The compile cache is a fresh folder unless one is given."""
@@ -18,7 +20,7 @@ def run(program: str, **environment: str) -> "subprocess.CompletedProcess[str]":
         env=_environment(environment),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=LIMIT,
     )
 
 
@@ -40,7 +42,7 @@ def _environment(more: dict[str, str]) -> dict[str, str]:
 
 SERVER = """
 {begin}
-import gc, json, os, sys, traceback
+import gc, json, os, signal, sys, traceback
 
 gc.freeze()
 while _told := sys.stdin.readline():
@@ -48,6 +50,7 @@ while _told := sys.stdin.readline():
     if not _child:
         _code = 1
         try:
+            signal.alarm({limit})  # ends it
             _told = json.loads(_told)
             for _number, _name in enumerate((os.devnull, *_told["output"])):
                 os.dup2(os.open(_name, os.O_RDWR), _number)
@@ -78,7 +81,7 @@ class Forks:
             return output_of(f"{self._begin}\n{program}", **self._given, **environment)
         if self._server is None:
             self._server = subprocess.Popen(
-                _command(SERVER.format(begin=self._begin)),
+                _command(SERVER.format(begin=self._begin, limit=LIMIT)),
                 env=_environment(self._given),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
