@@ -32,7 +32,7 @@ from flashdp_compile.passes.nodes import call, is_static
 aten, flashdp = torch.ops.aten, torch.ops.flashdp
 
 SHORTER = 8  # times as many rounds of programs that make one sample's products, and not a sum over all
-GROWTH = -0.15  # by how much of the peak memory may grow: at 32k tokens the model of it leaves out that much
+LIMIT = 0.85  # of the peak, below which layers wait for others: at 32k tokens the model of it leaves out the rest
 
 
 class Grouping(NamedTuple):
@@ -53,7 +53,7 @@ def group_layers(graph: fx.Graph, device: str = "cuda") -> int:
     limit, fewer = 0.0, 0
     for grouping in GROUPINGS:
         if alike := _alike(graph, grouping, device):
-            limit = limit or (1 + GROWTH) * Memory(graph).peak(list(graph.nodes))
+            limit = limit or LIMIT * Memory(graph).peak(list(graph.nodes))
             fewer += _group(graph, grouping, alike, limit)
     return fewer
 

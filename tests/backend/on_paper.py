@@ -169,7 +169,7 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("strategy")
     parser.add_argument("--blocks", type=int, help="a model of so many blocks")
     parser.add_argument("--triton", action="store_true", help="without the kernels of kernels/hopper")
-    parser.add_argument("--growth", type=float, help="by how much of the peak memory may grow for windows of layers")
+    parser.add_argument("--limit", type=float, help="of the peak of memory, below which layers share launches")
     parser.add_argument("--parts", action="store_true", help="make products in parts where the peak is lower for it")
     parser.add_argument("--early", action="store_true", help="print too what is compiled early: names and errors")
     arguments = parser.parse_args(given)
@@ -190,8 +190,8 @@ def main(given: list[str] | None = None) -> None:
         hopper.available = lambda device: False
     if not arguments.parts:
         store_in_parts.LARGE = 1.0
-    if arguments.growth is not None:
-        group_layers.GROWTH = arguments.growth
+    if arguments.limit is not None:
+        group_layers.LIMIT = arguments.limit
     tuning._table()["sm_90"]["outer_store"]["16"][0][-1] = 8  # wide tiles for a product that is cut into so few
     model = Blocks(arguments.blocks) if arguments.blocks else Model()
     write(model, clipping=arguments.clipping, norm_strategy=arguments.strategy)

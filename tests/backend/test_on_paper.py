@@ -155,7 +155,7 @@ def test_kernels_in_gluon_are_called_with_operands_as_they_lie():
 
 
 def test_products_in_gluon_are_stored_by_one_call_and_summed_by_launches():
-    code = backward_of("per_layer", "auto", "--blocks=3", "--growth=9")
+    code = backward_of("per_layer", "auto", "--blocks=3", "--limit=10")
     assert re.findall(r"= torch\.ops\.flashdp\.(outer_\w+)\.default\(", code) == ["outer_stores"]
     assert not calls(code, "outer_store")
     assert len(calls(code, "product_sums")) == 1
@@ -166,7 +166,7 @@ def test_layers_that_are_clipped_by_themselves_take_no_launches_for_it():
     """Weights come from one launch for the linear layers, whose sums are one launch as well, and from another for norm
     scales and biases. Left are the norms: a launch for each product, one for the table and one for biases."""
     blocks, samples = 3, 16
-    settings = f"--blocks={blocks}", "--growth=9"
+    settings = f"--blocks={blocks}", "--limit=10"
     flat, code = (backward_of(clipping, "auto", *settings) for clipping in ("flat", "per_layer"))
     assert len(calls(code, "group_weights")) == 2
     assert len(calls(code, "vector_sums")) == len(calls(code, "product_sums")) == 1
@@ -177,7 +177,7 @@ def test_layers_that_are_clipped_by_themselves_take_no_launches_for_it():
 
 
 def test_the_count_of_bad_samples_copies_the_norms_of_a_launch_at_once():
-    code = backward_of("per_layer", "auto", "--blocks=3", "--growth=9")
+    code = backward_of("per_layer", "auto", "--blocks=3", "--limit=10")
     sqnorms = [arguments[1] for arguments in calls(code, "group_weights")]
     readers = [line for line in launches(code) if line.startswith("triton_") and any(f"{s}, " in line for s in sqnorms)]
     assert len(readers) == 1 and all(f"{s}, " in readers[0] for s in sqnorms)

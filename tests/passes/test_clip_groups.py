@@ -86,7 +86,7 @@ def test_layers_of_one_launch_are_clipped_together(monkeypatch):
     """As if the CPU had descriptors: the sums of the linears share a launch, which waits for all of their weights."""
     monkeypatch.setattr(tuning, "has_tma", lambda device: True)
     monkeypatch.setattr(tuning, "processors", lambda device: 2)
-    monkeypatch.setattr(grouped, "GROWTH", 1.0)
+    monkeypatch.setattr(grouped, "LIMIT", 2.0)
     of = waiting(layers(4, dtype=torch.bfloat16))
     sums = of.find_nodes(op="call_function", target=flashdp.weighted_matmuls.default)
     inputs = random_inputs(of)

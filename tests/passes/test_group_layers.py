@@ -18,7 +18,7 @@ def h100(monkeypatch):
     """As if the CPU had descriptors, and two processors."""
     monkeypatch.setattr(tuning, "has_tma", lambda device: True)
     monkeypatch.setattr(tuning, "processors", lambda device: 2)
-    monkeypatch.setattr(module, "GROWTH", 1.0)
+    monkeypatch.setattr(module, "LIMIT", 2.0)
 
 
 def linears(widths, noise=True, flat=True):
@@ -134,6 +134,6 @@ def test_other_devices_are_left_alone():
 def test_nothing_waits_where_memory_would_grow(monkeypatch):
     """Operands that somebody else frees early would be held to the end."""
     gm, _ = linears([8, 16, 8, 16], flat=False)
-    monkeypatch.setattr(module, "GROWTH", -1.0)
+    monkeypatch.setattr(module, "LIMIT", 0.0)
     assert group_layers(gm.graph, "cpu") == 0
     assert count(gm.graph, flashdp.weighted_matmul.default) == 3
