@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flashdp_compile.compat import adding_up, wait_of
-from flashdp_compile.errors import RanksError
+from flashdp_compile.errors import InternalError, RanksError
 
 _NOTHING, _FAILED = 0, 1
 WAVE = 1 << 28  # bytes: a millisecond or more between GPUs, and few enough for noise to begin early
@@ -96,6 +96,8 @@ class Ranks:
         if self.size == 1:
             yield list(range(len(tensors)))
             return
+        if not all(tensor.is_contiguous() for tensor in tensors):
+            raise InternalError("ranks add up memory, in which tensors that are not contiguous may lie in other orders")
         waves, pending = _waves(tensors), []
         with self._answers():
             for wave in waves:

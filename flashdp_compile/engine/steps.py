@@ -90,7 +90,7 @@ class Steps:
         """Returns once all ranks are at this step, with sums of the same parameters, and were not told to wait."""
         drawn = "" if self.loader is None else f" in iteration {self.loader.sampler.iterations} of it"
         bounds = "" if self._bounds is None else f"; the next step's bounds: times {self._factor}"
-        told = repr([(one.place, *one.parameter.shape, one.first is None) for one in sums])
+        told = repr([(one.place, *one.parameter.shape, one.total.dtype, one.first is None) for one in sums])
         places = hashlib.sha256(told.encode()).hexdigest()[:8]
         self._ranks.agree(
             "a step",

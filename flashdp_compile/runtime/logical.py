@@ -24,8 +24,9 @@ from flashdp_compile.runtime.watch import Content, Fault, Watch, find
 
 
 class Sum(NamedTuple):
-    """The clipped sum of a parameter, which has this place in its optimizer. `first`: of a parameter that is sharded,
-    `total` is this rank's part of the sum over all ranks, behind so many elements; None for a sum of one rank."""
+    """The clipped sum of a parameter, which has this place in its optimizer. `total` is contiguous: how a graph lays it
+    out depends on the rank's batch, and what ranks add up is memory. `first`: of a parameter that is sharded, `total`
+    is this rank's part of the sum over all ranks, behind so many elements; None for a sum of one rank."""
 
     place: int
     parameter: Tensor
@@ -92,7 +93,7 @@ class LogicalBatch:
         for place, parameter, watched in self._watches():
             if watched.held is not None:
                 first = watched.first if isinstance(watched, ShardWatch) else None
-                found.append(Sum(place, parameter, watched.held.total, first))
+                found.append(Sum(place, parameter, watched.held.total.contiguous(), first))
                 watched.held = None
         return found
 

@@ -23,6 +23,30 @@ class Net(nn.Module):
         return self.body(x)
 
 
+class Heads(nn.Module):
+    """How the sum of its weight lies in memory depends on the number of samples, as that of `Images`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(2, 3, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("bti,hio->btho", x[:, None], self.weight).flatten(1)
+
+
+class Images(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.filters = nn.Conv2d(3, 4, 3)
+        self.register_buffer("pattern", torch.randn(1, 1, 6, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        images = (x[:, :, None, None] * self.pattern).contiguous(memory_format=torch.channels_last)
+        return self.filters(images).flatten(1)
+
+
 def as_replica(its, model: nn.Module, way: str, **settings):
     """What the ranks call. A single process is a group of one here."""
     if way == "none":

@@ -11,11 +11,13 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint import state_dict as state
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import TensorDataset
 
-from engine.runs import BATCH, BOUND, clipped_sum, engine, samples
+from engine.runs import BATCH, BOUND, clipped_sum, copies, engine, samples
 from flashdp_compile.engine.sharded import _kept
-from ranks.runs import backward, close, same, share
+from ranks.runs import Heads, Images, backward, close, same, share
 from ranks.sharded import Net, clipped_by_part, full, setup, shard, steps
 
 SIGMA = 0.8
@@ -55,6 +57,28 @@ def test_sums_are_those_of_one_process(pool, size, cases):
             assert close(found, wanted[clipping]), (way, clipping)
     for one, other in itertools.combinations(wanted.values(), 2):
         assert not close(one, other, 1e-2), "bounds are others"
+
+
+def laid_out(rank, size, roots, sizes):
+    """For each root what a step has moved."""
+    found = []
+    for root in roots:
+        its, net = engine(clipping="per_block"), root()
+        start = copies(net)
+        called = its.compile(fully_shard(net, mesh=init_device_mesh("cpu", (size,))))
+        optimizer = its.attach(torch.optim.SGD(net.parameters(), lr=1.0))
+        backward(called, samples().split(sizes)[rank])
+        optimizer.step()
+        found.append([a - b for a, b in zip(start, full(net), strict=True)])
+    return found
+
+
+@pytest.mark.parametrize("sizes", [[1, 7], [8, 0]], ids=str)
+def test_sums_that_ranks_have_laid_out_in_other_orders(pool, sizes):
+    roots = Heads, Images
+    for rank in pool.run(2, laid_out, roots, sizes):
+        for root, found in zip(roots, rank, strict=True):
+            assert close(found, clipped_sum(root(), samples()))
 
 
 def kept(rank, size):

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from engine.runs import copies, engine, mlp, moved, samples
-from ranks.runs import WAYS, Net, backward, close, expected, same, setup, share, take_steps
+from engine.runs import clipped_sum, copies, engine, mlp, moved, samples
+from flashdp_compile.runtime.watch import find
+from ranks.runs import WAYS, Heads, Images, Net, backward, close, expected, same, setup, share, take_steps
 
 
 def one_step(rank, size, cases):
@@ -76,6 +77,28 @@ def uneven(rank, size, sizes, way):
 def test_parts_of_any_size(pool, sizes, way):
     for found in pool.run(len(sizes), uneven, sizes, way):
         assert close(found, expected(mlp(), samples()))
+
+
+def laid_out(rank, size, roots, sizes):
+    """For each root what a step has moved, and the strides of the sum that this rank has had."""
+    found = []
+    for root in roots:
+        its, model, called, optimizer = setup("inside", root)
+        start = copies(model)
+        backward(called, samples().split(sizes)[rank])
+        strides = find(next(model.parameters())).held.total.stride()
+        optimizer.step()
+        found.append((moved(model, start), strides))
+    return found
+
+
+@pytest.mark.parametrize("sizes", [[1, 7], [8, 0]], ids=str)
+def test_sums_that_ranks_have_laid_out_in_other_orders(pool, sizes):
+    roots = Heads, Images
+    one, other = pool.run(2, laid_out, roots, sizes)
+    for root, (found, strides), (its, others) in zip(roots, one, other, strict=True):
+        assert strides != others or 1 not in sizes, "the test is of sums that lie otherwise"
+        assert close(found, clipped_sum(root(), samples())) and same(found, its)
 
 
 def settings_of_ddp(rank, size):
