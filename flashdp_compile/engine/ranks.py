@@ -21,6 +21,8 @@ from flashdp_compile.compat import adding_up, wait_of
 from flashdp_compile.errors import InternalError, RanksError
 
 _NOTHING, _FAILED = 0, 1
+_NOTHING_RELEASED = "Nothing was released"
+_COUNTED = "The step is counted, and other ranks may have taken it: begin anew from a checkpoint"
 WAVE = 1 << 28  # bytes: a millisecond or more between GPUs, and few enough for noise to begin early
 
 
@@ -35,6 +37,7 @@ class Ranks:
         self.rank = dist.get_rank() if self.size > 1 else 0
         self._host = _host_group() if self.size > 1 else None
         self._told: BaseException | None = None
+        self._parted: str | None = None
 
     @property
     def group(self) -> bool:
@@ -66,12 +69,28 @@ class Ranks:
         """What fails within fails on all ranks, at the next `agree` of the others."""
         self.check()
         try:
+            if self._parted is not None:
+                raise RanksError(
+                    f"a step was counted on all ranks, and failed behind that on rank {self.rank} ({self._parted}): "
+                    "others may have taken it, and parameters differ then. Begin anew from a checkpoint"
+                )
             yield
         except Exception as error:
             if self.size > 1 and error is not self._told:  # what came from an exchange is known already
                 with contextlib.suppress(RanksError):
                     self._exchange(_FAILED, f"{type(error).__name__}: {error}", "")
                 self._told = error
+            raise
+
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[None]:
+        """What fails within may fail on this rank alone, behind a step that all have counted: others may have taken it.
+        So this one, and by its next answer all of them, take no further step."""
+        try:
+            yield
+        except BaseException as error:
+            if self.size > 1:
+                self._parted = f"{type(error).__name__}: {error}"
             raise
 
     def secret(self, count: int) -> bytes:
@@ -99,12 +118,12 @@ class Ranks:
         if not all(tensor.is_contiguous() for tensor in tensors):
             raise InternalError("ranks add up memory, in which tensors that are not contiguous may lie in other orders")
         waves, pending = _waves(tensors), []
-        with self._answers():
+        with self._answers(_COUNTED):
             for wave in waves:
                 group = None if tensors[wave[0]].is_cuda else self._host
                 pending.append(adding_up([tensors[at] for at in wave], group))
         for wave, wait in zip(waves, pending, strict=True):
-            with self._answers():
+            with self._answers(_COUNTED):
                 wait()
             yield wave
 
@@ -150,18 +169,19 @@ class Ranks:
         raise self._raised(_difference(all_told))
 
     @contextlib.contextmanager
-    def _answers(self) -> Iterator[None]:
-        """Within, this rank waits for others."""
+    def _answers(self, so: str = _NOTHING_RELEASED) -> Iterator[None]:
+        """Within, this rank waits for others. `so`: what has become of the step if they do not answer."""
         try:
             yield
         except RuntimeError as error:
             raise self._raised(
                 f"rank {self.rank} has waited in vain for the others ({error}). One of them has ended, or is busy with "
-                "something else: every rank makes the same engine, takes the same steps, and skips no batch"
+                "something else: every rank makes the same engine, takes the same steps, and skips no batch",
+                so,
             ) from error
 
-    def _raised(self, text: str) -> RanksError:
-        self._told = error = RanksError(f"{text}. Nothing was released")
+    def _raised(self, text: str, so: str = _NOTHING_RELEASED) -> RanksError:
+        self._told = error = RanksError(text if so in text else f"{text}. {so}")
         return error
 
 

@@ -77,13 +77,15 @@ class Steps:
                 move = self._account(number, releases)
                 sums = logical.take()
             self._agree(number, logical, releases, sums)
-            move()
-            gradients = self._released(number, releases[0], sums)
-            logical.put(f"step {self._budget.steps_done} of the engine", sums, gradients)
+            with self._ranks.apart():
+                move()
+                gradients = self._released(number, releases[0], sums)
+                logical.put(f"step {self._budget.steps_done} of the engine", sums, gradients)
         except BaseException:
             self._forget(logical)
             raise
-        original()
+        with self._ranks.apart():
+            original()
         self.stepped = True
 
     def _agree(self, number: int, logical: LogicalBatch, releases: Sequence[Release], sums: Sequence[Sum]) -> None:
@@ -113,18 +115,13 @@ class Steps:
     def _released(self, number: int, release: Release, sums: Sequence[Sum]) -> list[Tensor]:
         """What becomes of the clipped sums, to which this release and others have added. Sums of one rank are added up
         over all, and noise is added to those that have come while others are on their way."""
-        shards = [at for at, one in enumerate(sums) if one.first is not None]
-        own = [at for at, one in enumerate(sums) if one.first is None]
+        if any(one.first is not None for one in sums):
+            assert all(one.first is not None for one in sums), "parts of a model are compiled as a whole"
+            return self._noised(number, release, sums)
         found: dict[int, Tensor] = {}
-
-        def add_noise(places: Sequence[int]) -> None:
-            noised = self._noised(number, release, [sums[at] for at in places])
-            found.update(zip(places, noised, strict=True))
-
-        if shards:
-            add_noise(shards)
-        for wave in self._ranks.adding_up([sums[at].total for at in own]):
-            add_noise([own[at] for at in wave])
+        for wave in self._ranks.adding_up([one.total for one in sums]):
+            noised = self._noised(number, release, [sums[at] for at in wave])
+            found.update(zip(wave, noised, strict=True))
         return [found[at] for at in range(len(sums))]
 
     def _noised(self, number: int, release: Release, sums: Sequence[Sum]) -> list[Tensor]:

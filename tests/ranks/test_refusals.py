@@ -1,5 +1,6 @@
 """What is wrong on one rank is said on all of them, in good time, and none of them takes the step."""
 
+import contextlib
 import time
 from unittest import mock
 
@@ -143,6 +144,47 @@ def goes_on(rank, size):
 def test_the_run_goes_on_behind_a_step_that_was_refused(pool):
     (done, one), (too, other) = pool.run(2, goes_on)
     assert done == too and same(one, other)
+
+
+def noise(its, optimizer):
+    return mock.patch.object(its._steps.noise, "add", side_effect=MemoryError("no room"))
+
+
+def optimizer_itself(its, optimizer):
+    return mock.patch("torch.optim.sgd.sgd", side_effect=MemoryError("no room"))
+
+
+def parted(rank, size, failing):
+    """A step that fails on one rank when all have agreed on it, and the two behind it."""
+    its, model, called, optimizer = setup("inside", noise_multiplier=1.0)
+    errors = []
+    for number in range(3):
+        backward(called, share(rank, size))
+        with failing(its, optimizer) if (rank, number) == (0, 0) else contextlib.nullcontext():
+            (error,), _ = attempts(model, optimizer.step)
+        errors.append(error)
+    return errors, its.steps_done
+
+
+@pytest.mark.parametrize("failing", [noise, optimizer_itself], ids=lambda f: f.__name__)
+def test_a_step_that_fails_on_one_rank_when_it_is_counted(pool, failing):
+    """The other rank has taken it: from there on their parameters differ."""
+    ((first, *one), done), ((none, *other), too) = pool.run(2, parted, failing)
+    assert first == ("MemoryError", "no room") and none is None and done == too == 1
+    for kind, text in one + other:
+        assert kind == "RanksError" and "no room" in text and "Begin anew from a checkpoint" in text
+
+
+def other_precision(rank, size):
+    its, model, called, optimizer = setup("none", lambda: mlp().double() if rank else mlp())
+    x = share(rank, size)
+    backward(called, x.double() if rank else x)
+    return attempts(model, optimizer.step)
+
+
+def test_parameters_of_another_precision(pool):
+    for (error,), kept in pool.run(2, other_precision):
+        assert kept and error is not None and error[0] == "RanksError" and "ranks do not agree" in error[1]
 
 
 def other_weights(rank, size):
