@@ -73,7 +73,16 @@ from flashdp_compile.compat.launches import (
     start_kernel,
     written_by,
 )
-from flashdp_compile.compat.ranks import adding_up, compile_in_place, running_ddp, unsplit_ddp_graphs, wait_of
+from flashdp_compile.compat.ranks import (
+    adding_up,
+    came_of_waiting,
+    compile_in_place,
+    leave_word,
+    running_ddp,
+    unsplit_ddp_graphs,
+    wait_of,
+    words_left,
+)
 from flashdp_compile.compat.sharding import (
     first_element,
     foreign_hooks,
@@ -118,6 +127,9 @@ __all__ = [
     "TorchDispatchMode",
     "UnwrappedCompilerError",
     "adding_up",
+    "came_of_waiting",
+    "leave_word",
+    "words_left",
     "allocations",
     "argument",
     "belongs_to_backward",

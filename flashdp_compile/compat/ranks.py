@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -9,7 +10,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-__all__ = ["adding_up", "compile_in_place", "running_ddp", "unsplit_ddp_graphs", "wait_of"]
+__all__ = [
+    "adding_up",
+    "came_of_waiting",
+    "compile_in_place",
+    "leave_word",
+    "running_ddp",
+    "unsplit_ddp_graphs",
+    "wait_of",
+    "words_left",
+]
+
+_WORD = "flashdp: what has happened on rank"
 
 
 def running_ddp() -> Any:
@@ -64,3 +76,37 @@ def adding_up(tensors: list[torch.Tensor], group: Any) -> Callable[[], None]:
             work.wait()
 
     return wait
+
+
+def came_of_waiting(error: BaseException) -> bool:
+    """Whether torch.distributed has raised it, as it does where other ranks do not come."""
+    if isinstance(error, dist.DistError):
+        return True
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and "torch/distributed" in trace.tb_frame.f_code.co_filename.replace("\\", "/")
+
+
+def leave_word(text: str) -> None:
+    """Writes down what has happened on this rank where others find it, whatever they wait for. They may be gone."""
+    if (store := _store()) is not None:
+        with contextlib.suppress(RuntimeError):
+            store.set(f"{_WORD} {dist.get_rank()}", text)
+
+
+def words_left() -> list[str]:
+    """What ranks have written down, as far as it can be had."""
+    found: list[str] = []
+    if (store := _store()) is not None:
+        with contextlib.suppress(RuntimeError):
+            for rank in range(dist.get_world_size()):
+                if store.check([key := f"{_WORD} {rank}"]):
+                    found.append(f"rank {rank}: {store.get(key).decode()}")
+    return found
+
+
+def _store() -> Any:
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return None
+    return dist.distributed_c10d._get_default_store()

@@ -6,20 +6,24 @@ What runs between the parts is watched by between_parts.py, how they are called 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flashdp_compile.compat import (
+    came_of_waiting,
     groups_of,
+    leave_word,
     prefetched_again,
     sharded_parameters,
     take_wide_gradients,
     unusual_sums,
+    words_left,
 )
-from flashdp_compile.errors import FlashDPError, Refusal
+from flashdp_compile.errors import FlashDPError, RanksError, Refusal
 from flashdp_compile.runtime.between_parts import Flow, tensors_of
 from flashdp_compile.runtime.part_calls import Around, check_call, check_results
 from flashdp_compile.runtime.part_runs import PartRuns
@@ -140,7 +144,7 @@ class Parts:
                 return forward(*args, **kwargs)
             if self._runs.shared:
                 _refuse_gradients_of((args, kwargs))
-            with self._flow.of((args, kwargs)):
+            with _said_on_all_ranks(), self._flow.of((args, kwargs)):
                 outputs = forward(*args, **kwargs)
             if self._runs.shared:
                 groups = (group for groups in self._groups.values() for group in groups)
@@ -149,6 +153,25 @@ class Parts:
             return outputs
 
         return between
+
+
+@contextlib.contextmanager
+def _said_on_all_ranks() -> Iterator[None]:
+    """What one rank refuses in its forward leaves the others waiting for it, where fully_shard gathers parameters: they
+    are told why when they have waited in vain."""
+    try:
+        yield
+    except FlashDPError as error:
+        leave_word(f"{type(error).__name__}: {error}")
+        raise
+    except RuntimeError as error:
+        if not came_of_waiting(error):
+            raise
+        told = "; ".join(words_left()) or "one of them has ended, or is busy with something else"
+        raise RanksError(
+            f"fully_shard has waited in vain for other ranks ({told}). Nothing was released. Ranks are out of step "
+            "now: begin anew from a checkpoint"
+        ) from error
 
 
 def _refuse_gradients_of(arguments: Any) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flashdp_compile import pipeline
+from flashdp_compile import compat, pipeline
 from flashdp_compile.options import PERFORMANCE, PRIVACY, Options
 from flashdp_compile.passes.axes import registry
 from flashdp_compile.passes.inputs import Input
@@ -121,8 +121,25 @@ def test_moving_bounds_count_by_their_place():
     assert key(bound_scales=one, **beside) == key(bound_scales=one, **beside) != key(bound_scales=other, **beside)
 
 
-def test_what_other_graphs_keep_counts_for_the_last_pass():
+def test_what_other_graphs_keep_counts_for_the_last_pass(monkeypatch):
     assert LastPass(1).uuid() == LastPass(1).uuid() != LastPass().uuid()
+    told = []
+    monkeypatch.setattr(pipeline, "run_late", lambda graph, beside: told.append(beside))
+    LastPass(7)(torch.fx.Graph())
+    assert told == [7]
+
+
+def test_a_part_is_compiled_beside_what_the_others_keep(monkeypatch):
+    told = []
+
+    def compile_with_inductor(gm, inputs, rewriting, last, *settings):
+        told.append(last.uuid())
+        return compat.compile_with_interpreter(gm, inputs, rewriting)
+
+    monkeypatch.setattr(compat, "compile_with_inductor", compile_with_inductor)
+    options = {"noise_at": "step", "expected_batch_size": 4, "part_runs": PartRuns(kept=7)}
+    torch.compile(torch.nn.Linear(3, 2), backend="flashdp", options=options)(torch.randn(4, 3))
+    assert told == [LastPass(7).uuid()]
 
 
 def test_a_scaler_counts_by_its_place():

@@ -82,11 +82,11 @@ def the_same(of: fx.Graph, before: list[torch.Tensor], inputs: list[object]) -> 
         torch.testing.assert_close(was, now, rtol=1e-6, atol=1e-7)
 
 
-def taken(of: fx.Graph, count: int = 1) -> list[fx.Node]:
+def taken(of: fx.Graph, count: int = 1, beside: int = 0) -> list[fx.Node]:
     """So many layers are made in parts, and the numbers stay; returns their nodes."""
     inputs = random_inputs(of)
     before = outputs(of, inputs)
-    assert store_in_parts(of, "cpu") == count
+    assert store_in_parts(of, "cpu", beside) == count
     of.lint()
     the_same(of, before, inputs)
     return made(of)

@@ -112,13 +112,14 @@ def test_one_layer_of_a_group_is_enough(monkeypatch):
     assert store_in_parts(of, "cpu") == 0
 
 
-def test_one_layer_of_each_group(monkeypatch):
+@pytest.mark.parametrize("beside", [0, 1 << 40], ids=["alone", "beside other graphs"])
+def test_one_layer_of_each_group(monkeypatch, beside):
     """The first group counts for both, and its largest layer does not wait for the other's norms."""
     monkeypatch.setattr(module, "GAIN", 0.0)
     monkeypatch.setattr(module, "GAIN_IN_GROUP", 0.0)
     monkeypatch.setattr(module, "LARGE", 0.0)
     of = graph(clipping={"layers.*": "layers", "*": "heads"}, model=TwoHeads(), bound={"*": 0.5, "layers.*": 0.5})
-    both = taken(of, 2)
+    both = taken(of, 2, beside)
     shapes = [node.meta["val"][0].shape for node in both]
     assert sum(800 in shape for shape in shapes) == 1 and not any(600 in shape for shape in shapes)
     assert sum(bool(argument(clip, "counts")) for clip in clips(of)) == 1
