@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -27,7 +27,7 @@ from flashdp_compile.passes.axes.rules_flashdp import register_runtime_ops
 from flashdp_compile.passes.before import Before
 from flashdp_compile.passes.capture import JointGraph, capture
 from flashdp_compile.passes.dump import graph_text
-from flashdp_compile.passes.groups import MovingBounds, form_groups
+from flashdp_compile.passes.groups import Group, MovingBounds, form_groups
 from flashdp_compile.passes.guarantee import Guarantee
 from flashdp_compile.passes.inputs import Input
 from flashdp_compile.passes.late.run import run_late
@@ -63,8 +63,8 @@ class Record:
     error: Exception | None = None
 
 
-def mechanism_of(options: Options) -> Mechanism:
-    """The fields of `Options` that say how clipped sums become releases."""
+def mechanism_of(options: Options, groups: Sequence[Group] = ()) -> Mechanism:
+    """The fields of `Options` that say how clipped sums become releases, of a graph with these clipping groups."""
     return Mechanism(
         noise_multiplier=options.noise_in_graph,
         clip_fn=options.clip_fn,
@@ -72,7 +72,7 @@ def mechanism_of(options: Options) -> Mechanism:
         expected_batch_size=options.expected_batch_size,
         seed=options.seed,
         grad_scaler=None if options.grad_scaler is None else scaling.place(options.grad_scaler),
-        bounds=_moving(options),
+        bounds=_moving(options, groups),
         held_probes=None if options.held_probes is None else options.held_probes.place,
         part_runs=_shared(options),
         owed=options.noise_at == "step",
@@ -84,16 +84,19 @@ def _shared(options: Options) -> int | None:
     return runs.place if runs is not None and runs.shared else None
 
 
-def _moving(options: Options) -> MovingBounds | None:
+def _moving(options: Options, groups: Sequence[Group]) -> MovingBounds | None:
     scales = options.bound_scales
-    return None if scales is None else MovingBounds(scales.place, tuple(scales.groups))
+    if scales is None or not groups:
+        return None
+    kind = scales.kinds.index({group.name: group.bound for group in groups})
+    return MovingBounds(scales.place, tuple(scales.kinds[kind]), kind)
 
 
 def guarantee_of(options: Options, before: Before, slack: float) -> Guarantee:
     """What must leave a graph, from the options and the gradients that it had."""
     names = [g.name for g in before.released.values()]
     groups = form_groups(names, options.clipping, options.max_grad_norm)
-    return Guarantee(groups, mechanism_of(options), slack, options.norm, options.probes)
+    return Guarantee(groups, mechanism_of(options, groups), slack, options.norm, options.probes)
 
 
 def analyse(graph: fx.Graph, record: Record) -> None:
@@ -144,8 +147,8 @@ def run(graph: fx.Graph, record: Record) -> None:
     analyse(graph, record)
     if record.joint is None or record.plan is None or not record.joint.tangents:
         return
-    mechanism = mechanism_of(record.options)
     _check_groups(record.options, record.plan)
+    mechanism = mechanism_of(record.options, record.plan.groups)
     before = Before.of(record.joint, record.axes)
     if record.axes is not None:
         rewrite(record.axes, record.plan, mechanism)
@@ -173,11 +176,11 @@ def _check_groups(options: Options, plan: Plan) -> None:
             f"step has {len(plan.groups)}: {', '.join(g.name for g in plan.groups[:5])}... Give the engine "
             f"groups={len(plan.groups)}"
         )
-    if options.bound_scales is None:
+    if options.bound_scales is None or of_part and not plan.groups:  # a part that is frozen has none
         return
-    found, known = {group.name: group.bound for group in plan.groups}, options.bound_scales.groups
-    if found != known:
-        without = [name for name in known if name not in found]
+    found, kinds = {group.name: group.bound for group in plan.groups}, options.bound_scales.kinds
+    if found not in kinds:
+        without = list(dict.fromkeys(name for kind in kinds for name in kind if name not in found))
         raise Refusal(
             f"nothing in this step depends on the parameters of {', '.join(without) or 'some groups'}, but bounds that "
             "move are counted for all that can be trained. Freeze what is not used: requires_grad_(False)"
@@ -232,7 +235,12 @@ class FlashDPPass(CustomGraphPass):
             return None
         described = [(i.name, i.role) for i in self._inputs]
         held = self._options.held_probes
-        policy = [self._options.policy(), asdict(mechanism_of(self._options)), None if held is None else held.groups]
+        scales = self._options.bound_scales
+        of_engine = [
+            None if held is None else held.groups,
+            None if scales is None else [scales.place, [[*kind.items()] for kind in scales.kinds]],
+        ]
+        policy = [self._options.policy(), asdict(mechanism_of(self._options)), of_engine]
         key = json.dumps([policy, self._feeds_parts, described, rules, sources_digest(), versions()], sort_keys=True)
         return hashlib.sha256(key.encode()).hexdigest()
 

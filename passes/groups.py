@@ -27,10 +27,12 @@ class Group:
 
 
 class MovingBounds(NamedTuple):
-    """Bounds that move: their place in runtime/bounds.py, and the names of the groups in the order of its scales."""
+    """Bounds that move: their place in runtime/bounds.py, and the names of a graph's groups in the order of its scales,
+    which are those of a `kind` there."""
 
     place: int
     groups: tuple[str, ...]
+    kind: int = 0
 
 
 def sensitivity(groups: Sequence[Group]) -> float:

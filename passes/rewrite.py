@@ -142,11 +142,13 @@ def _moved(
     """How far the bound of each group has moved. The first group, which waits for all norms anyway, also has counted
     who lies within."""
     assert mechanism.bounds is not None
-    place, names = mechanism.bounds
+    place, names, kind = mechanism.bounds
     norms = dict(zip((group.name for group in groups), totals, strict=True))
-    scales = emit(lambda anchor: ops.bound_scales(anchor, place), _anchor(joint, totals[0]))
+    scales = emit(lambda anchor: ops.bound_scales(anchor, place, kind), _anchor(joint, totals[0]))
     counted = emit(
-        lambda s, *norms: ops.count_within(s, norms, mechanism.mean, place), scales, *(norms[name] for name in names)
+        lambda s, *norms: ops.count_within(s, norms, mechanism.mean, place, kind),
+        scales,
+        *(norms[name] for name in names),
     )
     numbers = [names.index(group.name) for group in groups]
     return [emit(_element(number), scales if k else counted) for k, number in enumerate(numbers)]

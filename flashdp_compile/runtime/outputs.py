@@ -162,7 +162,7 @@ def _hook(node: Any, info: ReleaseInfo, batch: Mapping[int, int] | None, part: t
 def _begun(owed: Owed, part: int | None, grad_outputs: Sequence[Tensor | None]) -> None:
     """Before a compiled node runs: what one that has failed has counted is forgotten, and it is told its part."""
     if owed.bounds is not None:
-        owed.bounds.forget()
+        owed.bounds.begin(part)
     if owed.parts is not None:
         owed.parts.running = part
     if owed.probes is not None:

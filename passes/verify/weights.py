@@ -56,12 +56,12 @@ def check_moved_bounds(graph: Graph, weights: dict[str, fx.Node]) -> None:
     if moving is None or not groups:
         return
     (moved,), (counted,) = scales, counts
-    if moved.args[1] != moving.place or moved.args[0] not in graph.backward:
-        raise NotProved("the scales of the bounds are those of another run, or of an earlier backward")
+    if moved.args[1:] != (moving.place, moving.kind) or moved.args[0] not in graph.backward:
+        raise NotProved("the scales of the bounds are those of another run or part, or of an earlier backward")
     if sorted(moving.groups) != sorted(weights):
         raise NotProved(f"bounds move for {moving.groups}, not for {tuple(weights)}")
     norms = [weights[name].args[0] for name in moving.groups]
-    if counted.args != (moved, norms, graph.guarantee.mechanism.mean, moving.place):
+    if counted.args != (moved, norms, graph.guarantee.mechanism.mean, moving.place, moving.kind):
         raise NotProved("samples within bounds are not counted by the norms of which weights are made")
     for number, name in enumerate(moving.groups):
         _, *policy = weights[name].args

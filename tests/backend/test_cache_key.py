@@ -121,6 +121,15 @@ def test_moving_bounds_count_by_their_place():
     assert key(bound_scales=one, **beside) == key(bound_scales=one, **beside) != key(bound_scales=other, **beside)
 
 
+def test_moving_bounds_count_by_the_groups_of_all_parts():
+    """A graph holds the number of its own among them."""
+    beside, scales = {"noise_at": "step", "expected_batch_size": 5}, BoundScales()
+    keys = []
+    for scales.kinds in ([], [{"a": 1.0}], [{"b": 1.0}, {"a": 1.0}], [{"a": 1.0}, {"b": 1.0}], [{"a": 2.0}]):
+        keys.append(key(bound_scales=scales, **beside))
+    assert len(set(keys)) == 5
+
+
 def test_what_other_graphs_keep_counts_for_the_last_pass(monkeypatch):
     assert LastPass(1).uuid() == LastPass(1).uuid() != LastPass().uuid()
     told = []

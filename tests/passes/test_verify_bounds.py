@@ -11,8 +11,8 @@ from flashdp_compile.runtime.bounds import BoundScales
 
 aten, flashdp = torch.ops.aten, torch.ops.flashdp
 STATE = BoundScales()
-STATE.groups = {"0": 1.0, "2": 1.0}  # as many as the graph's
-MOVING = dataclasses.replace(NOISY, bounds=MovingBounds(STATE.place, ("2", "0")))  # another order than the graph's
+STATE.kinds = [{"0": 1.0, "2": 1.0}] * 2  # as many as the graph's
+MOVING = dataclasses.replace(NOISY, bounds=MovingBounds(STATE.place, ("2", "0"), 1))  # another order than the graph's
 
 
 def the(found, op):
@@ -56,9 +56,21 @@ def test_a_scale_that_was_changed():
 def test_the_scales_of_another_run():
     found = graph(mechanism=MOVING)
     other = BoundScales()
-    other.groups = STATE.groups
+    other.kinds = STATE.kinds
     replace_arg(the(found, flashdp.bound_scales), 1, other.place)
     fails(found, "those of another run")
+
+
+@pytest.mark.parametrize(
+    ("op", "words"),
+    [(flashdp.bound_scales, "those of another run or part"), (flashdp.count_within, "not counted by the norms")],
+)
+def test_scales_of_another_kind_of_part(op, words):
+    """One with as many groups, under other names."""
+    found = graph(mechanism=MOVING)
+    node = the(found, op)
+    replace_arg(node, len(node.args) - 1, 0)
+    fails(found, words)
 
 
 def test_scales_of_the_forward():
