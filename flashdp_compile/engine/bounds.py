@@ -97,7 +97,7 @@ class MovingBounds:
 
     def wrong(self, releases: Sequence[Release], parameters: Iterable[Tensor]) -> str:
         """Why these backward passes are no logical batch, in the words of an error; empty if they are one."""
-        if len({release.moved.moves for release in releases if release.moved is not None}) != 1:
+        if len({release.moved.moves for release in _of_all_parts(releases) if release.moved is not None}) != 1:
             return "bounds have moved between them: the optimizers of a model step together when bounds move"
         if any(self.state.group_of(parameter) is None for parameter in parameters):
             return (
@@ -108,12 +108,12 @@ class MovingBounds:
 
     def settle(self, releases: Sequence[Release], factor: float, sigma: float, add_noise: AddNoise) -> None:
         """At a step that is counted already: moves on, by the votes of its backward passes, each of which is used but
-        once, or to `factor`, which is scheduled for the next."""
+        once, or to `factor`, which is scheduled for the next. `add_noise` also adds up over all ranks."""
         if not isinstance(self._how, Quantile):
             self.state.load([factor])
             return
         votes = torch.zeros_like(self.state.scales)
-        for release in releases:
+        for release in _of_all_parts(releases):
             if release.moved is not None:
                 votes += release.moved.votes
                 release.moved = release.moved._replace(votes=torch.zeros_like(votes))
@@ -136,3 +136,9 @@ class MovingBounds:
             return {}
         scales = self.state.scales.tolist()
         return {name: bound * s for (name, bound), s in zip(self.state.groups.items(), scales, strict=True)}
+
+
+def _of_all_parts(releases: Sequence[Release]) -> list[Release]:
+    """Where a model is compiled part by part, a backward pass makes a release of each part, once (parts.py has seen to
+    it), and is known by one of them."""
+    return [peer for release in releases for peer in release.peers]

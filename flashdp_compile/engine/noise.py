@@ -53,12 +53,13 @@ class Noise:
         groups: Sequence[int] | None = None,
         offsets: Sequence[int] | None = None,
     ) -> list[Tensor]:
-        """Each of `totals` with noise of this deviation, times the factor of its group, if there are any. Memory may be
-        that of `totals`. No two tensors may have the same stream in a step. A deviation of 0 adds nothing. `offsets`:
-        how many elements of a larger tensor lie before each, whose noise has the stream."""
+        """Each of `totals` with noise of this deviation, times the factor of its group, if there are any, wherever they
+        are kept. Memory may be that of `totals`. No two tensors may have the same stream in a step. A deviation of 0
+        adds nothing. `offsets`: how many elements of a larger tensor lie before each, whose noise has the stream."""
         if offsets is not None and std > 0 and any(first % self.drawn for first in offsets):
             return self._beside(totals, step, streams, std, factors, groups, offsets)
         added = list(totals)
+        on = {device: None if factors is None else factors.to(device) for device in {t.device for t in totals}}
         which = [0] * len(added) if groups is None else groups
         blocks = [0] * len(added) if offsets is None else [first // self.drawn for first in offsets]
         alone, together = list[int](), dict[torch.device, list[int]]()
@@ -73,14 +74,15 @@ class Noise:
             told = tuple(Entry(added[at].numel(), streams[at], which[at], blocks[at]) for at in places)
             if told not in self._tables:
                 self._tables[told] = NoiseTable(told, self.secure)
-            self._tables[told].add(own, self.key(device, step), std, factors)
+            self._tables[told].add(own, self.key(device, step), std, on[device])
         for at in alone:
             total = added[at]
             if std > 0:
                 key = self.key(total.device, step)
                 op = self.op if blocks[at] == 0 else functools.partial(self.reference, block=blocks[at])
                 total = op(total, key, streams[at], std)
-            added[at] = total if factors is None else total * factors[which[at]]
+            scale = on[total.device]
+            added[at] = total if scale is None else total * scale[which[at]]
         return added
 
     def _beside(

@@ -20,9 +20,9 @@ from flashdp_compile.engine.journal import Journal
 from flashdp_compile.engine.loader import EngineLoader, make_loader
 from flashdp_compile.engine.noise import NOISES, Noise
 from flashdp_compile.engine.norms import accounted_norms
+from flashdp_compile.engine.part_groups import BY_PART
 from flashdp_compile.engine.plan import make_plan
 from flashdp_compile.engine.ranks import Ranks
-from flashdp_compile.engine.sharded import BY_PART
 from flashdp_compile.engine.steps import Steps
 from flashdp_compile.errors import OptionError
 from flashdp_compile.options import Options

@@ -3,7 +3,6 @@ its share of one bound of all."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -11,13 +10,12 @@ import torch
 from torch import nn
 
 from flashdp_compile.compat import is_narrow, is_sharded, local_shard, sum_shards
+from flashdp_compile.engine.part_groups import BY_PART, bound_options, grouped, groups_that_move
 from flashdp_compile.engine.ranks import Ranks
 from flashdp_compile.errors import OptionError
 from flashdp_compile.runtime.part_runs import PartRuns
 from flashdp_compile.runtime.parts import Parts, was_compiled
 from flashdp_compile.runtime.shard_watch import ShardWatch, watch_shard
-
-BY_PART = "per_block"  # of `clipping`: one group for each part
 
 
 def is_in_parts(model: nn.Module) -> bool:
@@ -31,8 +29,6 @@ def compile_in_parts(
 
     Raises OptionError where parameters belong to no part, or are sharded in a way that noise is not known for.
     """
-    if options.get("bound_scales") is not None:
-        raise OptionError("bounds that move are not known yet for a model of sharded parts: leave bounds out")
     if was_compiled(model):
         raise OptionError("this model was compiled part by part before: an engine compiles a model once")
     parts = parts_of(model)
@@ -52,7 +48,15 @@ def compile_in_parts(
             "norms that are estimated have no bound for all parts together: the second run of the backward would rest "
             f"on the estimates of the first. Take clipping={BY_PART!r} or 'per_layer'"
         )
-    own = {**options, **_bounds(parts, options, clipping), "part_runs": runs}
+    if runs.shared and options.get("bound_scales") is not None:
+        raise OptionError(
+            "bounds that move are not known for clipping='flat' of a model in parts, whose one bound all of them share "
+            f"in two runs of the backward: take clipping={BY_PART!r} or 'per_layer', or leave bounds out"
+        )
+    groups = grouped(parts, clipping)
+    own = {**options, **bound_options(groups, options, clipping), "part_runs": runs}
+    if (scales := options.get("bound_scales")) is not None:
+        scales.divide(groups_that_move(parts, groups, own["max_grad_norm"]["*"], clipping))
     calls = compiled_calls(parts.values(), backend="flashdp", options=own, **settings)
     Parts(model, parts, shards, runs).install(lambda part: calls[type(part)])
 
@@ -144,30 +148,3 @@ def _told(parts: Mapping[str, nn.Module]) -> dict[str, str]:
         for part, module in parts.items()
         for name, p in module.named_parameters()
     }
-
-
-def _bounds(parts: Mapping[str, nn.Module], options: Mapping[str, Any], clipping: Any) -> dict[str, Any]:
-    """The options that give each group of each part its share of the bound of the whole."""
-    bound, kind = options["max_grad_norm"], clipping
-    if clipping == BY_PART:
-        count = sum(any(p.requires_grad for p in part.parameters()) for part in parts.values())
-        kind = {"*": "part"}
-    elif clipping == "per_layer":
-        trained = ((part, n) for part, module in parts.items() for n, p in module.named_parameters() if p.requires_grad)
-        count = len({f"{part}.{n}".rpartition(".")[0] for part, n in trained})  # modules that own parameters
-    elif clipping == "flat":
-        count, kind = 1, {"*": "part"}  # parts find their shares of it while they run (part_runs.py)
-    else:
-        raise OptionError(
-            f"clipping={clipping!r} is not known for a model of sharded parts; allowed: 'flat', {BY_PART!r}, "
-            "'per_layer'"
-        )
-    if isinstance(bound, Mapping):
-        raise OptionError("max_grad_norm states several bounds, but parts of a sharded model share one: give a number")
-    held = options.get("held_probes")
-    if held is not None and held.groups != count:
-        raise OptionError(
-            f"epsilon was computed for norms that are estimated in {held.groups} clipping group(s), and this model has "
-            f"{count}. Give the engine groups={count}"
-        )
-    return {"clipping": kind, "max_grad_norm": {"*": bound / math.sqrt(max(count, 1))}}

@@ -360,7 +360,11 @@ COMPILED = {
         {**ESTIMATED, "clipping": "flat"},
         "the second run of the backward would rest on the estimates of the first",
     ),
-    "moving bounds": (shard, {"bounds": lambda step: 1.0}, "bounds that move"),
+    "moving bounds": (
+        shard,
+        {"bounds": lambda step: 1.0, "clipping": "flat"},
+        "bounds that move are not known for clipping='flat' of a model in parts",
+    ),
     "forward of an object": (other_forward, {}, "first has a forward that was assigned to the object"),
     "ignored": (ignored, {}, "head.weight is not sharded over all 1 ranks"),
     "parameter of its own": (loose, {}, "alone belongs to a module other parts of which are sharded"),
@@ -418,7 +422,7 @@ MOST_TELLING = (
     *("stale", "shard_hook", "late_shard_hook", "rescaled", "unsynced", "unattached", "twice_backward", "module_hook"),
     *("frozen", "compiled_around", "part_compiled_around", "unreduced", "twice_backward_flat", "given_gradient"),
     *("compiled: by pattern", "compiled: container", "compiled: columns", "compiled: thawed"),
-    "compiled: sums of 16 bits",
+    *("compiled: sums of 16 bits", "compiled: moving bounds"),
 )
 
 
