@@ -197,6 +197,33 @@ def test_each_sample_has_one_vote_in_each_group(clipping, names, pool):
             assert abs(one[name] - other[name]) == pytest.approx(HOW.rate / 2 / BATCH, rel=1e-4)
 
 
+def two_optimizers(rank, size, split):
+    """Of parts of the model each, or of a weight and all the rest: they take the same steps together."""
+    its, net, called, optimizer = prepared(LAYER)
+    if split is not None:
+        named = dict(net.named_parameters())
+        optimizers = [
+            its.attach(torch.optim.SGD([p for name, p in named.items() if name.startswith(split) == which], lr=0.2))
+            for which in (True, False)
+        ]
+    else:
+        optimizers = [optimizer]
+    for _ in range(2):
+        net.zero_grad()
+        backward(called, share(rank, size))
+        for one in optimizers:
+            one.step()
+    assert its.steps_done == 2
+    return its.max_grad_norm(), full(net)
+
+
+def test_votes_are_used_once(pool):
+    together, *others = (pool.run(2, two_optimizers, split) for split in (None, "blocks.1", "blocks.0.up.weight"))
+    for split in others:
+        for (bounds, values), (wanted, weights) in zip(split, together, strict=True):
+            assert bounds == wanted and same(values, weights)
+
+
 def resumed(rank, size, count, saved=None):
     """A run, or what is left of one; all rows are on the last rank."""
     net = Net()
@@ -277,9 +304,9 @@ def second_in_parts():
     its.compile(shard(Chain(nn.Linear(3, 3))))
 
 
-def moved_between(where):
+def moved_between(where, micro_batches):
     """Bounds that another step has moved: between the parts of a backward, or between micro-batches."""
-    its, net, called, optimizer = prepared(LAYER, micro_batches=2)
+    its, net, called, optimizer = prepared(LAYER, micro_batches=micro_batches)
     take, count = BoundScales.take, itertools.count()
 
     def moving(scales):
@@ -287,7 +314,7 @@ def moved_between(where):
         return take(scales)
 
     with mock.patch.object(BoundScales, "take", moving):
-        for rows in samples().chunk(2):
+        for rows in samples().chunk(micro_batches):
             backward(called, rows)
             optimizer.step()
 
@@ -302,8 +329,8 @@ REFUSED = {
     "a second model": (second, "give each model an engine of its own"),
     "a second one that is whole": (second_that_is_whole, "A second model needs an engine of its own"),
     "a second one in parts": (second_in_parts, "give each model an engine of its own"),
-    "between parts": (lambda: moved_between(2), "bounds have moved between them"),
-    "between micro-batches": (lambda: moved_between(4), "bounds have moved between them"),
+    "between parts": (lambda: moved_between(2, 1), "bounds have moved between them"),
+    "between micro-batches": (lambda: moved_between(4, 2), "bounds have moved between them"),
 }
 
 
