@@ -7,7 +7,7 @@ itself as in He et al. 2022 (arXiv 2212.01539). How the count of each step is pa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,9 @@ from flashdp_compile.runtime.release import Release
 
 Schedule = Callable[[int], float]
 """steps that are done -> what the bounds of the next one are multiplied by. It must know nothing of the data."""
+
+Saved = Sequence[float] | Mapping[str, float]
+"""The scales of a run that is resumed, by the names of its groups; one for all, or in their order, if it had none."""
 
 AddNoise = Callable[[Tensor, float], Tensor]
 """(what samples have added up to, a deviation) -> the same with noise of that deviation."""
@@ -71,7 +74,7 @@ class MovingBounds:
         """For a run that is resumed, which must say the same; nobody can tell functions apart."""
         return repr(self._how) if isinstance(self._how, Quantile) else "a schedule"
 
-    def begin(self, steps_done: int | None, scales: Sequence[float] | None = None) -> None:
+    def begin(self, steps_done: int | None, scales: Saved | None = None) -> None:
         """Where a run begins, or goes on: with the `scales` that were saved, or with those of the schedule, which says
         nothing of what is behind the last step (None)."""
         if not isinstance(self._how, Quantile):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from torch import nn
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from flashdp_compile.accounting import Sampling, Schedule
 from flashdp_compile.checks import choice, first_difference, integer
 from flashdp_compile.engine.attach import check_optimizer, replace_step
-from flashdp_compile.engine.bounds import MovingBounds, Quantile
+from flashdp_compile.engine.bounds import MovingBounds, Quantile, Saved
 from flashdp_compile.engine.budget import Budget
 from flashdp_compile.engine.compiled import compile_model
 from flashdp_compile.engine.journal import Journal
@@ -250,7 +250,7 @@ class PrivacyEngine:
         self._go_on()
         return loader
 
-    def _begin_bounds(self, scales: Sequence[float] | None) -> None:
+    def _begin_bounds(self, scales: Saved | None) -> None:
         """Lets bounds go on behind the steps that are done."""
         if self._bounds is not None:
             self._bounds.begin(None if self.steps_left == 0 else self.steps_done, scales)

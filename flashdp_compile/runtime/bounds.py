@@ -73,7 +73,7 @@ class BoundScales:
         self.kinds: list[dict[str, float]] = []
         self.scales = self.within = self.bounds = torch.ones(0)
         self.moves = 0
-        self._first: list[float] = [1.0]
+        self._first: Sequence[float] | Mapping[str, float] = [1.0]
         self._group_of: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
         self._numbers: dict[int, int] = {}
         self._running: int | None = None
@@ -173,23 +173,32 @@ class BoundScales:
             )
         return found.scales
 
-    def load(self, scales: Sequence[float]) -> None:
-        """Takes these, or the same one for all groups, now or as soon as the model is compiled.
+    def load(self, scales: Sequence[float] | Mapping[str, float]) -> None:
+        """Takes these, by the names of groups or in their order, or the same one for all groups, now or as soon as the
+        model is compiled.
 
         Raises Refusal unless there is one, or one for each group.
         """
-        self._first = list(scales)
+        self._first = dict(scales) if isinstance(scales, Mapping) else list(scales)
         if not self.groups:
             return
-        if len(scales) not in (1, len(self.groups)):  # one for all is where every run begins
+        named = isinstance(scales, Mapping)
+        if len(scales) != len(self.groups) and (named or len(scales) > 1):  # one for all is where every run begins
             raise Refusal(
                 f"the run that is resumed had {len(scales)} clipping groups, and this model has {len(self.groups)}: "
                 "its bounds were those of another model"
             )
+        if isinstance(scales, Mapping):  # a model in parts has its groups in another order than a whole one
+            if len(scales) > 1 and scales.keys() != self.groups.keys():
+                raise Refusal(
+                    f"the run that is resumed had the clipping groups {', '.join(scales)}, and this model has "
+                    f"{', '.join(self.groups)}: its bounds were those of another model"
+                )
+            scales = [scales[name] for name in self.groups] if len(scales) > 1 else [*scales.values()]
         if len(scales) == 1:
             self.scales.fill_(scales[0])  # without waiting for the device: a schedule does so at every step
         else:
-            self.scales.copy_(torch.tensor(self._first))
+            self.scales.copy_(torch.tensor(scales))
         self.moves += 1
         self.forget()
 
@@ -208,9 +217,9 @@ class BoundScales:
         """Drops the votes of a backward that has failed."""
         self.within.zero_()
 
-    def saved(self) -> list[float]:
+    def saved(self) -> Sequence[float] | Mapping[str, float]:
         """For `load`."""
-        return list(self.scales.tolist()) if self.groups else self._first
+        return dict(zip(self.groups, self.scales.tolist(), strict=True)) if self.groups else self._first
 
     def group_of(self, parameter: Tensor) -> int | None:
         """The number of a parameter's group; None for one that was not compiled."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import math
 from unittest import mock
 
@@ -238,11 +239,20 @@ def resumed(rank, size, count, saved=None):
     return its.state_dict(), full(net), its.max_grad_norm()
 
 
+def as_a_whole(state):
+    """The bounds of a whole model that goes on where another run was."""
+    its, _, called, _ = prepared(LAYER, way=None, **SEEDED)
+    its.load_state_dict(state)
+    backward(called, samples())
+    return its.max_grad_norm()
+
+
 def test_a_run_goes_on_with_other_ranks(pool):
     (whole,) = pool.run(1, resumed, 4)
     for before, after in ((2, 1), (1, 3)):
         first = pool.run(before, resumed, 2)
         assert all(state == first[0][0] for state, *_ in first)
+        assert as_a_whole(json.loads(json.dumps(first[0][0]))) == pytest.approx(first[0][2], rel=1e-6)
         for _, weights, bounds in pool.run(after, resumed, 2, first[0][:2]):
             assert bounds == whole[2] and same(weights, whole[1]), (before, after)
 

@@ -67,3 +67,19 @@ def test_a_part_of_other_groups(groups):
 def test_another_model():
     with pytest.raises(Refusal, match="give each model an engine of its own"):
         scales().divide({0: [PartGroup("(root)", "head", 2.0, MEMBERS[0])]})
+
+
+def test_scales_are_saved_by_name():
+    """A whole model has the same groups in another order."""
+    found, other = scales(), BoundScales()
+    names = ["head", "a.up", "b.up", "a.down", "b.down"]
+    other.load(found.saved())
+    other.prepare(dict.fromkeys(names, 2.0), MEMBERS)
+    assert other.scales.tolist() == [3.0, 2.0, 5.0, 1.0, 4.0]
+    assert other.saved() == found.saved()
+    with pytest.raises(Refusal, match="had 1 clipping groups, and this model has 5"):
+        found.load({"all": 1.0})
+    with pytest.raises(Refusal, match="had the clipping groups other, head, .* and this model has a.down, "):
+        found.load(dict.fromkeys(["other", *names[:-1]], 1.0))
+    found.load([1.0] * 5)  # as older versions have saved them
+    assert found.scales.tolist() == [1.0] * 5
