@@ -180,7 +180,8 @@ def _check_groups(options: Options, plan: Plan) -> None:
         return
     found, kinds = {group.name: group.bound for group in plan.groups}, options.bound_scales.kinds
     if found not in kinds:
-        without = list(dict.fromkeys(name for kind in kinds for name in kind if name not in found))
+        wider = [kind for kind in kinds if found.keys() <= kind.keys()]
+        without = list(dict.fromkeys(name for kind in wider for name in kind if name not in found))
         raise Refusal(
             f"nothing in this step depends on the parameters of {', '.join(without) or 'some groups'}, but bounds that "
             "move are counted for all that can be trained. Freeze what is not used: requires_grad_(False)"

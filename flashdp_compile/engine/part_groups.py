@@ -57,7 +57,7 @@ def groups_that_move(
 ) -> dict[int, list[PartGroup]]:
     """By the number of a part, for `BoundScales.divide`. Names in the whole model are those of its layers, or parts.
 
-    Raises OptionError for a parameter of several layers, which parts of one class may take for another one's each.
+    Raises OptionError for a parameter of several layers: code that parts share may clip it with any of them.
     """
     found: dict[int, list[PartGroup]] = {}
     for number, (part, module) in enumerate(parts.items()):

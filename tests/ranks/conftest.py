@@ -21,6 +21,7 @@ RELATIVES = (
     "test_a_step_that_one_rank_must_not_take[no_pass-none]",
     "test_sums_are_those_of_one_process[1]",
     "test_a_seed_gives_the_run_of_one_process[3-ways0]",
+    "test_a_seed_gives_the_run_of_one_rank[2-blocks]",
     "test_what_is_refused[all]",
 )
 

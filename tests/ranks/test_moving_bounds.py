@@ -87,12 +87,8 @@ def told_alike(found, wanted):
     return all(one == pytest.approx(other, rel=1e-6) for one, other in zip(found, wanted, strict=True))
 
 
-CASES = [
-    (LAYER, {}),
-    (BLOCK, {}),
-    (LAYER, {"net": "halfway"}),
-    (LAYER, {"net": "checkpointed"}),
-]
+CASES = [(LAYER, {}), (BLOCK, {}), (LAYER, {"net": "halfway"})]
+MORE = [*CASES, (LAYER, {"net": "checkpointed"}), (LAYER, {"way": "whole"})]  # which are as the first
 
 
 def test_a_run_is_that_of_a_whole_model(pool):
@@ -102,8 +98,8 @@ def test_a_run_is_that_of_a_whole_model(pool):
         assert len({round(value, 5) for value in bounds[-1].values()}) == len(names), "each group has its own"
         moves = [new[name] / old[name] for old, new in itertools.pairwise(bounds) for name in names]
         assert min(moves) < 0.95 and max(moves) > 1.05, "they move up and down"
-    for rank in (*pool.run(1, run, CASES), *pool.run(2, run, CASES)):
-        for case, (bounds, values), (wanted, weights) in zip(CASES, rank, whole, strict=True):
+    for rank in (*pool.run(1, run, MORE), *pool.run(2, run, MORE)):
+        for case, (bounds, values), (wanted, weights) in zip(MORE, rank, [*whole, whole[0], whole[0]], strict=True):
             assert told_alike(bounds, wanted), case
             assert close(values, weights, 1e-6), case
 
@@ -268,6 +264,11 @@ class Either(nn.Module):
         return self.other(self.one(x)) if self.uses else self.one(x)
 
 
+class Detached(Either):
+    def forward(self, x):
+        return self.one(x) + 0 * self.other.weight.detach().sum()
+
+
 class Tied(nn.Module):
     def __init__(self):
         super().__init__()
@@ -334,6 +335,10 @@ REFUSED = {
     "a layer is not used in one of two": (
         lambda: attempt(Either(None), Either(True), Either(False)),
         "clipping groups one runs backward for a model, or a part of one, whose groups are one, other:",
+    ),
+    "a layer without a gradient": (
+        lambda: attempt(nn.Linear(3, 3), Detached(True)),
+        "nothing in this step depends on the parameters of other, but",
     ),
     "a tied weight": (lambda: attempt(nn.Linear(3, 3), Tied()), "blocks.1.late and blocks.1.early share a weight"),
     "a second model": (second, "give each model an engine of its own"),
