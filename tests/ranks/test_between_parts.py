@@ -112,7 +112,7 @@ BETWEEN = {
     "attribute": (given, "cannot tell what tensor 'module.memo'"),
     "hook on a tensor": (hooked, "has a hook on its gradient, which could mix samples"),
     "checkpoint": (lambda net, x: checkpoint(net.blocks[1], x, use_reentrant=False), "not from outside"),
-    "reentrant checkpoint": (lambda net, x: checkpoint(net.blocks[1], x, use_reentrant=True), "not from outside"),
+    "reentrant checkpoint": (lambda net, x: checkpoint(net.blocks[1], x, use_reentrant=True), "under torch.no_grad()"),
     "twice": (lambda net, x: net.blocks[0](x), "went not once through each part"),
     "carrier": (lambda net, x: net.blocks[1](x, Carrier(1)), "a Carrier is passed to or by a model"),
 }
@@ -240,7 +240,8 @@ def narrow(run):
     run = Run(way="bfloat16")
     run.forward()
     run.net.first.unshard()
-    run.net.first.weight.grad_dtype = torch.bfloat16
+    for parameter in run.net.first.parameters():  # fully_shard refuses a group with gradients of several dtypes
+        parameter.grad_dtype = torch.bfloat16
     run.net.first.reshard()
     run.step()
 
@@ -350,7 +351,7 @@ COMPILED = {
     "by pattern": (shard, {"clipping": {"*bias": "a", "*": "b"}}, "is not known for a model of sharded parts"),
     "batch_dim by name": (
         shard,
-        {"options": {"compiler": "eager", "batch_dim": {"y": 1}}},
+        {"options": {"compiler": "eager", "batch_dim": {"args.0": 0}}},
         "what parts of a model hand to each other has no names",
     ),
     "bounds by name": (shard, {"max_grad_norm": {"*": 1.0}}, "give a number"),
