@@ -46,6 +46,7 @@ def squared(norm: fx.Node, read_once: bool = True) -> fx.Node | None:
 
 
 def viewed(node: Any) -> Any:
+    """What is reshaped to a value, or the value."""
     while node.target in RESHAPES:
         node = node.args[0]
     return node
