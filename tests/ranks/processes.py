@@ -50,7 +50,7 @@ class Pool:
         """The same, with a `Failed` in the place of what a rank has raised. Ranks wait for each other no longer than
         `wait` seconds. What goes to them and comes back is pickled; the function by its file and name."""
         while len(self._members) < size:
-            self._members.append(_started())
+            self._members.append(_started(len(self._members)))
         self._runs += 1
         place = os.path.join(self._folder, f"run{self._runs}")
         for rank, (_, pipe) in enumerate(self._members[:size]):
@@ -82,19 +82,21 @@ class Pool:
         self._members.clear()
 
 
-def _started() -> tuple[Any, Any]:
+def _started(rank: int) -> tuple[Any, Any]:
     context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")  # CUDA is not forked
     if context.get_start_method() == "forkserver":
         context.set_forkserver_preload(SHARED)
     mine, its = context.Pipe()
-    process = context.Process(target=_serve, args=(its,), daemon=True)
+    process = context.Process(target=_serve, args=(its, rank), daemon=True)
     process.start()
     its.close()
     return process, mine
 
 
-def _serve(pipe: Any) -> None:
+def _serve(pipe: Any, rank: int) -> None:
     torch.set_num_threads(1)
+    if gpus := torch.cuda.device_count():  # NCCL lets ranks share a GPU if it takes them for those of several hosts
+        os.environ["NCCL_HOSTID"] = f"host{rank // gpus}"
     gc.set_threshold(50_000)  # as tests/conftest.py
     while True:
         try:
