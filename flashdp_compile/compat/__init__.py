@@ -83,6 +83,7 @@ from flashdp_compile.compat.ranks import (
     wait_of,
     words_left,
 )
+from flashdp_compile.compat.scatter import stays_in_place
 from flashdp_compile.compat.sharding import (
     first_element,
     foreign_hooks,
@@ -176,6 +177,7 @@ __all__ = [
     "source_name",
     "start_compiled",
     "start_kernel",
+    "stays_in_place",
     "steps_within",
     "trace",
     "tree_leaves",

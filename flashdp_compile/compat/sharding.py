@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from flashdp_compile.compat.scatter import in_place_reduce_scatter, reduces_as_usual
+
 __all__ = [
     "first_element",
     "foreign_hooks",
@@ -37,11 +39,15 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def sum_shards(model: nn.Module) -> None:
-    """Lets the gradients of all ranks be added up, where fully_shard divides by their number otherwise."""
+    """Lets the gradients of all ranks be added up, where fully_shard divides by their number otherwise, and has copied
+    them before, where they could be taken from where they lie (scatter.py)."""
     for module in model.modules():
         if is_sharded(module):
             module.set_gradient_divide_factor(1.0)  # type: ignore[attr-defined, operator]
             module.set_force_sum_reduction_for_comms(True)  # type: ignore[attr-defined, operator]
+    for group in _groups(model):
+        if reduces_as_usual(group._reduce_scatter_comm):  # any other is refused: `unusual_sums`
+            group._reduce_scatter_comm = in_place_reduce_scatter()
 
 
 def groups_of(part: nn.Module, model: nn.Module) -> list[Any]:
@@ -76,7 +82,7 @@ def unusual_sums(groups: Iterable[Any]) -> str:
             "a gradient divide factor": group.gradient_divide_factor != 1.0 or not group.force_sum_reduction_for_comms,
             "reduce_dtype of 16 bits": group.mp_policy.reduce_dtype not in (None, torch.float32),
             "an all-reduce hook": group._all_reduce_hook is not None,
-            "a reduce-scatter of its own": type(group._reduce_scatter_comm).__name__ != "DefaultReduceScatter",
+            "a reduce-scatter of its own": not reduces_as_usual(group._reduce_scatter_comm),
             "set_requires_gradient_sync(False)": not group.reduce_grads or not group.all_reduce_grads,
         }
         if named := next((name for name, is_so in found.items() if is_so), ""):

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashdp_compile.compat import eager_switches, hidden_from_dynamo
+from flashdp_compile.compat import eager_switches, hidden_from_dynamo, stays_in_place
 from flashdp_compile.runtime.release import LEDGER, Release
 
 
@@ -177,6 +177,9 @@ class Watch:
         else:
             self.content = content = Content(grad, arriving.release, None, ())
             content.earlier, content.dirty = arriving.earlier, arriving.dirty
+        if grad is not None and self.shard is not None:
+            owed = None if self.content is None or self.content.release is None else self.content.release.info.owed
+            parameter.grad = stays_in_place(grad.clone() if owed is not None and owed.reused else grad)
 
     def judge(self, grad: Tensor) -> Content | Fault:
         """The content of p.grad, `grad`, if it is exactly one release; else why it may not be stepped on."""

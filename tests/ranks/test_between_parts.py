@@ -336,6 +336,7 @@ RUNS = {
     first_set("set_gradient_divide_factor", 2.0): "a gradient divide factor",
     first_set("set_force_sum_reduction_for_comms", False): "a gradient divide factor",
     first_set("set_requires_gradient_sync", False): "set_requires_gradient_sync(False)",
+    first_set("set_custom_reduce_scatter", object()): "a reduce-scatter of its own",
 }
 
 
