@@ -7,6 +7,9 @@ backward; all implementations of a workload run in the same processes, one after
 processes of their own, and are compiled as a whole, the plain one cut at the sizes of buckets, as torch does unless it
 is told otherwise ("ddp-compile-whole"). Float32 parameters and bfloat16 compute. A few steps behind the timed ones are
 profiled, on the first rank. What is right is for the tests (tests/ranks) to say; here a step must be finite.
+
+With --alone a single GPU runs the first of so many ranks: for what the others would send it takes copies of its own, so
+that it computes, copies and holds what it would among them, and waits for nobody.
 """
 
 import argparse
@@ -32,6 +35,7 @@ from benchmarks.parts import SIZES, replica, sharded
 from benchmarks.results import REPLICAS, Results, Run
 from benchmarks.tables import terminal
 from flashdp_compile import PrivacyEngine, accounting
+from flashdp_compile.engine import ranks as engine_ranks
 from flashdp_compile.engine.sharded import compiled_calls, parts_of
 
 SHARDED = ("compile", "flashdp-per_block", "flashdp-per_layer", "flashdp-flat")
@@ -136,19 +140,19 @@ def work(rank: int, ranks: int, store: str, own: argparse.Namespace) -> None:
     if own.device == "cuda":
         torch.cuda.set_device(rank)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if own.device == "cuda" else "gloo",
-        init_method=f"file://{store}",
-        rank=rank,
-        world_size=ranks,
-    )
+    if own.alone:
+        _pretend(ranks)
+    else:
+        backend = "cpu:gloo,cuda:nccl" if own.device == "cuda" else "gloo"
+        dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=ranks)
     results = Results(environment=environment(own.device), settings=_settings(own))
     if own.out.exists():
         results.runs = Results.load(own.out).runs
     for name in own.models:
         for length in own.lengths:
             for implementation in own.implementations:
-                workload = f"{name}, {ranks} x {own.batch} x {length}" + (", bf16" if own.gathered == "bf16" else "")
+                spread = f"1 of {ranks}" if own.alone else ranks
+                workload = f"{name}, {spread} x {own.batch} x {length}" + (", bf16" if own.gathered == "bf16" else "")
                 shapes = {"model": name, "ranks": ranks, "batch": own.batch, "length": length}
                 found = _outcome(implementation, name, own, length)
                 run = Run(workload=workload, implementation=implementation, shapes=shapes, **found)
@@ -160,6 +164,14 @@ def work(rank: int, ranks: int, store: str, own: argparse.Namespace) -> None:
     if rank == 0:
         Console(width=180).print(terminal(results))
     dist.destroy_process_group()
+
+
+def _pretend(ranks: int) -> None:
+    """Makes this process the first of so many that are not there."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    engine_ranks._host_group = lambda: dist.group.WORLD  # noqa: SLF001  which is gloo's, and would wait
 
 
 def _outcome(implementation: str, name: str, own: argparse.Namespace, length: int) -> dict[str, Any]:
@@ -198,6 +210,7 @@ def main() -> None:
     parser.add_argument(
         "--gathered", choices=["f32", "bf16"], default="f32", help="sharded parameters while they are computed with"
     )
+    parser.add_argument("--alone", action="store_true", help="one GPU, as the first of so many ranks")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
@@ -210,7 +223,7 @@ def main() -> None:
         for names in filter(None, [together, *alone]):
             with tempfile.TemporaryDirectory() as folder:
                 told = argparse.Namespace(**{**vars(own), "implementations": names})
-                multiprocessing.spawn(work, (ranks, f"{folder}/store", told), nprocs=ranks)
+                multiprocessing.spawn(work, (ranks, f"{folder}/store", told), nprocs=1 if own.alone else ranks)
 
 
 if __name__ == "__main__":

@@ -511,6 +511,17 @@ def test_several_ranks(monkeypatch, tmp_path):
         assert run.median_ms > 0 and trace.COMMUNICATION in run.categories and run.kernels
 
 
+@pytest.mark.full
+def test_one_of_several_ranks_alone(monkeypatch, tmp_path):
+    out = tmp_path / "alone.json"
+    arguments = "--models tiny --lengths 8 --batch 2 --ranks 4 --steps 1 --warmup 1 --device cpu --compiler eager"
+    chosen = ["--alone", "--implementations", "flashdp-per_block", "--out", str(out)]
+    monkeypatch.setattr("sys.argv", ["sharded", *arguments.split(), *chosen])
+    sharded.main()
+    (run,) = Results.load(out).runs
+    assert (run.status, run.workload) == ("ok", "tiny, 1 of 4 x 2 x 8") and run.median_ms > 0
+
+
 def test_what_ranks_gain():
     def run(implementation, ranks, ms):
         shapes = {"model": "m", "ranks": ranks, "batch": 8, "length": 16}
