@@ -8,8 +8,8 @@ processes of their own, and are compiled as a whole, the plain one cut at the si
 is told otherwise ("ddp-compile-whole"). Float32 parameters and bfloat16 compute. A few steps behind the timed ones are
 profiled, on the first rank. What is right is for the tests (tests/ranks) to say; here a step must be finite.
 
-With --alone a single GPU runs the first of so many ranks: for what the others would send it takes copies of its own, so
-that it computes, copies and holds what it would among them, and waits for nobody.
+With --alone a single GPU runs the first of so many ranks: for the parameters that others would send it takes copies of
+its own, and it sends nothing. So it computes, copies and holds what it would among them, and waits for nobody.
 """
 
 import argparse
