@@ -14,7 +14,7 @@ _PUBLIC = {
     "backend": "flashdp_compile.dynamo_backend",
     "explain": "flashdp_compile.explanation",
     "Options": "flashdp_compile.options",
-    "Quantile": "flashdp_compile.engine.bounds",
+    "Quantile": "flashdp_compile.engine.bound_rules",
     "nonfinite_samples": "flashdp_compile.runtime.clipping",
     "sequence_losses": "flashdp_compile.losses",
     "PrivacyEngine": "flashdp_compile.engine.privacy_engine",

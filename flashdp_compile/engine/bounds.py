@@ -1,102 +1,52 @@
-"""Clipping bounds that move from step to step: along a quantile of the norms, or as was settled before the run.
-
-Quantiles are those of Andrew, Thakkar, McMahan and Ramaswamy 2021 (arXiv 1905.03871), for every clipping group by
-itself as in He et al. 2022 (arXiv 2212.01539). How the count of each step is paid for is in docs/accounting.md.
-"""
+"""The clipping bounds of a run that move from step to step (bound_rules.py)."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from flashdp_compile.checks import not_allowed, number
-from flashdp_compile.runtime.bounds import FAR, BoundScales
+from flashdp_compile.engine.bound_rules import (
+    Quantile,
+    Saved,
+    Schedule,
+    deviation_of_votes,
+    rule_of,
+    sigma_of_gradients,
+)
+from flashdp_compile.runtime.bounds import BoundScales
 from flashdp_compile.runtime.release import Release
-
-Schedule = Callable[[int], float]
-"""steps that are done -> what the bounds of the next one are multiplied by. It must know nothing of the data."""
-
-Saved = Sequence[float] | Mapping[str, float]
-"""The scales of a run that is resumed, by the names of its groups; one for all, or in their order, if it had none."""
 
 AddNoise = Callable[[Tensor, float], Tensor]
 """(what samples have added up to, a deviation) -> the same with noise of that deviation."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Quantile:
-    """Bounds follow the norms: a step multiplies C_k by exp(-rate (w_k - target)), where w_k is the share of its
-    samples whose norm was at most C_k, with noise. Half of those without a gradient count as such, as they may be
-    padding: where they are a share z of a group's samples, only targets within z / 2 .. 1 - z / 2 can be met.
-
-    target   the share of samples that are to stay unclipped
-    rate     how far a step may move a bound
-    share    of the step's budget: the gradients' noise is sigma / sqrt(1 - share), and the rest of sigma's guarantee
-             pays for the count
-    """
-
-    target: float = 0.5
-    rate: float = 0.2
-    share: float = 0.01
-
-    def __post_init__(self) -> None:
-        for name in ("target", "share"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
-                raise not_allowed(name, value, "a number between 0 and 1")
-        number("rate", self.rate, positive=True)
-
-    def deviation(self, sigma: float, groups: int) -> float:
-        """Of the noise on the votes of so many groups, each of which one sample moves by 1/2: sqrt(groups) / 2 over it
-        is the square root of `share` of 1 / sigma."""
-        return sigma * math.sqrt(groups / self.share) / 2
 
 
 class MovingBounds:
     """The bounds of a run, for a logical batch of `expected_batch_size` samples."""
 
     def __init__(self, how: Quantile | Schedule, expected_batch_size: int) -> None:
-        if not isinstance(how, Quantile) and (not callable(how) or isinstance(how, type)):
-            raise not_allowed("bounds", how, "None, Quantile(...), or a function of the number of steps done")
-        self._how, self._batch = how, expected_batch_size
+        self._rule, self._batch = rule_of(how), expected_batch_size
         self.state = BoundScales()
 
-    @property
-    def share(self) -> float:
-        """What the counts take of each step's budget."""
-        return self._how.share if isinstance(self._how, Quantile) else 0.0
+    def sigma_of_gradients(self, sigma: float) -> float:
+        """Of a step that is accounted for with sigma."""
+        return sigma_of_gradients(sigma, self._rule.share)
 
     def told(self) -> str:
-        """For a run that is resumed, which must say the same; nobody can tell functions apart."""
-        return repr(self._how) if isinstance(self._how, Quantile) else "a schedule"
+        """For a run that is resumed, which must say the same."""
+        return self._rule.told()
 
     def begin(self, steps_done: int | None, scales: Saved | None = None) -> None:
-        """Where a run begins, or goes on: with the `scales` that were saved, or with those of the schedule, which says
-        nothing of what is behind the last step (None)."""
-        if not isinstance(self._how, Quantile):
-            self.state.load([1.0 if steps_done is None else self.scheduled(steps_done)])
-        else:
-            self.state.load([1.0] if scales is None else scales)
+        """Where a run begins, or goes on with the `scales` that were saved. None: all its steps are done."""
+        self.state.load(self._rule.first(steps_done, scales))
 
-    def scheduled(self, steps_done: int) -> float:
-        """What a schedule says of the step behind so many; 1 without one.
+    def settled(self, steps_done: int) -> float:
+        """What is known beforehand of the bounds of the step behind so many: what they are multiplied by.
 
-        Raises OptionError if it says nothing that can be.
+        Raises OptionError if a schedule says nothing that can be.
         """
-        if isinstance(self._how, Quantile):
-            return 1.0
-        found = self._how(steps_done)
-        try:
-            factor = math.nan if isinstance(found, bool) else float(found)
-        except (TypeError, ValueError):
-            factor = math.nan
-        if not 1 / FAR <= factor <= FAR:
-            raise not_allowed(f"bounds({steps_done})", found, "a number within 2^-60 .. 2^60")
-        return factor
+        return self._rule.settled(steps_done)
 
     def wrong(self, releases: Sequence[Release], parameters: Iterable[Tensor]) -> str:
         """Why these backward passes are no logical batch, in the words of an error; empty if they are one."""
@@ -109,19 +59,19 @@ class MovingBounds:
             )
         return ""
 
-    def settle(self, releases: Sequence[Release], factor: float, sigma: float, add_noise: AddNoise) -> None:
+    def move(self, releases: Sequence[Release], settled: float, sigma: float, add_noise: AddNoise) -> None:
         """At a step that is counted already: moves on, by the votes of its backward passes, each of which is used but
-        once, or to `factor`, which is scheduled for the next. `add_noise` also adds up over all ranks."""
-        if not isinstance(self._how, Quantile):
-            self.state.load([factor])
-            return
-        votes = torch.zeros_like(self.state.scales)
-        for release in _of_all_parts(releases):
-            if release.moved is not None:
-                votes += release.moved.votes
-                release.moved = release.moved._replace(votes=torch.zeros_like(votes))
-        within = add_noise(votes, self._how.deviation(sigma, len(votes))) / self._batch + 0.5
-        self.state.move(torch.exp(-self._how.rate * (within - self._how.target)))
+        once, or to what was `settled` for the next. `add_noise` also adds up over all ranks."""
+
+        def within() -> Tensor:
+            votes = torch.zeros_like(self.state.scales)
+            for release in _of_all_parts(releases):
+                if release.moved is not None:
+                    votes += release.moved.votes
+                    release.moved = release.moved._replace(votes=torch.zeros_like(votes))
+            return add_noise(votes, deviation_of_votes(sigma, self._rule.share, len(votes))) / self._batch + 0.5
+
+        self._rule.move(self.state, settled, within)
 
     def undone(self, release: Release, parameters: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
         """The scales [K] that have divided the gradients of a step, and which of them is that of each parameter."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from flashdp_compile.checks import integer
-from flashdp_compile.engine.bounds import Quantile
+from flashdp_compile.engine.bound_rules import accounted_groups, rule_of
 from flashdp_compile.errors import OptionError
 from flashdp_compile.options import Options
 
@@ -40,7 +39,5 @@ def accounted_norms(options: Options, groups: int | None, bounds: Any) -> tuple[
             "has, each with probes of its own. flashdp_compile.explain(...) shows their number, and a step with any "
             "other is refused"
         )
-    told: int | list[float] = groups
-    if isinstance(bounds, Quantile):
-        told = [math.sqrt((1 - bounds.share) / groups)] * groups + [math.sqrt(bounds.share)]
+    told = accounted_groups(0.0 if bounds is None else rule_of(bounds).share, groups)
     return {"norm": options.accounted_norm, "probes": options.probes, "groups": told}, groups

@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from flashdp_compile.accounting import Sampling, Schedule
 from flashdp_compile.checks import choice, first_difference, integer
 from flashdp_compile.engine.attach import check_optimizer, replace_step
-from flashdp_compile.engine.bounds import MovingBounds, Quantile, Saved
+from flashdp_compile.engine.bound_rules import Quantile, Saved
+from flashdp_compile.engine.bounds import MovingBounds
 from flashdp_compile.engine.budget import Budget
 from flashdp_compile.engine.compiled import compile_model
 from flashdp_compile.engine.journal import Journal
@@ -154,7 +155,7 @@ class PrivacyEngine:
                 "target_delta": target_delta,
                 "accountant": accountant,
                 "journal": journal is not None,
-                "bounds(0)": None if self._bounds is None else self._bounds.scheduled(0),
+                "bounds(0)": None if self._bounds is None else self._bounds.settled(0),
             }
             self._ranks.agree("the engine's arguments", told | self._configuration())
         spent = self._ranks.number(0 if written is None else written.spent)

@@ -139,7 +139,7 @@ class Steps:
         return self._budget.plan.sigma(self._budget.steps_done - 1)
 
     def _sigma_of_gradients(self) -> float:
-        return self._sigma() if self._bounds is None else self._sigma() / (1 - self._bounds.share) ** 0.5
+        return self._sigma() if self._bounds is None else self._bounds.sigma_of_gradients(self._sigma())
 
     def _account(self, number: int, releases: Sequence[Release]) -> Callable[[], None]:
         """Makes sure that a step can be taken. Optimizers share one if they share its backward passes; each draws once
@@ -149,7 +149,7 @@ class Steps:
             return lambda: self._drawn.add(number)
         left = self._budget.steps_left
         last = left is not None and left <= 1  # behind which nothing is scheduled
-        factor = 1.0 if self._bounds is None or last else self._bounds.scheduled(self._budget.steps_done + 1)
+        factor = 1.0 if self._bounds is None or last else self._bounds.settled(self._budget.steps_done + 1)
         self._factor = factor
         self._budget.reserve()
 
@@ -164,7 +164,7 @@ class Steps:
                 self._probes.move()
             self._accounted, self._drawn = set(releases), {number}
             if self._bounds is not None:
-                self._bounds.settle(releases, factor, self._sigma(), add_noise)
+                self._bounds.move(releases, factor, self._sigma(), add_noise)
 
         return move
 

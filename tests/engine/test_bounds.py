@@ -9,6 +9,7 @@ from torch import nn
 
 from engine.runs import BATCH, BOUND, backward, copies, engine, mlp, moved, samples, setup
 from flashdp_compile import BudgetExhaustedError, OptionError, PrivacyEngine, Quantile, Refusal
+from flashdp_compile.engine.bound_rules import deviation_of_votes
 from flashdp_compile.errors import UnprotectedGradientError
 from flashdp_compile.runtime import clipping
 
@@ -132,7 +133,7 @@ def test_what_a_step_reveals_is_what_is_accounted_for(share, groups, sigma):
     deviations are scaled to one has the sensitivity 1 / sigma."""
     its = engine(bounds=Quantile(share=share), noise_multiplier=sigma)
     of_gradients = its._steps._sigma_of_gradients()
-    of_votes = Quantile(share=share).deviation(sigma, groups)
+    of_votes = deviation_of_votes(sigma, share, groups)
     assert math.hypot(1 / of_gradients, math.sqrt(groups) / 2 / of_votes) == pytest.approx(1 / sigma, rel=1e-12)
 
 
@@ -156,7 +157,7 @@ def test_the_noise_of_both(noise):
         before = after.clone()
     assert torch.stack(drawn).mean().item() == pytest.approx(sigma * BOUND / BATCH / math.sqrt(1 - share), rel=0.01)
     votes = torch.stack(logs) / -rate  # w - 1/2, with target 1/2
-    deviation = how.deviation(sigma, 2) / BATCH
+    deviation = deviation_of_votes(sigma, share, 2) / BATCH
     assert votes.mean().abs() < 4 * deviation / math.sqrt(600)
     assert votes.std().item() == pytest.approx(deviation, rel=0.12)
     assert abs(torch.corrcoef(votes.T)[0, 1]) < 0.25, "groups have noise of their own"

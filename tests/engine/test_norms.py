@@ -6,7 +6,7 @@ from torch import nn
 
 from engine.runs import backward, copies, moved
 from flashdp_compile import OptionError, PrivacyEngine, Refusal, UnprotectedGradientError, accounting
-from flashdp_compile.engine.bounds import Quantile
+from flashdp_compile.engine.bound_rules import Quantile
 from flashdp_compile.engine.norms import accounted_norms
 from flashdp_compile.options import Options
 

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from engine.runs import BATCH, engine, samples
 from flashdp_compile import Quantile
+from flashdp_compile.engine import bounds as engine_bounds
 from flashdp_compile.runtime.bounds import BoundScales
 from ranks.runs import backward, close, same, share, text_of
 from ranks.sharded import Block, Net, full, setup, shard, steps
@@ -147,16 +148,16 @@ def test_a_schedule(clipping, pool):
 
 def voted(rank, size, clipping, counts):
     """By the number of samples: log(bound) behind a step over theirs, and for how many groups votes had noise."""
-    found, deviation = {}, Quantile.deviation
+    found, deviation = {}, engine_bounds.deviation_of_votes
     for count in counts:
         its, net, called, optimizer = prepared(clipping, micro_batches=2)
         accounted = []
 
-        def noted(how, sigma, groups, accounted=accounted):
+        def noted(sigma, share, groups, accounted=accounted):
             accounted.append(groups)
-            return deviation(how, sigma, groups)
+            return deviation(sigma, share, groups)
 
-        with mock.patch.object(Quantile, "deviation", noted):
+        with mock.patch.object(engine_bounds, "deviation_of_votes", noted):
             for rows in cut(rank, size):
                 rows = rows[rows.ne(samples()[-1]).any(1)] if count < BATCH else rows
                 # the mean over 8, also of fewer rows
