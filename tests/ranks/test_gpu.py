@@ -65,14 +65,17 @@ def whole(value):
 
 def stepped(rank, size, way, noise, sigma, steps, clipping="per_layer", **settings):
     """An engine and a model behind so many steps of two micro-batches. `way`: "sharded", "bfloat16", which is that with
-    parameters gathered in bfloat16, "offloaded", which is that with shards on the CPU, or one of a replica."""
+    parameters gathered in bfloat16, "offloaded", which is that with shards on the CPU, "hybrid", which is that with two
+    copies of each shard, or one of a replica."""
     device = gpu_of(rank)
     torch.manual_seed(0)
     net = Net().to(device)
     settings |= {"clipping": clipping, "noise_multiplier": sigma, "noise": noise, "seed": 5, "micro_batches": 2}
     its = engine(options={"debug": False}, **settings)
-    if way in ("sharded", "bfloat16", "offloaded"):
+    if way in ("sharded", "bfloat16", "offloaded", "hybrid"):
         mesh = init_device_mesh("cuda", (size,))
+        if way == "hybrid" and size > 1:
+            mesh = init_device_mesh("cuda", (2, size // 2), mesh_dim_names=("copies", "shards"))
         gathered = torch.bfloat16 if way == "bfloat16" else None
         its_place = CPUOffloadPolicy() if way == "offloaded" else OffloadPolicy()
         laid = {"mesh": mesh, "offload_policy": its_place}
@@ -130,7 +133,13 @@ def ended(rank, size, way, clipping):
     return weights(stepped(rank, size, way, "secure", 1.0, 2, clipping)[1])
 
 
-RUNS = [("bfloat16", "per_block"), ("sharded", "flat"), ("bfloat16", "flat"), ("offloaded", "per_layer")]
+RUNS = [
+    ("bfloat16", "per_block"),
+    ("sharded", "flat"),
+    ("bfloat16", "flat"),
+    ("offloaded", "per_layer"),
+    ("hybrid", "per_layer"),
+]
 
 
 @pytest.mark.parametrize(("way", "clipping"), RUNS)
