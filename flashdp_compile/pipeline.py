@@ -27,7 +27,7 @@ from flashdp_compile.passes.axes.rules_flashdp import register_runtime_ops
 from flashdp_compile.passes.before import Before
 from flashdp_compile.passes.capture import JointGraph, capture
 from flashdp_compile.passes.dump import graph_text
-from flashdp_compile.passes.groups import Group, MovingBounds, form_groups
+from flashdp_compile.passes.groups import BoundsPlace, Group, form_groups
 from flashdp_compile.passes.guarantee import Guarantee
 from flashdp_compile.passes.inputs import Input
 from flashdp_compile.passes.late.run import run_late
@@ -84,12 +84,12 @@ def _shared(options: Options) -> int | None:
     return runs.place if runs is not None and runs.shared else None
 
 
-def _moving(options: Options, groups: Sequence[Group]) -> MovingBounds | None:
+def _moving(options: Options, groups: Sequence[Group]) -> BoundsPlace | None:
     scales = options.bound_scales
     if scales is None or not groups:
         return None
     kind = scales.kinds.index({group.name: group.bound for group in groups})
-    return MovingBounds(scales.place, tuple(scales.kinds[kind]), kind)
+    return BoundsPlace(scales.place, tuple(scales.kinds[kind]), kind)
 
 
 def guarantee_of(options: Options, before: Before, slack: float) -> Guarantee:

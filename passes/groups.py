@@ -26,7 +26,7 @@ class Group:
     members: tuple[str, ...]
 
 
-class MovingBounds(NamedTuple):
+class BoundsPlace(NamedTuple):
     """Bounds that move: their place in runtime/bounds.py, and the names of a graph's groups in the order of its scales,
     which are those of a `kind` there."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flashdp_compile.passes.groups import MovingBounds
+from flashdp_compile.passes.groups import BoundsPlace
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Mechanism:
     expected_batch_size: int | None
     seed: int | None
     grad_scaler: int | None = None
-    bounds: MovingBounds | None = None
+    bounds: BoundsPlace | None = None
     held_probes: int | None = None
     part_runs: int | None = None
     owed: bool = False

@@ -202,7 +202,7 @@ class Steps:
 
     def _spent_probes(self, releases: Sequence[Release]) -> str:
         """What is wrong with backward passes whose probes were not those of this step alone."""
-        if self._probes is None or all(release.probes == self._probes.moves for release in releases):
+        if self._probes is None or all(release.probes_moved == self._probes.moves for release in releases):
             return ""
         return (
             "another step of this engine has been taken since, which has used up the probes that norms were estimated "

@@ -195,7 +195,7 @@ def _released(
     if info.owed.bounds is not None:
         release.moved = info.owed.bounds.take()
     if info.owed.probes is not None:
-        release.probes = info.owed.probes.moves
+        release.probes_moved = info.owed.probes.moves
     passed_on = list(grad_inputs)
     taken = set[int]()
     fault = Fault.REPEATED if runs else None

@@ -61,7 +61,7 @@ class InParts(Protocol):
 @dataclass(eq=False, slots=True)
 class Release:
     """One run of a compiled backward. `peers` are all releases of the same call of backward(), this one included.
-    `batch` is what `Ledger.batch` was at the forward, `moved` what it had of bounds that move, `probes` how many
+    `batch` is what `Ledger.batch` was at the forward, `moved` what it had of bounds that move, `probes_moved` how many
     releases had used up probes before it, `part` which part of which model was compiled (parts.py), None for a whole
     one."""
 
@@ -72,7 +72,7 @@ class Release:
     peers: list["Release"] = field(repr=False)
     batch: Mapping[int, int] = field(default_factory=dict)
     moved: Moved | None = None
-    probes: int | None = None
+    probes_moved: int | None = None
     part: tuple[weakref.ref[InParts], int] | None = None
 
 

@@ -10,7 +10,7 @@ from pass_support import random_inputs
 from torch import fx, nn
 
 from flashdp_compile.compat import argument
-from flashdp_compile.passes.groups import MovingBounds
+from flashdp_compile.passes.groups import BoundsPlace
 from flashdp_compile.passes.late import store_in_parts as module
 from flashdp_compile.passes.late.memory import Memory
 from flashdp_compile.passes.late.store_in_parts import store_in_parts
@@ -157,7 +157,7 @@ def test_bounds_that_move(others, count):
     state = BoundScales()
     state.prepare({"head": 0.5, "rest": 0.7}, [[torch.zeros(1)], [torch.zeros(1)]])
     state.load([0.5, 2.0])
-    moving = dataclasses.replace(NOISY, bounds=MovingBounds(state.place, ("head", "rest")))
+    moving = dataclasses.replace(NOISY, bounds=BoundsPlace(state.place, ("head", "rest")))
     groups, bounds = {"head.*": "head", others: "head", "*": "rest"}, {"head.*": 0.5, others: 0.5, "*": 0.7}
     of = graph(clipping=groups, model=LanguageModel(), mechanism=moving, bound=bounds)
     for node in taken(of, count):

@@ -6,13 +6,13 @@ import pytest
 import torch
 from corrupt import NOISY, fails, graph, insert, replace_arg, stated, weights_of
 
-from flashdp_compile.passes.groups import MovingBounds
+from flashdp_compile.passes.groups import BoundsPlace
 from flashdp_compile.runtime.bounds import BoundScales
 
 aten, flashdp = torch.ops.aten, torch.ops.flashdp
 STATE = BoundScales()
 STATE.kinds = [{"0": 1.0, "2": 1.0}] * 2  # as many as the graph's
-MOVING = dataclasses.replace(NOISY, bounds=MovingBounds(STATE.place, ("2", "0"), 1))  # another order than the graph's
+MOVING = dataclasses.replace(NOISY, bounds=BoundsPlace(STATE.place, ("2", "0"), 1))  # another order than the graph's
 
 
 def the(found, op):
@@ -26,7 +26,7 @@ def the(found, op):
 @pytest.mark.parametrize("clipping", ["flat", "per_layer"])
 def test_a_graph_with_moving_bounds_passes(clipping, mechanism):
     if clipping == "flat":
-        mechanism = dataclasses.replace(mechanism, bounds=MovingBounds(STATE.place, ("all",)))
+        mechanism = dataclasses.replace(mechanism, bounds=BoundsPlace(STATE.place, ("all",)))
     found = graph(clipping=clipping, mechanism=mechanism)
     found.verify()
     assert the(found, flashdp.bound_scales).args[1] == STATE.place
