@@ -15,8 +15,9 @@ from flashdp_compile.options import Options
 from flashdp_compile.passes.groups import form_groups, sensitivity
 from flashdp_compile.passes.inputs import describe_inputs
 from flashdp_compile.passes.strategies.catalogue import MOST_SLACK
-from flashdp_compile.pipeline import FlashDPPass, LastPass, mechanism_of
+from flashdp_compile.pipeline import FlashDPPass, LastPass, handed
 from flashdp_compile.runtime import clipping, guard, noise, probe_keys
+from flashdp_compile.runtime.from_engine import FromEngine
 
 
 @guard.mark_backend
@@ -76,35 +77,34 @@ def _compile(
     guard.protect(parameters)
     devices = {p.device for p in parameters.values()}
     trainable = {name: p for name, p in parameters.items() if p.requires_grad}
-    owed = _owed(trainable, options) if options.noise_at == "step" else None
+    from_engine = handed(options)
+    owed = _owed(trainable, options, from_engine) if options.noise_at == "step" else None
     for device in devices:
         clipping.prepare(device)
         if options.noise_in_graph > 0:
             noise.KEYS.prepare(device, options.seed)
-        if options.held_probes is not None:
-            options.held_probes.prepare(device)
-        elif options.norm != "exact":
+        if options.norm != "exact" and owed is None:
             probe_keys.KEYS.prepare(device, options.seed)
     _refuse_foreign_hooks()
     label = compat.graph_label(gm)
-    feeds_parts = options.part_runs is not None and torch.is_grad_enabled()  # evaluation does as it likes
+    feeds_parts = from_engine.parts is not None and torch.is_grad_enabled()  # evaluation does as it likes
     rewriting = FlashDPPass(inputs, options, report(options.debug_folder, label), feeds_parts)
-    twice = mechanism_of(options).part_runs is not None
+    twice = from_engine.shared is not None
     if options.compiler == "eager":
         compiled = compat.compile_with_interpreter(gm, example_inputs, rewriting, twice)
     else:
         settings = (options.mode, options.inductor, twice)
-        last = LastPass(0 if options.part_runs is None else options.part_runs.kept)
+        last = LastPass(0 if from_engine.parts is None else from_engine.parts.kept)
         compiled = compat.compile_with_inductor(gm, example_inputs, rewriting, last, *settings)
     buffers = {place: i.name for place, i in enumerate(inputs) if i.role == "buffer"}
     frozen = {place: name for place, (name, p) in placed.items() if not p.requires_grad}
     return guard.wrap(compiled, guard.ReleaseInfo(label=label, owed=owed), frozen, buffers, broken)
 
 
-def _owed(trainable: Mapping[str, torch.Tensor], options: Options) -> guard.Owed:
+def _owed(trainable: Mapping[str, torch.Tensor], options: Options, from_engine: FromEngine) -> guard.Owed:
     """What an engine has to add. Compiled graphs may come from a cache, so this rests on nothing that a pass finds out:
     neither which gradients there are, nor which norms were taken."""
-    if options.norm != "exact" and options.held_probes is None:
+    if options.norm != "exact" and not from_engine.estimates(options.norm, options.probes):
         raise Refusal(
             f"norm={options.norm!r} with noise_at='step' is for a PrivacyEngine, whose accountant knows of it and "
             "which keeps the probes of a logical batch: give it these options, and compile by its `compile`"
@@ -117,25 +117,17 @@ def _owed(trainable: Mapping[str, torch.Tensor], options: Options) -> guard.Owed
             "float32 under a PrivacyEngine, and compute in bfloat16 by torch.autocast"
         )
     groups = form_groups(list(trainable), options.clipping, options.max_grad_norm)
-    if options.bound_scales is not None and groups:
-        members = [[trainable[name] for name in group.members] for group in groups]
-        options.bound_scales.prepare({group.name: group.bound for group in groups}, members)
+    members = [[trainable[name] for name in group.members] for group in groups]
+    from_engine.prepare({group.name: group.bound for group in groups}, members)
     divisor = options.expected_batch_size if options.loss_reduction == "mean" else 1
     assert divisor is not None
     graphs = options.mode in ("reduce-overhead", "max-autotune") or bool(options.inductor.get("triton.cudagraphs"))
-    if graphs and options.part_runs is not None:
+    if graphs and from_engine.parts is not None:
         raise Refusal(
             "parts of a model are told what they are while they run, which CUDA graphs do not see: leave mode and "
             "triton.cudagraphs out"
         )
-    return guard.Owed(
-        sensitivity(groups) * (1 + MOST_SLACK),
-        float(divisor),
-        reused=graphs,
-        bounds=options.bound_scales,
-        probes=options.held_probes,
-        parts=options.part_runs,
-    )
+    return guard.Owed(sensitivity(groups) * (1 + MOST_SLACK), float(divisor), reused=graphs, from_engine=from_engine)
 
 
 def _refuse_foreign_hooks() -> None:

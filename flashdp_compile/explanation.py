@@ -17,7 +17,7 @@ from flashdp_compile.passes.groups import sensitivity
 from flashdp_compile.passes.guarantee import Guarantee
 from flashdp_compile.passes.inputs import Input
 from flashdp_compile.passes.price_of_probes import Price, prices
-from flashdp_compile.pipeline import Record, analyse, mechanism_of
+from flashdp_compile.pipeline import Record, analyse, handed, mechanism_of
 from flashdp_compile.testing import on_joint_graph
 
 
@@ -56,7 +56,7 @@ class Explanation:
             return "nothing is released: no parameter requires a gradient"
         clipped = f"is clipped per sample to {sensitivity(plan.groups):.6g} in all ({len(plan.groups)} group(s))"
         if self.record.options.noise_at == "step":
-            moved = "; bounds move from step to step" if self.record.options.bound_scales is not None else ""
+            moved = "; bounds move from step to step" if handed(self.record.options).bounds is not None else ""
             return f"every gradient {clipped}{moved}; the engine adds noise at each step"
         guarantee = Guarantee(plan.groups, mechanism, plan.slack)
         over = " over the size of each batch" if mechanism.divides_by_batch else ""

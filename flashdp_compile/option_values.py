@@ -79,35 +79,11 @@ def grad_scaler(scaler: Any) -> Any:
     return scaler
 
 
-def bound_scales(value: Any, noise_at: Any) -> Any:
-    """What a PrivacyEngine gives, a `runtime.bounds.BoundScales`, or None."""
-    return _of_engine(
-        value, noise_at, "bound_scales is what a PrivacyEngine keeps of bounds that move: give the engine `bounds`"
-    )
-
-
-def part_runs(value: Any, noise_at: Any) -> Any:
-    """What a PrivacyEngine gives, a `runtime.part_runs.PartRuns`, or None."""
-    return _of_engine(
-        value, noise_at, "part_runs is what a PrivacyEngine keeps of a model of parts: let the engine compile it"
-    )
-
-
-def _of_engine(value: Any, noise_at: Any, refusal: str) -> Any:
-    """Something that compiled code knows by its place."""
-    if value is not None and (not isinstance(getattr(value, "place", None), int) or noise_at != "step"):
-        raise OptionError(refusal)
-    return value
-
-
-def held_probes(value: Any, norm: Any, probes: Any, noise_at: Any) -> Any:
-    """What a PrivacyEngine gives, a `runtime.probe_keys.HeldProbes`, or None."""
-    if value is None:
-        return None
-    if (getattr(value, "norm", None), getattr(value, "probes", None)) != (norm, probes) or noise_at != "step":
+def from_engine(value: Any, noise_at: Any) -> Any:
+    """What a PrivacyEngine gives, a `runtime.from_engine.FromEngine`, or None."""
+    if value is not None and (noise_at != "step" or not hasattr(value, "told")):
         raise OptionError(
-            "held_probes is what a PrivacyEngine keeps of the probes that its accountant knows: give the engine norm "
-            "and probes among its options"
+            "from_engine is what a PrivacyEngine hands to the graphs of a model: let the engine compile it"
         )
     return value
 

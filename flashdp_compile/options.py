@@ -39,13 +39,11 @@ PRIVACY = (
     "seed",
     "grad_scaler",
     "noise_at",
-    "bound_scales",
+    "from_engine",
     "norm",
     "probes",
-    "held_probes",
-    "part_runs",
 )
-OF_ENGINE = ("bound_scales", "held_probes", "part_runs")  # what a PrivacyEngine keeps
+OBJECTS = ("grad_scaler", "from_engine")  # that live in this process
 PERFORMANCE = ("norm_strategy", "autotune", "compiler", "mode", "inductor", "debug")
 
 DEBUG_VARIABLE = "FLASHDP_DEBUG"
@@ -107,8 +105,8 @@ class Options:
     """"step": gradients leave the backward clipped and without noise, and only a `PrivacyEngine` can make a step of
     them, which adds the noise once for all micro-batches. Its `compile` sets this."""
 
-    bound_scales: Any = None
-    """What a `PrivacyEngine` with bounds that move keeps of them. Its `compile` sets this."""
+    from_engine: Any = None
+    """What a `PrivacyEngine` keeps of bounds that move, of probes, and of parts of a model. Its `compile` sets this."""
 
     norm: Norm = "exact"
     """"hutchinson", "hutch++": the norms of large linear layers are estimated from Gaussian probes, for which the noise
@@ -117,12 +115,6 @@ class Options:
 
     probes: int = 64
     """From how many probes: a power of two from 16 to 256. The accountant must be told."""
-
-    held_probes: Any = None
-    """What a `PrivacyEngine` keeps of the probes of its logical batches. Its `compile` sets this."""
-
-    part_runs: Any = None
-    """What a `PrivacyEngine` keeps of a model that it compiles part by part. Its `compile` sets this."""
 
     norm_strategy: NormStrategy = "auto"
     """How per-sample norms are computed. "auto" asks the cost model at each point."""
@@ -188,11 +180,9 @@ class Options:
             "seed": integer("seed", self.seed, 0, optional=True),
             "grad_scaler": values.grad_scaler(self.grad_scaler),
             "noise_at": choice("noise_at", self.noise_at, get_args(NoiseAt)),
-            "bound_scales": values.bound_scales(self.bound_scales, self.noise_at),
+            "from_engine": values.from_engine(self.from_engine, self.noise_at),
             "norm": choice("norm", self.norm, get_args(Norm)),
             "probes": values.probes(self.probes),
-            "held_probes": values.held_probes(self.held_probes, self.norm, self.probes, self.noise_at),
-            "part_runs": values.part_runs(self.part_runs, self.noise_at),
             "norm_strategy": choice("norm_strategy", self.norm_strategy, get_args(NormStrategy)),
             "autotune": flag("autotune", self.autotune),
             "compiler": choice("compiler", self.compiler, get_args(Compiler)),
@@ -232,9 +222,7 @@ class Options:
             texts["expected_batch_size"] = "the batch's own size"
         if self.seed is None:
             texts["seed"] = "from the operating system"
-        if self.grad_scaler is not None:
-            texts["grad_scaler"] = "the one given"
-        texts |= {name: "those of the engine" for name in OF_ENGINE if getattr(self, name) is not None}
+        texts |= {name: "the one given" for name in OBJECTS if getattr(self, name) is not None}
         return ", ".join(f"{name}={text}" for name, text in texts.items())
 
     def caveats(self) -> list[str]:
@@ -255,7 +243,7 @@ class Options:
         """Everything that can change the generated graph, as JSON takes it, equal for equal settings: the part of the
         compile cache's key that comes from the options. Mappings become lists of pairs, as their order counts."""
         known = {name: getattr(self, name) for name in (*PRIVACY, *PERFORMANCE) if name != "debug"}
-        for name in ("grad_scaler", *OF_ENGINE):  # which one it is, the pipeline adds
+        for name in OBJECTS:  # which one it is, the pipeline adds
             known[name] = getattr(self, name) is not None
         return {name: _canonical(value) for name, value in known.items()}
 

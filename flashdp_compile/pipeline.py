@@ -39,7 +39,9 @@ from flashdp_compile.passes.rewrite import private_gradients, rewrite, rewrite_e
 from flashdp_compile.passes.strategies.catalogue import MOST_SLACK
 from flashdp_compile.passes.strategies.materialize import MATERIALIZE
 from flashdp_compile.passes.verify import verify
-from flashdp_compile.runtime import bounds, clipping, noise, part_runs, probe_keys, scaling  # noqa: F401  registers the ops that the rewrite inserts
+from flashdp_compile.runtime import clipping, noise, scaling  # noqa: F401  registers the ops that the rewrite inserts
+from flashdp_compile.runtime.bounds import BoundScales
+from flashdp_compile.runtime.from_engine import FromEngine
 from flashdp_compile.tune_tiles import tune_tiles
 
 register_runtime_ops()
@@ -63,8 +65,14 @@ class Record:
     error: Exception | None = None
 
 
+def handed(options: Options) -> FromEngine:
+    """What an engine has handed to a graph, if there is one."""
+    return options.from_engine or FromEngine()
+
+
 def mechanism_of(options: Options, groups: Sequence[Group] = ()) -> Mechanism:
     """The fields of `Options` that say how clipped sums become releases, of a graph with these clipping groups."""
+    from_engine = handed(options)
     return Mechanism(
         noise_multiplier=options.noise_in_graph,
         clip_fn=options.clip_fn,
@@ -72,20 +80,14 @@ def mechanism_of(options: Options, groups: Sequence[Group] = ()) -> Mechanism:
         expected_batch_size=options.expected_batch_size,
         seed=options.seed,
         grad_scaler=None if options.grad_scaler is None else scaling.place(options.grad_scaler),
-        bounds=_moving(options, groups),
-        held_probes=None if options.held_probes is None else options.held_probes.place,
-        part_runs=_shared(options),
+        bounds=_moving(from_engine.bounds, groups),
+        held_probes=None if from_engine.probes is None else from_engine.probes.place,
+        part_runs=None if from_engine.shared is None else from_engine.shared.place,
         owed=options.noise_at == "step",
     )
 
 
-def _shared(options: Options) -> int | None:
-    runs = options.part_runs
-    return runs.place if runs is not None and runs.shared else None
-
-
-def _moving(options: Options, groups: Sequence[Group]) -> BoundsPlace | None:
-    scales = options.bound_scales
+def _moving(scales: BoundScales | None, groups: Sequence[Group]) -> BoundsPlace | None:
     if scales is None or not groups:
         return None
     kind = scales.kinds.index({group.name: group.bound for group in groups})
@@ -147,7 +149,7 @@ def run(graph: fx.Graph, record: Record) -> None:
     analyse(graph, record)
     if record.joint is None or record.plan is None or not record.joint.tangents:
         return
-    _check_groups(record.options, record.plan)
+    handed(record.options).check({group.name: group.bound for group in record.plan.groups})
     mechanism = mechanism_of(record.options, record.plan.groups)
     before = Before.of(record.joint, record.axes)
     if record.axes is not None:
@@ -163,29 +165,6 @@ def run(graph: fx.Graph, record: Record) -> None:
         raise InternalError(f"a strategy has the slack {slack}, more than the noise of an engine allows: {MOST_SLACK}")
     record.rewritten = True
     record.verified = verify(record.joint, guarantee_of(record.options, before, slack), before)
-
-
-def _check_groups(options: Options, plan: Plan) -> None:
-    """Bounds that move are those of all trainable parameters, so each of them must have a gradient. Where norms are
-    estimated, the accountant was told how many groups there are."""
-    held = options.held_probes
-    of_part = options.part_runs is not None  # then the engine has counted those of all parts
-    if held is not None and held.groups != len(plan.groups) and not of_part:
-        raise Refusal(
-            f"epsilon was computed for norms that are estimated in {held.groups} clipping group(s), and this "
-            f"step has {len(plan.groups)}: {', '.join(g.name for g in plan.groups[:5])}... Give the engine "
-            f"groups={len(plan.groups)}"
-        )
-    if options.bound_scales is None or of_part and not plan.groups:  # a part that is frozen has none
-        return
-    found, kinds = {group.name: group.bound for group in plan.groups}, options.bound_scales.kinds
-    if found not in kinds:
-        wider = [kind for kind in kinds if found.keys() <= kind.keys()]
-        without = list(dict.fromkeys(name for kind in wider for name in kind if name not in found))
-        raise Refusal(
-            f"nothing in this step depends on the parameters of {', '.join(without) or 'some groups'}, but bounds that "
-            "move are counted for all that can be trained. Freeze what is not used: requires_grad_(False)"
-        )
 
 
 @contextlib.contextmanager
@@ -235,13 +214,8 @@ class FlashDPPass(CustomGraphPass):
         if self._options.debug or self._report is not None or rules is None:
             return None
         described = [(i.name, i.role) for i in self._inputs]
-        held = self._options.held_probes
-        scales = self._options.bound_scales
-        of_engine = [
-            None if held is None else held.groups,
-            None if scales is None else [scales.place, [[*kind.items()] for kind in scales.kinds]],
-        ]
-        policy = [self._options.policy(), asdict(mechanism_of(self._options)), of_engine]
+        own = self._options
+        policy = [own.policy(), asdict(mechanism_of(own)), handed(own).told()]
         key = json.dumps([policy, self._feeds_parts, described, rules, sources_digest(), versions()], sort_keys=True)
         return hashlib.sha256(key.encode()).hexdigest()
 

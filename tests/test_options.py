@@ -15,6 +15,7 @@ from flashdp_compile.errors import FlashDPError, OptionError
 from flashdp_compile.options import PERFORMANCE, PRIVACY, Options, first_match
 from flashdp_compile.passes.strategies.catalogue import NAMES
 from flashdp_compile.runtime.bounds import BoundScales
+from flashdp_compile.runtime.from_engine import FromEngine
 
 FIELDS = [
     "max_grad_norm",
@@ -28,11 +29,9 @@ FIELDS = [
     "seed",
     "grad_scaler",
     "noise_at",
-    "bound_scales",
+    "from_engine",
     "norm",
     "probes",
-    "held_probes",
-    "part_runs",
     "norm_strategy",
     "autotune",
     "compiler",
@@ -142,6 +141,8 @@ NOISE = "allowed: a finite number, 0 or greater"
             {"grad_scaler": torch.amp.GradScaler("cpu")},
             ["doubles its scale every 2000 steps", "growth_interval=2147483647", "scaler.update(new_scale)"],
         ),
+        ({"from_engine": 1, "noise_at": "step", "expected_batch_size": 8}, ["from_engine is what a PrivacyEngine"]),
+        ({"from_engine": FromEngine()}, ["from_engine is what a PrivacyEngine"]),
         ({"norm_strategy": "ghost"}, ["norm_strategy='ghost'", "'materialize'"]),
         ({"autotune": 1}, ["autotune=1", "True or False"]),
         ({"compiler": "indctor"}, ["compiler='indctor'", "did you mean 'inductor'"]),
@@ -222,7 +223,7 @@ class TestPolicy:
             {"public_inputs": ("mask",)},
             {"seed": 1},
             {"grad_scaler": scaler()},
-            {"noise_at": "step", "expected_batch_size": 8, "bound_scales": BoundScales()},
+            {"noise_at": "step", "expected_batch_size": 8, "from_engine": FromEngine(BoundScales())},
             {"norm_strategy": "outer"},
             {"autotune": True},
             {"compiler": "eager"},

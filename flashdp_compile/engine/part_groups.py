@@ -42,7 +42,7 @@ def bound_options(groups: Groups, options: Mapping[str, Any], clipping: Any) -> 
     count = 1 if clipping == "flat" else sum(map(len, groups.values()))  # part_runs.py: shares are found by each run
     if isinstance(bound, Mapping):
         raise OptionError("max_grad_norm states several bounds, but parts of a sharded model share one: give a number")
-    held = options.get("held_probes")
+    held = options["from_engine"].probes
     if held is not None and held.groups != count:
         raise OptionError(
             f"epsilon was computed for norms that are estimated in {held.groups} clipping group(s), and this model has "

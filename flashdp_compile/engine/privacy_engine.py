@@ -27,6 +27,7 @@ from flashdp_compile.engine.ranks import Ranks
 from flashdp_compile.engine.steps import Steps
 from flashdp_compile.errors import OptionError
 from flashdp_compile.options import Options
+from flashdp_compile.runtime.from_engine import FromEngine
 from flashdp_compile.runtime.probe_keys import HeldProbes
 
 FORMAT = 1
@@ -36,9 +37,7 @@ OWN = (  # options that follow from arguments
     "noise_multiplier",
     "expected_batch_size",
     "noise_at",
-    "bound_scales",
-    "held_probes",
-    "part_runs",
+    "from_engine",
     "seed",
     "grad_scaler",
 )
@@ -163,14 +162,11 @@ class PrivacyEngine:
         probes = None
         if norm_groups is not None:
             probes = HeldProbes(parsed.norm, parsed.probes, norm_groups, self.seed, self._ranks.secret(16))
-        self._options |= {
-            "noise_multiplier": self.plan.sigma(0),
-            "bound_scales": None if self._bounds is None else self._bounds.state,
-            "held_probes": probes,
-        }
+        from_engine = FromEngine(None if self._bounds is None else self._bounds.state, probes)
+        self._options |= {"noise_multiplier": self.plan.sigma(0), "from_engine": from_engine}
         Options.parse(self._options)
         self._begin_bounds(None)
-        self._steps = Steps(self._ranks, self._budget, self._new_noise(), self.micro_batches, self._bounds, probes)
+        self._steps = Steps(self._ranks, self._budget, self._new_noise(), self.micro_batches, self._bounds, from_engine)
         if self.noise == "philox":
             _log.warning(
                 "flashdp: noise='philox' is no cryptographic generator: whoever can predict it can subtract it"

@@ -13,6 +13,7 @@ from flashdp_compile.compat import is_narrow, is_sharded, local_shard, sum_shard
 from flashdp_compile.engine.part_groups import BY_PART, bound_options, grouped, groups_that_move
 from flashdp_compile.engine.ranks import Ranks
 from flashdp_compile.errors import OptionError
+from flashdp_compile.runtime.from_engine import FromEngine
 from flashdp_compile.runtime.part_runs import PartRuns
 from flashdp_compile.runtime.parts import Parts, was_compiled
 from flashdp_compile.runtime.shard_watch import ShardWatch, watch_shard
@@ -43,20 +44,21 @@ def compile_in_parts(
     ranks.agree("the parameters of the sharded model", _told(parts))
     sum_shards(model)
     runs = PartRuns(shared=clipping == "flat" and len(parts) > 1, kept=_kept(model))
-    if runs.shared and options.get("held_probes") is not None:
+    from_engine: FromEngine = options["from_engine"]
+    if runs.shared and from_engine.probes is not None:
         raise OptionError(
             "norms that are estimated have no bound for all parts together: the second run of the backward would rest "
             f"on the estimates of the first. Take clipping={BY_PART!r} or 'per_layer'"
         )
-    if runs.shared and options.get("bound_scales") is not None:
+    if runs.shared and from_engine.bounds is not None:
         raise OptionError(
             "bounds that move are not known for clipping='flat' of a model in parts, whose one bound all of them share "
             f"in two runs of the backward: take clipping={BY_PART!r} or 'per_layer', or leave bounds out"
         )
     groups = grouped(parts, clipping)
-    own = {**options, **bound_options(groups, options, clipping), "part_runs": runs}
-    if (scales := options.get("bound_scales")) is not None:
-        scales.divide(groups_that_move(parts, groups, own["max_grad_norm"]["*"], clipping))
+    own = {**options, **bound_options(groups, options, clipping), "from_engine": from_engine._replace(parts=runs)}
+    if from_engine.bounds is not None:
+        from_engine.bounds.divide(groups_that_move(parts, groups, own["max_grad_norm"]["*"], clipping))
     calls = compiled_calls(parts.values(), backend="flashdp", options=own, **settings)
     Parts(model, parts, shards, runs).install(lambda part: calls[type(part)])
 

@@ -17,8 +17,8 @@ from flashdp_compile.engine.loader import EngineLoader
 from flashdp_compile.engine.noise import Noise
 from flashdp_compile.engine.ranks import Ranks
 from flashdp_compile.errors import UnprotectedGradientError
+from flashdp_compile.runtime.from_engine import FromEngine
 from flashdp_compile.runtime.logical import LogicalBatch, Sum, sensitivity
-from flashdp_compile.runtime.probe_keys import HeldProbes
 from flashdp_compile.runtime.release import Release
 from flashdp_compile.runtime.watch import find
 
@@ -37,12 +37,12 @@ class Steps:
         noise: Noise,
         micro_batches: int,
         bounds: MovingBounds | None,
-        probes: HeldProbes | None,
+        from_engine: FromEngine,
     ) -> None:
         self.noise, self.stepped = noise, False
         self.loader: EngineLoader | None = None
         self._ranks, self._budget, self._micro_batches = ranks, budget, micro_batches
-        self._bounds, self._probes = bounds, probes
+        self._bounds, self._from_engine = bounds, from_engine
         self._equal: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # whose parameters are the same on all ranks
         self._attached: weakref.WeakKeyDictionary[Optimizer, LogicalBatch] = weakref.WeakKeyDictionary()
         self._numbers = 0
@@ -55,9 +55,7 @@ class Steps:
 
     def attach(self, optimizer: Optimizer, divisor: float) -> Callable[[Callable[[], Any]], None]:
         """What takes the place of the optimizer's own step, and is given that."""
-        self._attached[optimizer] = logical = LogicalBatch(
-            optimizer, divisor, None if self._bounds is None else self._bounds.state, self._probes
-        )
+        self._attached[optimizer] = logical = LogicalBatch(optimizer, divisor, self._from_engine)
         number, self._numbers = self._numbers, self._numbers + 1
         return lambda original: self._step(number, logical, original)
 
@@ -160,8 +158,8 @@ class Steps:
 
         def move() -> None:
             self._budget.spend()
-            if self._probes is not None:
-                self._probes.move()
+            if self._from_engine.probes is not None:
+                self._from_engine.probes.move()
             self._accounted, self._drawn = set(releases), {number}
             if self._bounds is not None:
                 self._bounds.move(releases, factor, self._sigma(), add_noise)
@@ -202,7 +200,7 @@ class Steps:
 
     def _spent_probes(self, releases: Sequence[Release]) -> str:
         """What is wrong with backward passes whose probes were not those of this step alone."""
-        if self._probes is None or all(release.probes_moved == self._probes.moves for release in releases):
+        if all(release.probes_moved == self._from_engine.probes_moved for release in releases):
             return ""
         return (
             "another step of this engine has been taken since, which has used up the probes that norms were estimated "

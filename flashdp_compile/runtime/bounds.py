@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -135,6 +135,20 @@ class BoundScales:
             self.within = torch.zeros_like(self.scales)
             self.bounds = torch.tensor([*self.groups.values()]).to(self.scales)
             self.load(self._first)
+
+    def check(self, groups: Mapping[str, float]) -> None:
+        """Raises Refusal unless a graph that has gradients for these groups has them for all that were prepared."""
+        if dict(groups) not in self.kinds:
+            wider = [kind for kind in self.kinds if groups.keys() <= kind.keys()]
+            without = list(dict.fromkeys(name for kind in wider for name in kind if name not in groups))
+            raise Refusal(
+                f"nothing in this step depends on the parameters of {', '.join(without) or 'some groups'}, but bounds "
+                "that move are counted for all that can be trained. Freeze what is not used: requires_grad_(False)"
+            )
+
+    def told(self) -> Any:
+        """All that can change a graph, as JSON takes it."""
+        return [self.place, [[*kind.items()] for kind in self.kinds]]
 
     def _enter(self, number: int, members: Sequence[Tensor]) -> None:
         for parameter in members:

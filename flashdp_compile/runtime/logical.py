@@ -15,9 +15,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from flashdp_compile.compat import sharded_like
-from flashdp_compile.runtime.bounds import BoundScales
 from flashdp_compile.runtime.check import examine, refuse
-from flashdp_compile.runtime.probe_keys import HeldProbes
+from flashdp_compile.runtime.from_engine import FromEngine
 from flashdp_compile.runtime.release import LEDGER, Owed, Release, ReleaseInfo
 from flashdp_compile.runtime.shard_watch import ShardWatch
 from flashdp_compile.runtime.watch import Content, Fault, Watch, find
@@ -39,7 +38,7 @@ def sensitivity(release: Release) -> float:
     bounds: dict[object, float] = {}
     for peer in release.peers:
         if (owed := peer.info.owed) is not None:
-            among = owed.parts if owed.parts is not None and owed.parts.shared else peer
+            among = owed.from_engine.shared or peer
             bounds[among] = max(owed.sensitivity, bounds.get(among, 0.0))
     return math.sqrt(sum(bound**2 for bound in bounds.values()))
 
@@ -47,19 +46,12 @@ def sensitivity(release: Release) -> float:
 class LogicalBatch:
     """What the backward passes since the last release have left for the parameters of one optimizer.
 
-    `divisor` is what their sums must have been divided by, `bounds` are those that they must have been clipped to if
-    bounds move, and `probes` those that norms must have been estimated with, None if norms must be exact. `used` counts
-    the batches of a loader that are behind it, for whoever draws samples.
+    `divisor` is what their sums must have been divided by, `from_engine` what their graphs must have been handed, for
+    whichever parts. `used` counts the batches of a loader that are behind it, for whoever draws samples.
     """
 
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        divisor: float,
-        bounds: BoundScales | None = None,
-        probes: HeldProbes | None = None,
-    ) -> None:
-        self._optimizer, self.divisor, self.bounds, self.probes = weakref.ref(optimizer), divisor, bounds, probes
+    def __init__(self, optimizer: Optimizer, divisor: float, from_engine: FromEngine) -> None:
+        self._optimizer, self._divisor, self._from_engine = weakref.ref(optimizer), divisor, from_engine
         self.used = 0
 
     @property
@@ -107,7 +99,7 @@ class LogicalBatch:
             watched.content = Content(grad, release, None, ())
 
     def _ours(self, owed: Owed) -> bool:
-        return owed.divisor == self.divisor and owed.bounds is self.bounds and owed.probes is self.probes
+        return (owed.divisor, owed.from_engine._replace(parts=None)) == (self._divisor, self._from_engine)
 
     def parameters(self) -> list[Tensor]:
         """Those for which sums are held."""

@@ -154,19 +154,14 @@ def _hook(node: Any, info: ReleaseInfo, batch: Mapping[int, int] | None, part: t
     if targets:
         # autograd's own graph holds these parameters as long as it holds the node, so this prolongs nothing
         node.register_hook(functools.partial(_released, info, batch, part, targets, []))
-        if (owed := info.owed) is not None and any((owed.bounds, owed.probes, owed.parts)):
-            node.register_prehook(functools.partial(_begun, owed, None if part is None else part[1]))
+        if info.owed is not None and any(info.owed.from_engine):
+            node.register_prehook(functools.partial(_begun, info.owed, None if part is None else part[1]))
 
 
 @hidden_from_dynamo
 def _begun(owed: Owed, part: int | None, grad_outputs: Sequence[Tensor | None]) -> None:
     """Before a compiled node runs: what one that has failed has counted is forgotten, and it is told its part."""
-    if owed.bounds is not None:
-        owed.bounds.begin(part)
-    if owed.parts is not None:
-        owed.parts.running = part
-    if owed.probes is not None:
-        owed.probes.part = part
+    owed.from_engine.begin(part)
 
 
 @hidden_from_dynamo
@@ -183,7 +178,7 @@ def _released(
     arrived = [(index, parameter, watched) for index, parameter, watched in targets if grad_inputs[index] is not None]
     if not arrived:
         return None
-    if info.owed is not None and info.owed.parts is not None and info.owed.parts.measuring:
+    if info.owed is not None and info.owed.from_engine.measuring:
         taken_away = {index for index, _, _ in arrived}
         return tuple(None if index in taken_away else grad for index, grad in enumerate(grad_inputs))
     release = LEDGER.open(info, batch)
@@ -192,10 +187,7 @@ def _released(
             watched.announce(parameter, cast(Tensor, grad_inputs[index]), release)
         return None
     release.part = None if part is None else (weakref.ref(part[0]), part[1])
-    if info.owed.bounds is not None:
-        release.moved = info.owed.bounds.take()
-    if info.owed.probes is not None:
-        release.probes_moved = info.owed.probes.moves
+    release.moved, release.probes_moved = info.owed.from_engine.taken()
     passed_on = list(grad_inputs)
     taken = set[int]()
     fault = Fault.REPEATED if runs else None

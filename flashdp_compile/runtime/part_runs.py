@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +41,14 @@ class PartRuns:
         _known.append(self)
         self._norms: dict[int, Tensor] | None = None
         self._shares: Mapping[int, Tensor] = {}
+
+    def told(self) -> Any:
+        """All that can change a graph, as JSON takes it."""
+        return [self.place] if self.shared else []
+
+    def begin(self, part: int | None) -> None:
+        """The backward of this part begins."""
+        self.running = part
 
     @property
     def measuring(self) -> bool:

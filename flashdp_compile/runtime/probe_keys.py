@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flashdp_compile.compat import real_tensors
+from flashdp_compile.errors import Refusal
 from flashdp_compile.runtime.key_states import KeyStates
 
 __all__ = ["KEYS", "HeldProbes", "draw_probe_key"]
@@ -51,6 +54,22 @@ class HeldProbes:
     def prepare(self, device: torch.device) -> None:
         """To be called before any CUDA graph capture."""
         self.keys.prepare(device, self._seed)
+
+    def check(self, groups: Collection[str]) -> None:
+        """Raises Refusal unless a graph has as many clipping groups as the accountant was told."""
+        if len(groups) != self.groups:
+            raise Refusal(
+                f"epsilon was computed for norms that are estimated in {self.groups} clipping group(s), and this step "
+                f"has {len(groups)}: {', '.join([*groups][:5])}... Give the engine groups={len(groups)}"
+            )
+
+    def told(self) -> Any:
+        """All that can change a graph, as JSON takes it."""
+        return [self.place, self.groups]
+
+    def begin(self, part: int | None) -> None:
+        """A backward begins, of a whole model (None) or of a part."""
+        self.part = part
 
     def move(self) -> None:
         """The present ones are used up."""

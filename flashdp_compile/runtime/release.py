@@ -14,24 +14,20 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from flashdp_compile.compat import backward_number
-from flashdp_compile.runtime.bounds import BoundScales, Moved
-from flashdp_compile.runtime.part_runs import PartRuns
-from flashdp_compile.runtime.probe_keys import HeldProbes
+from flashdp_compile.runtime.bounds import Moved
+from flashdp_compile.runtime.from_engine import FromEngine
 
 
 @dataclass(frozen=True)
 class Owed:
     """The noise that clipped sums lack: sigma `sensitivity` / `divisor` is its standard deviation. `sensitivity` bounds
     what one sample adds to the undivided sums of all parameters together. `reused`: the memory of gradients is used
-    again by the next backward, as CUDA graphs do. `bounds`: how far clipping bounds have moved. `probes`: those that
-    norms were estimated with. `parts`: what the parts of a model know of each other, of which this is one."""
+    again by the next backward, as CUDA graphs do."""
 
     sensitivity: float
     divisor: float
     reused: bool = False
-    bounds: BoundScales | None = None
-    probes: HeldProbes | None = None
-    parts: PartRuns | None = None
+    from_engine: FromEngine = FromEngine()
 
 
 @dataclass(frozen=True, kw_only=True)

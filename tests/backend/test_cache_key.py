@@ -9,6 +9,7 @@ from flashdp_compile.passes.axes import registry
 from flashdp_compile.passes.inputs import Input
 from flashdp_compile.pipeline import FlashDPPass, LastPass
 from flashdp_compile.runtime.bounds import BoundScales
+from flashdp_compile.runtime.from_engine import FromEngine
 from flashdp_compile.runtime.part_runs import PartRuns
 from flashdp_compile.runtime.probe_keys import HeldProbes
 
@@ -25,17 +26,16 @@ OTHERS = {
     "seed": 3,
     "grad_scaler": torch.amp.GradScaler("cpu", growth_interval=2**31 - 1),
     "noise_at": "step",
-    "bound_scales": BoundScales(),
+    "from_engine": FromEngine(),
     "norm": "hutchinson",
     "probes": 32,
-    "held_probes": HeldProbes("exact", 64, 1),
-    "part_runs": PartRuns(),
     "norm_strategy": "gram",
     "autotune": True,
     "compiler": "eager",
     "mode": "reduce-overhead",
     "inductor": {"max_autotune": True},
 }
+AT_STEP = {"noise_at": "step", "expected_batch_size": 5}
 
 
 def key(inputs=INPUTS, **options):
@@ -52,9 +52,7 @@ def test_every_option_is_listed_here():
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_every_option_changes_the_key(name):
-    of_engine = name in ("bound_scales", "held_probes", "part_runs")
-    beside = {"expected_batch_size": 5} if of_engine or name == "noise_at" else {}
-    beside |= {"noise_at": "step"} if of_engine else {}
+    beside = {"from_engine": AT_STEP, "noise_at": {"expected_batch_size": 5}}.get(name, {})
     assert key(**{name: OTHERS[name], **beside}) != key(**beside)
 
 
@@ -115,18 +113,44 @@ def test_entries_of_the_tables_change_the_key(table, monkeypatch):
     assert key() not in (before, None)
 
 
-def test_moving_bounds_count_by_their_place():
-    beside = {"noise_at": "step", "expected_batch_size": 5}
-    one, other = BoundScales(), BoundScales()
-    assert key(bound_scales=one, **beside) == key(bound_scales=one, **beside) != key(bound_scales=other, **beside)
+def of_engine(**kept):
+    return key(from_engine=FromEngine(**kept), **AT_STEP)
+
+
+def test_all_that_an_engine_hands_over_changes_the_key():
+    kept = [
+        {},
+        {"bounds": BoundScales()},
+        {"probes": HeldProbes("exact", 64, 1)},
+        {"probes": HeldProbes("exact", 64, 2)},
+        {"parts": PartRuns()},
+        {"parts": PartRuns(shared=True)},
+    ]
+    assert len({of_engine(**one) for one in kept}) == len(kept)
+
+
+@pytest.mark.parametrize(
+    "kind, make",
+    [
+        ("bounds", BoundScales),
+        ("probes", lambda: HeldProbes("exact", 64, 1)),
+        ("parts", lambda: PartRuns(shared=True)),
+    ],
+)
+def test_what_an_engine_hands_over_counts_by_its_place(kind, make):
+    one, other = make(), make()
+    assert of_engine(**{kind: one}) == of_engine(**{kind: one}) != of_engine(**{kind: other})
+
+
+def test_parts_with_bounds_of_their_own_are_all_alike():
+    assert of_engine(parts=PartRuns()) == of_engine(parts=PartRuns(kept=7))
 
 
 def test_moving_bounds_count_by_the_groups_of_all_parts():
     """A graph holds the number of its own among them."""
-    beside, scales = {"noise_at": "step", "expected_batch_size": 5}, BoundScales()
-    keys = []
+    scales, keys = BoundScales(), []
     for scales.kinds in ([], [{"a": 1.0}], [{"b": 1.0}, {"a": 1.0}], [{"a": 1.0}, {"b": 1.0}], [{"a": 2.0}]):
-        keys.append(key(bound_scales=scales, **beside))
+        keys.append(of_engine(bounds=scales))
     assert len(set(keys)) == 5
 
 
@@ -146,7 +170,7 @@ def test_a_part_is_compiled_beside_what_the_others_keep(monkeypatch):
         return compat.compile_with_interpreter(gm, inputs, rewriting)
 
     monkeypatch.setattr(compat, "compile_with_inductor", compile_with_inductor)
-    options = {"noise_at": "step", "expected_batch_size": 4, "part_runs": PartRuns(kept=7)}
+    options = {**AT_STEP, "from_engine": FromEngine(parts=PartRuns(kept=7))}
     torch.compile(torch.nn.Linear(3, 2), backend="flashdp", options=options)(torch.randn(4, 3))
     assert told == [LastPass(7).uuid()]
 
@@ -154,9 +178,3 @@ def test_a_part_is_compiled_beside_what_the_others_keep(monkeypatch):
 def test_a_scaler_counts_by_its_place():
     one, other = (torch.amp.GradScaler("cpu", growth_interval=2**31 - 1) for _ in range(2))
     assert key(grad_scaler=one) == key(grad_scaler=one) != key(grad_scaler=other)
-
-
-def test_parts_with_one_bound_count_by_their_place():
-    beside = {"noise_at": "step", "expected_batch_size": 5}
-    one, other = PartRuns(shared=True), PartRuns(shared=True)
-    assert key(part_runs=one, **beside) == key(part_runs=one, **beside) != key(part_runs=other, **beside)

@@ -224,10 +224,10 @@ def test_what_is_no_way_to_move_a_bound(bounds):
 
 
 def test_the_option_is_the_engines():
-    with pytest.raises(OptionError, match="options holds 'bound_scales'"):
-        engine(options={"bound_scales": 1})
-    with pytest.raises(OptionError, match="give the engine `bounds`"):
-        torch.compile(mlp(), backend="flashdp", options={"bound_scales": 1, "compiler": "eager"})(samples())
+    with pytest.raises(OptionError, match="options holds 'from_engine'"):
+        engine(options={"from_engine": 1})
+    with pytest.raises(OptionError, match="what a PrivacyEngine hands to the graphs of a model"):
+        torch.compile(mlp(), backend="flashdp", options={"from_engine": 1, "compiler": "eager"})(samples())
 
 
 def test_one_model_for_each_engine():

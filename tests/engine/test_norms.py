@@ -9,6 +9,8 @@ from flashdp_compile import OptionError, PrivacyEngine, Refusal, UnprotectedGrad
 from flashdp_compile.engine.bound_rules import Quantile
 from flashdp_compile.engine.norms import accounted_norms
 from flashdp_compile.options import Options
+from flashdp_compile.runtime.from_engine import FromEngine
+from flashdp_compile.runtime.probe_keys import HeldProbes
 
 RUN = {"target_delta": 1e-5, "expected_batch_size": 8, "sample_size": 800, "steps": 50}
 ESTIMATED = {"options": {"norm": "hutchinson", "probes": 16, "compiler": "eager"}}
@@ -68,7 +70,7 @@ def test_the_probes_of_a_logical_batch_are_the_same_in_every_micro_batch():
             backward(compiled, rows)
             optimizer.step()
         steps.append(torch.cat([change.flatten() for change in moved(model, before)]))
-        assert engine._steps._probes.moves == 1, "one step has been taken"
+        assert engine._steps._from_engine.probes.moves == 1, "one step has been taken"
     # each part's mean is over fewer samples, and backward is called on means
     torch.testing.assert_close(steps[0], steps[1], rtol=1e-4, atol=1e-7)
 
@@ -98,7 +100,7 @@ def test_the_next_step_has_other_probes():
         ({"cap": 20}, "not covered"),
         ({"sampling": accounting.WithoutReplacement(8, 800)}, "not covered"),
         ({"options": {"norm": "exact"}, "groups": 2}, "no use with norm='exact'"),
-        ({"options": {"held_probes": 2}}, "the engine's own"),
+        ({"options": {"from_engine": 2}}, "the engine's own"),
     ],
 )
 def test_what_has_no_accountant_is_refused(settings, words):
@@ -153,9 +155,11 @@ def test_a_model_that_was_compiled_for_other_norms_is_refused(options):
     assert engine.steps_done == 0
 
 
-def test_estimates_owe_their_noise_to_an_engine_alone():
+@pytest.mark.parametrize("probes", [None, HeldProbes("hutchinson", 32, 1), HeldProbes("hutch++", 16, 1)])
+def test_estimates_owe_their_noise_to_an_engine_alone(probes):
+    """One that knows of other estimates, or of none, will not do."""
     settings = {"norm": "hutchinson", "probes": 16, "compiler": "eager", "noise_at": "step", "expected_batch_size": 8}
-    compiled = torch.compile(wide(), backend="flashdp", options=settings)
+    compiled = torch.compile(wide(), backend="flashdp", options={**settings, "from_engine": FromEngine(probes=probes)})
     with pytest.raises(Refusal, match="noise_at='step' is for a PrivacyEngine"):
         compiled(samples())
 

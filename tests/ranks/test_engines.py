@@ -27,10 +27,10 @@ def estimated(rank, size, seed):
         "inside", wide, seed=seed, sampling=accounting.Poisson(0.01, 800), **ESTIMATED
     )
     rows = torch.randn(8, 90, generator=torch.Generator().manual_seed(1))
-    key, start = its._steps._probes.key(torch.device("cpu")).tolist(), copies(model)
+    key, start = its._steps._from_engine.probes.key(torch.device("cpu")).tolist(), copies(model)
     take_steps(its, called, optimizer, [share(rank, size, rows)] * 2)
-    assert its._steps._probes.moves == 2
-    return moved(model, start), key, its._steps._probes.key(torch.device("cpu")).tolist()
+    assert its._steps._from_engine.probes.moves == 2
+    return moved(model, start), key, its._steps._from_engine.probes.key(torch.device("cpu")).tolist()
 
 
 @pytest.mark.parametrize("size", [2, 4])
