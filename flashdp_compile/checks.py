@@ -77,3 +77,10 @@ def nearest(name: Any, known: Sequence[str]) -> str:
 def first_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
     """The first name under which two configurations have different values, one that only one of them has included."""
     return next((name for name in {**one, **other} if one.get(name) != other.get(name)), None)
+
+
+def comparable(value: Any) -> Any:
+    """A value of a configuration as JSON gives it back, which knows no tuples. The order of mappings counts."""
+    if isinstance(value, Mapping):
+        return [[str(k), v] for k, v in value.items()]
+    return [list(pair) for pair in value] if isinstance(value, (list, tuple)) else value

@@ -66,7 +66,7 @@ class Record:
 
 
 def handed(options: Options) -> FromEngine:
-    """What an engine has handed to a graph, if there is one."""
+    """What an engine hands to a graph: nothing of any kind where there is no engine."""
     return options.from_engine or FromEngine()
 
 

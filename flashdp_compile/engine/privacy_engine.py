@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from flashdp_compile.accounting import Sampling, Schedule
-from flashdp_compile.checks import choice, first_difference, integer
+from flashdp_compile.checks import choice, comparable, first_difference, integer
 from flashdp_compile.engine.attach import check_optimizer, replace_step
 from flashdp_compile.engine.bound_rules import Quantile, Saved
 from flashdp_compile.engine.bounds import MovingBounds
@@ -21,7 +21,7 @@ from flashdp_compile.engine.journal import Journal
 from flashdp_compile.engine.loader import EngineLoader, make_loader
 from flashdp_compile.engine.noise import NOISES, Noise
 from flashdp_compile.engine.norms import accounted_norms
-from flashdp_compile.engine.part_groups import BY_PART
+from flashdp_compile.engine.own_options import with_own
 from flashdp_compile.engine.plan import make_plan
 from flashdp_compile.engine.ranks import Ranks
 from flashdp_compile.engine.steps import Steps
@@ -31,16 +31,6 @@ from flashdp_compile.runtime.from_engine import FromEngine
 from flashdp_compile.runtime.probe_keys import HeldProbes
 
 FORMAT = 1
-OWN = (  # options that follow from arguments
-    "max_grad_norm",
-    "clipping",
-    "noise_multiplier",
-    "expected_batch_size",
-    "noise_at",
-    "from_engine",
-    "seed",
-    "grad_scaler",
-)
 
 _log = logging.getLogger("flashdp_compile")
 
@@ -113,22 +103,8 @@ class PrivacyEngine:
             self.micro_batches = integer("micro_batches", micro_batches, 1)
             self.seed = integer("seed", seed, 0, optional=True)
             self.noise = choice("noise", noise, tuple(NOISES))
-            if twice := sorted({*OWN} & {*(options or {})}):
-                raise OptionError(
-                    f"options holds {twice[0]!r}, which is the engine's own: leave it out, or give it as an argument"
-                )
-            if (options or {}).get("loss_reduction", "mean") != "mean":
-                raise OptionError(
-                    "options holds loss_reduction, but a step is divided by expected_batch_size: call backward on means"
-                )
             self._clipping = clipping
-            self._options = {
-                **(options or {}),
-                "max_grad_norm": max_grad_norm,
-                "clipping": {"*": "all"} if clipping == BY_PART else clipping,
-                "expected_batch_size": self.expected_batch_size,
-                "noise_at": "step",
-            }
+            self._options = with_own(options, max_grad_norm, clipping, self.expected_batch_size)
             parsed = Options.parse(self._options)  # what is not allowed is said now
             norms, norm_groups = accounted_norms(parsed, groups, bounds)
             self.plan = make_plan(
@@ -267,14 +243,14 @@ class PrivacyEngine:
 
     def _configuration(self) -> dict[str, Any]:
         """What a run that is resumed must have in common with the one that was begun."""
-        told = {name: _plain(self._options[name]) for name in ("max_grad_norm", "clipping", "expected_batch_size")}
+        told = {name: comparable(self._options[name]) for name in ("max_grad_norm", "clipping", "expected_batch_size")}
         return {
             **told,
-            "noise_multiplier": _plain(self.plan.noise_multiplier),
+            "noise_multiplier": comparable(self.plan.noise_multiplier),
             "bounds": None if self._bounds is None else self._bounds.told(),
             "sampling": repr(self.plan.sampling),
             "steps": self.plan.steps,
-            **({"norms": _plain(self.plan.norms)} if self.plan.norms else {}),
+            **({"norms": comparable(self.plan.norms)} if self.plan.norms else {}),
             "noise": self.noise,
             "seed": self.seed,
         }
@@ -322,9 +298,3 @@ class PrivacyEngine:
         raise OptionError(
             "a PrivacyEngine cannot be copied: two of them would draw the same noise. Save its state_dict"
         )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return [[str(k), v] for k, v in value.items()]
-    return [list(pair) for pair in value] if isinstance(value, (list, tuple)) else value
