@@ -177,9 +177,8 @@ class Watch:
         else:
             self.content = content = Content(grad, arriving.release, None, ())
             content.earlier, content.dirty = arriving.earlier, arriving.dirty
-        if grad is not None and self.shard is not None:
-            owed = None if self.content is None or self.content.release is None else self.content.release.info.owed
-            parameter.grad = stays_in_place(grad.clone() if owed is not None and owed.reused else grad)
+        if grad is not None and self.shard is not None:  # no CUDA graph writes to it again: parts have none
+            parameter.grad = stays_in_place(grad)
 
     def judge(self, grad: Tensor) -> Content | Fault:
         """The content of p.grad, `grad`, if it is exactly one release; else why it may not be stepped on."""

@@ -6,12 +6,9 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import nn
 
 from flashdp_compile.compat import stays_in_place
 from flashdp_compile.compat.scatter import in_place_reduce_scatter
-from flashdp_compile.runtime.release import LEDGER, Owed, ReleaseInfo
-from flashdp_compile.runtime.watch import watch
 from ranks.runs import close, share
 from ranks.sharded import Net, clipped_by_part, full, setup, steps
 
@@ -55,18 +52,3 @@ def test_what_would_be_rounded_or_widened_is_copied(taken):
     assert in_place_reduce_scatter().takes(grads, 0, 2, out=out) is taken
     assert out.untyped_storage().size() == (0 if taken else 24)
     in_place_reduce_scatter()._taken = None
-
-
-@pytest.mark.parametrize("reused", [True, False])
-def test_memory_that_the_next_backward_uses_again_is_copied(reused):
-    """It runs while the sums of this one are on their way."""
-    parameter = nn.Parameter(torch.zeros(3))
-    watched = watch(parameter)
-    watched.shard = object()
-    release = LEDGER.open(ReleaseInfo(label="test", owed=Owed(1.0, 1.0, reused=reused)), alone=True)
-    grad = torch.ones(3)
-    watched.announce(parameter, grad, release)
-    watched(grad)
-    parameter.grad = grad
-    watched.accumulated(parameter)
-    assert torch.equal(parameter.grad.own, grad) and (parameter.grad.own is grad) is not reused
