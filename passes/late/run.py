@@ -10,7 +10,7 @@ from flashdp_compile.passes.late.group_layers import group_layers
 from flashdp_compile.passes.late.inline import inline_kernels
 from flashdp_compile.passes.late.own_memory import own_memory
 from flashdp_compile.passes.late.release_late import release_late
-from flashdp_compile.passes.late.store_in_parts import store_in_parts
+from flashdp_compile.passes.late.store_by_samples import store_by_samples
 from flashdp_compile.passes.late.vectors import norm_vectors, sum_vectors
 
 
@@ -22,7 +22,7 @@ def run_late(graph: fx.Graph, beside: int) -> None:
     fuse_noise(graph)
     sum_vectors(graph)
     release_late(graph)
-    store_in_parts(graph, beside=beside)
+    store_by_samples(graph, beside=beside)
     group_layers(graph)
     clip_groups(graph)
     norm_vectors(graph)

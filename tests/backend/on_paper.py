@@ -176,7 +176,7 @@ def main(given: list[str] | None = None) -> None:
 
     from flashdp_compile.compat import early
     from flashdp_compile.kernels import hopper, tuning
-    from flashdp_compile.passes.late import group_layers, store_in_parts
+    from flashdp_compile.passes.late import group_layers, store_by_samples
 
     begun = []
 
@@ -189,7 +189,7 @@ def main(given: list[str] | None = None) -> None:
     if arguments.triton:
         hopper.available = lambda device: False
     if not arguments.parts:
-        store_in_parts.LARGE = 1.0
+        store_by_samples.LARGE = 1.0
     if arguments.limit is not None:
         group_layers.LIMIT = arguments.limit
     tuning._table()["sm_90"]["outer_store"]["16"][0][-1] = 8  # wide tiles for a product that is cut into so few

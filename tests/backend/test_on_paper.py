@@ -183,7 +183,7 @@ def test_the_count_of_bad_samples_copies_the_norms_of_a_launch_at_once():
     assert len(readers) == 1 and all(f"{s}, " in readers[0] for s in sqnorms)
 
 
-def test_a_head_whose_products_are_made_in_parts_is_one_call():
+def test_a_head_whose_products_are_made_by_samples_is_one_call():
     """The norms of its bias are known before, and the weights of this bias come from the norms that the call gives."""
     code = backward_of("per_layer", "auto", "--triton", "--parts")
     (made,) = re.findall(r"(\w+) = torch\.ops\.flashdp\.clipped_product\.default\(", code)

@@ -10,7 +10,7 @@ from pass_support import random_inputs, rewritten, run
 from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from flashdp_compile.passes.late.store_in_parts import store_in_parts
+from flashdp_compile.passes.late.store_by_samples import store_by_samples
 from flashdp_compile.passes.mechanism import Mechanism
 from flashdp_compile.runtime import noise, scaling
 
@@ -83,10 +83,10 @@ def the_same(of: fx.Graph, before: list[torch.Tensor], inputs: list[object]) -> 
 
 
 def taken(of: fx.Graph, count: int = 1, beside: int = 0) -> list[fx.Node]:
-    """So many layers are made in parts, and the numbers stay; returns their nodes."""
+    """So many layers are made by samples, and the numbers stay; returns their nodes."""
     inputs = random_inputs(of)
     before = outputs(of, inputs)
-    assert store_in_parts(of, "cpu", beside) == count
+    assert store_by_samples(of, "cpu", beside) == count
     of.lint()
     the_same(of, before, inputs)
     return made(of)

@@ -10,10 +10,10 @@
 The head of a language model has B x vocabulary x width products. `release_late` finds them a place where activations
 have been freed; under activation checkpointing there is none. A layer that is clipped by itself need not have them all
 at once, nor need one whose norms are the last of its clipping group: those of the other members are known before. Of a
-group only the largest layer is made so. The sum is read and written once more for each part, so parts are as large as
+group only the largest layer is made so. The sum is read and written once more each time, so as many are taken as
 the peak allows.
 
-What is made in parts may also run as soon as its operands are there, and these, such as the gradient of the logits, are
+What is made so may also run as soon as its operands are there, and these, such as the gradient of the logits, are
 then no longer held for it. In a group it may have to wait for the norms of others, with its operands instead of its
 products: the model of memory says which are less.
 
@@ -76,14 +76,14 @@ class Parts(NamedTuple):
     peak: int
 
 
-def store_in_parts(graph: fx.Graph, device: str = "cuda", beside: int = 0) -> int:
+def store_by_samples(graph: fx.Graph, device: str = "cuda", beside: int = 0) -> int:
     """Rewrites layers on devices of this type, in place; returns how many. `beside`: bytes that are kept there besides
     the values of this graph, by which a peak is judged too: those of a sharded model's other parts."""
     stores = graph.find_nodes(op="call_function", target=flashdp.outer_store.default)
     layers = [found for store in stores if (found := _read(store, device)) is not None]
     if not layers:
         return 0
-    memory, order, parted = Memory(graph), list[Step](graph.nodes), list[tuple[Layer, fx.Node, int]]()
+    memory, order, chosen = Memory(graph), list[Step](graph.nodes), list[tuple[Layer, fx.Node, int]]()
     groups = set[fx.Node]()
     peak = beside + memory.peak(order)
     for layer in sorted(layers, key=lambda layer: -memory.bytes[layer.product]):
@@ -94,17 +94,17 @@ def store_in_parts(graph: fx.Graph, device: str = "cuda", beside: int = 0) -> in
         groups.add(layer.clip)
         whole = memory.bytes[layer.product]
         tried = [_tried(memory, order, layer, place) for place in (_earliest(order, layer), layer.total)]
-        best = min(tried, key=lambda parts: parts.peak)
+        best = min(tried, key=lambda way: way.peak)
         if beside + best.peak <= (1 - (GAIN_IN_GROUP if layer.beside else GAIN)) * peak:
-            parted.append((layer, best.place, best.samples))
+            chosen.append((layer, best.place, best.samples))
             order, peak = best.order, beside + best.peak
             memory.bytes[layer.product] = whole // _batch(layer) * best.samples
         else:
             memory.bytes[layer.product] = whole
-    for layer, place, samples in parted:  # behind the loop: the memory knows the nodes that were there before
+    for layer, place, samples in chosen:  # behind the loop: the memory knows the nodes that were there before
         _replace(graph, layer, place, samples)
     sort_topologically(graph)
-    return len(parted)
+    return len(chosen)
 
 
 def _read(store: fx.Node, device: str) -> Layer | None:
@@ -112,10 +112,10 @@ def _read(store: fx.Node, device: str) -> Layer | None:
     x = store.args[0].meta["val"]
     if x.device.type != device or not all(map(is_static, store.meta["val"])) or x.shape[0] < 2:
         return None
-    parts = {n.args[1]: n for n in store.users if n.target is operator.getitem}
-    if len(parts) != 2 or len(store.users) != 2 or len(parts[0].users) != 1:
+    made = {n.args[1]: n for n in store.users if n.target is operator.getitem}
+    if len(made) != 2 or len(store.users) != 2 or len(made[0].users) != 1:
         return None
-    product, norms = parts[0], parts[1]
+    product, norms = made[0], made[1]
     (total,) = product.users
     if total.target is not flashdp.product_sum.default or total.args[0] is not product:
         return None

@@ -1,4 +1,4 @@
-"""A layer in parts that is clipped with others: all members keep the weights they had, and samples are counted once."""
+"""A layer made by samples and clipped with others: all members keep their weights, and samples are counted once."""
 
 import dataclasses
 
@@ -11,9 +11,9 @@ from torch import fx, nn
 
 from flashdp_compile.compat import argument
 from flashdp_compile.passes.groups import BoundsPlace
-from flashdp_compile.passes.late import store_in_parts as module
+from flashdp_compile.passes.late import store_by_samples as module
 from flashdp_compile.passes.late.memory import Memory
-from flashdp_compile.passes.late.store_in_parts import store_in_parts
+from flashdp_compile.passes.late.store_by_samples import store_by_samples
 from flashdp_compile.passes.late.vectors import norm_vectors
 from flashdp_compile.passes.order import behind, dependents
 from flashdp_compile.runtime import clipping
@@ -45,13 +45,13 @@ def store(of: fx.Graph) -> fx.Node:
 
 
 @pytest.mark.parametrize("name", MECHANISMS)
-def test_the_head_is_made_in_parts_and_the_numbers_stay(name):
+def test_the_numbers_of_a_head_stay(name):
     of = graph(clipping=PART, model=Head(), mechanism=MECHANISMS[name], bound=1e6 if "within" in name else 0.5)
     before = Memory(of).peak(list(of.nodes))
     (node,) = taken(of)
     assert argument(node, "samples") < BATCH
     assert Memory(of).peak(list(of.nodes)) < 0.7 * before
-    assert store_in_parts(of, "cpu") == 0
+    assert store_by_samples(of, "cpu") == 0
 
 
 def test_the_weights_of_all_members_come_from_the_same_norms():
@@ -74,7 +74,7 @@ def test_a_sample_that_is_not_finite_is_left_out_of_all_sums_and_counted_once(po
     before = outputs(of, inputs)
     assert all(value.isfinite().all() for value in before)
     assert clipping.nonfinite_samples() == 1
-    assert store_in_parts(of, "cpu") == 1
+    assert store_by_samples(of, "cpu") == 1
     the_same(of, before, inputs)
     assert clipping.nonfinite_samples() == 2
     clipping.reset_nonfinite()
@@ -91,15 +91,15 @@ def test_what_gains_little_stays_whole(monkeypatch):
     """More is asked of a layer that is clipped with others than of one by itself."""
     monkeypatch.setattr(module, "GAIN", 0.0)
     monkeypatch.setattr(module, "GAIN_IN_GROUP", 0.95)
-    assert store_in_parts(graph(clipping="flat"), "cpu") == 0
-    assert store_in_parts(graph(), "cpu") >= 1
+    assert store_by_samples(graph(clipping="flat"), "cpu") == 0
+    assert store_by_samples(graph(), "cpu") >= 1
 
 
 def test_what_gains_little_beside_the_other_parts_of_a_model_stays_whole():
     of = graph(clipping=PART, model=Head())
     peak = Memory(of).peak(list(of.nodes))
-    assert store_in_parts(of, "cpu", beside=int(peak / module.GAIN_IN_GROUP)) == 0
-    assert store_in_parts(of, "cpu", beside=peak) == 1
+    assert store_by_samples(of, "cpu", beside=int(peak / module.GAIN_IN_GROUP)) == 0
+    assert store_by_samples(of, "cpu", beside=peak) == 1
 
 
 def test_one_layer_of_a_group_is_enough(monkeypatch):
@@ -109,7 +109,7 @@ def test_one_layer_of_a_group_is_enough(monkeypatch):
     of = graph(clipping="flat", model=TwoHeads())
     (node,) = taken(of)
     assert 800 in node.meta["val"][0].shape
-    assert store_in_parts(of, "cpu") == 0
+    assert store_by_samples(of, "cpu") == 0
 
 
 @pytest.mark.parametrize("beside", [0, 1 << 40], ids=["alone", "beside other graphs"])
@@ -168,7 +168,7 @@ def test_norms_over_shares():
     """Where parts have one bound together, weights need more than the norms of one."""
     runs = PartRuns(shared=True)
     owed = dataclasses.replace(NOISY, noise_multiplier=0.0, owed=True, part_runs=runs.place)
-    assert store_in_parts(graph(clipping=PART, model=Head(), mechanism=owed), "cpu") == 0
+    assert store_by_samples(graph(clipping=PART, model=Head(), mechanism=owed), "cpu") == 0
 
 
 def test_norms_that_somebody_else_reads():
@@ -176,7 +176,7 @@ def test_norms_that_somebody_else_reads():
     _, norms = sorted(store(of).users, key=lambda n: n.args[1])
     output = of.output_node()
     output.args = (tuple(norms if value is None else value for value in output.args[0]),)
-    assert store_in_parts(of, "cpu") == 0
+    assert store_by_samples(of, "cpu") == 0
 
 
 def test_norms_that_need_the_sum():
@@ -198,4 +198,4 @@ def test_norms_of_another_precision():
     _, norms = sorted(store(of).users, key=lambda n: n.args[1])
     (other,) = (n for n in clip.args[0].all_input_nodes if n is not norms)
     other.meta["val"] = other.meta["val"].double()
-    assert store_in_parts(of, "cpu") == 0
+    assert store_by_samples(of, "cpu") == 0

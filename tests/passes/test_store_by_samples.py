@@ -7,25 +7,25 @@ from pass_support import random_inputs
 from torch import nn
 
 from flashdp_compile.compat import argument
-from flashdp_compile.passes.late import store_in_parts as module
+from flashdp_compile.passes.late import store_by_samples as module
 from flashdp_compile.passes.late.memory import Memory
-from flashdp_compile.passes.late.store_in_parts import store_in_parts
+from flashdp_compile.passes.late.store_by_samples import store_by_samples
 from flashdp_compile.passes.order import behind, dependents
 
 flashdp = torch.ops.flashdp
 
 
 @pytest.mark.parametrize("name", MECHANISMS)
-def test_the_head_is_made_in_parts_and_the_numbers_stay(name):
+def test_the_numbers_of_a_head_stay(name):
     of = graph(mechanism=MECHANISMS[name], bound=1e6 if "within" in name else 0.5)  # what is clipped hides its scale
     inputs = random_inputs(of)
     before = outputs(of, inputs)
-    assert store_in_parts(of, "cpu") == 1
+    assert store_by_samples(of, "cpu") == 1
     of.lint()
     (node,) = made(of)
     assert argument(node, "samples") < BATCH
     the_same(of, before, inputs)
-    assert store_in_parts(of, "cpu") == 0
+    assert store_by_samples(of, "cpu") == 0
 
 
 class Wide(LanguageModel):
@@ -39,7 +39,7 @@ class Wide(LanguageModel):
 
 
 def test_what_was_put_off_no_longer_waits():
-    """The head's release is behind all others and holds its operands; in parts it runs as soon as they are there."""
+    """The head's release is behind all others and holds its operands; by samples it runs as soon as they are there."""
     of = graph(model=Wide())
     inputs = random_inputs(of)
     before = outputs(of, inputs)
@@ -51,7 +51,7 @@ def test_what_was_put_off_no_longer_waits():
         node.append(following)
     high = Memory(of).peak(list(of.nodes))
     assert list(of.nodes).index(head) > max(list(of.nodes).index(n) for n in stores if n is not head)
-    assert store_in_parts(of, "cpu") >= 1
+    assert store_by_samples(of, "cpu") >= 1
     of.lint()
     order = list(of.nodes)
     (node,) = (n for n in made(of) if 800 in n.meta["val"][0].shape)
@@ -66,7 +66,7 @@ def test_several_layers(monkeypatch):
     of = graph(model=TwoHeads())
     inputs = random_inputs(of)
     before = outputs(of, inputs)
-    assert store_in_parts(of, "cpu") >= 2
+    assert store_by_samples(of, "cpu") >= 2
     of.lint()
     the_same(of, before, inputs)
 
@@ -87,7 +87,7 @@ def test_with_noise_in_the_sum():
             noised.prepend(node)
     noised.replace_all_uses_with(noised.args[0])
     of.erase_node(noised)
-    assert store_in_parts(of, "cpu") == 1
+    assert store_by_samples(of, "cpu") == 1
     assert made(of)[0].args[-3:] == (key, stream, std)
     the_same(of, before, inputs)
 
@@ -112,13 +112,13 @@ def test_parts_are_as_large_as_the_peak_allows(least, monkeypatch):
 
     monkeypatch.setattr(Memory, "peak", flat_below)
     monkeypatch.setattr(module, "GAIN", 0.0)
-    assert store_in_parts(of, "cpu") == 1
+    assert store_by_samples(of, "cpu") == 1
     assert argument(made(of)[0], "samples") == least
 
 
 def test_products_that_are_never_stored():
     of = graph(strategy="outer")
-    assert store_in_parts(of, "cpu") == 0
+    assert store_by_samples(of, "cpu") == 0
     assert not made(of)
 
 
@@ -127,17 +127,17 @@ def test_the_layer_that_counts_for_all_stays_whole():
     of = graph()
     for clip in of.find_nodes(op="call_function", target=flashdp.clip_factors.default):
         clip.args = (*clip.args[:5], True, None, *clip.args[7:])
-    assert store_in_parts(of, "cpu") == 0
+    assert store_by_samples(of, "cpu") == 0
 
 
 def test_small_products_stay_whole(monkeypatch):
     of = graph()
     monkeypatch.setattr(module, "LARGE", 1.0)
-    assert store_in_parts(of, "cpu") == 0
+    assert store_by_samples(of, "cpu") == 0
     monkeypatch.setattr(module, "LARGE", 0.0)
     monkeypatch.setattr(module, "GAIN", 0.95)
-    assert store_in_parts(of, "cpu") == 0
+    assert store_by_samples(of, "cpu") == 0
 
 
 def test_other_devices_are_left_alone():
-    assert store_in_parts(graph()) == 0
+    assert store_by_samples(graph()) == 0
