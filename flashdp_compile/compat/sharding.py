@@ -19,6 +19,7 @@ __all__ = [
     "is_narrow",
     "is_of_sharding",
     "is_sharded",
+    "kept_back",
     "local_shard",
     "prefetched_again",
     "sharded_like",
@@ -88,6 +89,19 @@ def unusual_sums(groups: Iterable[Any]) -> str:
         if named := next((name for name, is_so in found.items() if is_so), ""):
             return named
     return ""
+
+
+def kept_back(groups: Iterable[Any]) -> bool:
+    """Whether there were gradients that an earlier backward has not added up over all ranks, as it was told, so that
+    the next would. There are none then."""
+    found = False
+    for group in groups:
+        for one in group.fsdp_params:
+            found = found or one.unsharded_accumulated_grad is not None
+            one.unsharded_accumulated_grad = None
+        found = found or group._partial_reduce_output is not None
+        group._partial_reduce_output = None
+    return found
 
 
 def is_narrow(dtype: torch.dtype) -> bool:

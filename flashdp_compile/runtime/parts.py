@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from flashdp_compile.compat import (
     came_of_waiting,
     groups_of,
+    kept_back,
     leave_word,
     prefetched_again,
     sharded_parameters,
@@ -98,13 +99,18 @@ class Parts:
     def _link(self, number: int, part: nn.Module) -> None:
         """Tells the watches of parameters that are whole now of their shards, which must be those of the beginning."""
         linked = number in self._groups
-        if not linked:  # a search of the whole model
-            self._groups[number] = groups_of(part, self.model)
-        groups = self._groups[number]
+        groups = self._groups[number] if linked else groups_of(part, self.model)  # a search of the whole model
         if wrong := unusual_sums(groups):
             raise FlashDPError(
                 f"fully_shard was told to use {wrong}: clipped sums must be added up over all ranks as they are, in "
                 "float32, by every backward. Leave it out; param_dtype=torch.bfloat16 is fine"
+            )
+        if kept_back(groups):
+            kept_back(groups_of(self.model, self.model))
+            raise FlashDPError(
+                "fully_shard has kept gradients of an earlier backward, as set_requires_gradient_sync(False) or "
+                "set_requires_all_reduce(False) has told it, and would add them to those of this one. They are cleared "
+                "now: leave such settings as they are"
             )
         for parameter in (p for group in groups for p in sharded_parameters(group)):
             self._check_shard(self.names[number] or "the model", parameter)
@@ -115,6 +121,7 @@ class Parts:
             watched, full = watch(parameter), f"{self.names[number]}.{name}".lstrip(".")
             if watched is not None:
                 watched.shard = self._shards[full]
+        self._groups[number] = groups  # only now: what was refused may be put right, and called again
 
     def _check_shard(self, name: str, parameter: Tensor) -> None:
         trained = isinstance(find(parameter), ShardWatch)
