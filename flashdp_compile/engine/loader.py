@@ -54,6 +54,10 @@ class EngineLoader(PrivateLoader):
         LEDGER.batch = {**LEDGER.batch, self._token: len(self.handed_out) - 1}
         return super()._handed_out(batch, size)
 
+    def drawn(self, used: int) -> str:
+        """Of which draw the batch is that was used last: ranks share one only if it is the same on all of them."""
+        return f"iteration {self.sampler.iterations} of it, in logical batch {self.handed_out[used - 1].logical}"
+
     def used_by(self, releases: Sequence[Release], used: int) -> tuple[list[int], str]:
         """The places among `handed_out` of the micro-batches that these backward passes went through, which must be all
         of their logical batch so far; and what is wrong, if anything is. `used` batches are behind the loop."""

@@ -88,14 +88,14 @@ class Steps:
 
     def _agree(self, number: int, logical: LogicalBatch, releases: Sequence[Release], sums: Sequence[Sum]) -> None:
         """Returns once all ranks are at this step, with sums of the same parameters, and were not told to wait."""
-        drawn = "" if self.loader is None else f" in iteration {self.loader.sampler.iterations} of it"
+        drawn = "" if self.loader is None else f" in {self.loader.drawn(logical.used)}"
         bounds = "" if self._bounds is None else f"; the next step's bounds: times {self._factor}"
-        told = repr([(one.place, *one.parameter.shape, one.total.dtype, one.first is None) for one in sums])
+        told = repr([(one.place, _name(one), *one.parameter.shape, one.total.dtype, one.first is None) for one in sums])
         places = hashlib.sha256(told.encode()).hexdigest()[:8]
         self._ranks.agree(
             "a step",
             f"of optimizer {number}, behind {self._budget.steps_done} steps and {logical.used} micro-batches of the "
-            f"loader{drawn}, with sums for {len(sums)} parameters ({places}) of sensitivity "
+            f"loader{drawn}, with sums for {len(sums)} parameters (names, order and shapes: {places}) of sensitivity "
             f"{sensitivity(releases[0]):.9g}{bounds}",
         )
         optimizer = logical.optimizer
@@ -214,8 +214,13 @@ class Steps:
             logical.used = max(len(self.loader.handed_out) - self.loader.read_ahead, logical.used)
 
 
+def _name(one: Sum) -> str | None:
+    """By which a parameter is known: several may be of one shape, and ranks may list them in other orders."""
+    watched = find(one.parameter)
+    return watched and watched.name
+
+
 def _elements(one: Sum) -> str:
     """Which ones of a sharded parameter this rank has."""
-    watched = find(one.parameter)
-    name = (watched and watched.name) or f"parameter {one.place}"
+    name = _name(one) or f"parameter {one.place}"
     return f"the elements of {name} from {one.first} on, {one.total.numel()} in number"

@@ -6,13 +6,16 @@ from unittest import mock
 
 import pytest
 import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel.distributed import _MixedPrecision
 from torch.utils.data import TensorDataset
 
 from engine.runs import copies, engine, mlp, samples
 from flashdp_compile import Quantile
-from ranks.runs import backward, same, setup, share, take_steps
+from ranks.runs import backward, same, setup, share, take_steps, text_of
 
 
 def attempts(model, *actions):
@@ -262,6 +265,59 @@ def restarted(rank, size):
 def test_a_rank_that_iterates_anew(pool):
     for (error,), kept in pool.run(2, restarted):
         assert error is not None and error[0] == "RanksError" and kept
+
+
+def elsewhere(rank, size):
+    """One rank has its loader begin behind other steps: it draws other samples, some of which another rank has, too."""
+    its, model, called, optimizer = setup(
+        "inside", noise_multiplier=1.0, sampling=None, sample_size=20, steps=9, expected_batch_size=10
+    )
+    loader = its.data_loader(TensorDataset(samples(20)))
+    if rank == 1:
+        loader.load_state_dict({**loader.state_dict(), "steps_done": 3})
+    backward(called, next(iter(loader))[0])
+    return attempts(model, optimizer.step)
+
+
+def test_a_rank_whose_loader_took_another_state(pool):
+    for (error,), kept in pool.run(2, elsewhere):
+        assert error is not None and error[0] == "RanksError" and kept
+        assert "rank 0: a step" in error[1] and "logical batch 0" in error[1] and "logical batch 3" in error[1]
+
+
+class Norms(nn.Module):
+    """Two parameters of one shape, which begin alike."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two, self.last = nn.LayerNorm(3), nn.LayerNorm(3), nn.Linear(3, 1)
+
+    def forward(self, x):
+        return self.last(self.two(self.one(x)))
+
+
+def other_order(rank, size, sharded):
+    """As of a set, say."""
+    its, model = engine(noise_multiplier=1.0, clipping="per_layer"), Norms()
+    if sharded:
+        mesh = init_device_mesh("cpu", (size, 1), mesh_dim_names=("copies", "shards"))
+        for part in model.children():
+            fully_shard(part, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    called, listed = its.compile(model), list(model.parameters())
+    if rank == 1:
+        listed[0], listed[2] = listed[2], listed[0]
+    optimizer = its.attach(torch.optim.SGD(listed, lr=1.0))
+    backward(called, share(rank, size))
+    return text_of(optimizer.step), its.steps_done
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["replicas", "copies of shards"])
+def test_parameters_in_another_order(pool, sharded):
+    """Sums of one would be added to those of the other, and copies of a shard would have noise of their own each."""
+    for error, done in pool.run(2, other_order, sharded):
+        assert error is not None and "ranks do not agree" in error and "order and shapes" in error and done == 0
 
 
 def spent(rank, size):
