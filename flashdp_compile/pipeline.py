@@ -35,7 +35,7 @@ from flashdp_compile.passes.mechanism import Mechanism
 from flashdp_compile.passes.part_outputs import check_part_outputs
 from flashdp_compile.passes.plan import Plan, make_plan
 from flashdp_compile.passes.points import ParameterGradient, check_single, find_points
-from flashdp_compile.passes.rewrite import private_gradients, rewrite, rewrite_empty, rewrite_single
+from flashdp_compile.passes.rewrite import check_all_owed, private_gradients, rewrite, rewrite_empty, rewrite_single
 from flashdp_compile.passes.strategies.catalogue import MOST_SLACK
 from flashdp_compile.passes.strategies.materialize import MATERIALIZE
 from flashdp_compile.passes.verify import verify
@@ -108,6 +108,8 @@ def analyse(graph: fx.Graph, record: Record) -> None:
     record.joint = capture(graph, record.inputs, options.batch_dim, record.feeds_parts)
     if record.joint is None:
         return
+    if options.noise_at == "step":
+        check_all_owed(record.joint)
     if record.joint.batch == 1 and options.norm != "exact":
         raise Refusal(
             f"a batch of one sample, and norm={options.norm!r}: its graph does not show which dimensions are those of "

@@ -104,6 +104,18 @@ def private_gradients(joint: JointGraph) -> list[Gradient]:
     return [g for g in joint.gradients if joint.inputs[g.index].role != "sample"]
 
 
+def check_all_owed(joint: JointGraph) -> None:
+    """Raises Refusal for a clipped gradient that is no parameter's: nobody would add the noise that it is to have at
+    the step, and what made the input would pass it on, to parameters of which each sample moves many rows."""
+    for gradient in joint.gradients:
+        if joint.inputs[gradient.index].role not in ("parameter", "sample"):
+            raise Refusal(
+                f"'{gradient.name}' holds no samples, and requires a gradient, which would leave the graph without "
+                "noise: an engine adds that to parameters. Detach it, or make it in the module that uses it, such as "
+                "learned positions next to what they are added to"
+            )
+
+
 def _scale(emit: Emitter, joint: JointGraph, mechanism: Mechanism) -> fx.Node | None:
     """What the loss was multiplied by, looked up in every backward; None for a loss that nobody scales."""
     number = mechanism.grad_scaler

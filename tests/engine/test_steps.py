@@ -302,6 +302,25 @@ def test_two_optimizers_share_a_step():
         assert not torch.allclose(noise[0].flatten()[:4], noise[2].flatten()[:4], atol=1e-4), "one stream for both"
 
 
+class Placed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(3, 1)
+
+    def forward(self, x, places):
+        return self.inner((x[:, None] + places).tanh()).mean(1)
+
+
+def test_public_inputs_that_are_learned():
+    """They would get a sum without noise, and nobody watches whose step uses it."""
+    its = engine(options={"compiler": "eager", "public_inputs": ["places"]})
+    compiled, table = its.compile(Placed()), nn.Embedding(5, 3)
+    for rows in (8, 1, 0):
+        with pytest.raises(Refusal, match="'places' holds no samples, and requires a gradient"):
+            compiled(samples(rows), table.weight * 1.0)
+    compiled(samples(), table.weight.detach())
+
+
 @pytest.mark.parametrize("late", [False, True])
 def test_schedulers_wrap_the_step_or_are_wrapped(late, recwarn):
     its, model = engine(), mlp()

@@ -185,7 +185,20 @@ def as_a_key():
     stepped(Net(None, Part(lambda part, y, x, given: y * next(iter(given))), forward), times=2)
 
 
+class Table(nn.Embedding):
+    """Learned positions: its rows are no samples, but it knows of no others."""
+
+
+def learned_table():
+    """Each sample moves all rows, and each row would be clipped by itself."""
+    net = Net(Table(3, 3), Part(lambda part, y, x, table: (y[:, None] + table).sum(1)))
+    net.register_buffer("places", torch.arange(3))
+    net.forward_of = lambda net, x: net.second(x, net.first(net.places))
+    stepped(net, options={"compiler": "eager", "public_inputs": ["args.1"]})
+
+
 CASES = {
+    learned_table: "holds no samples, and requires a gradient",
     as_a_key: "that no other part has returned, and that is no argument of the whole model",
     in_an_object: "a Result is passed to or by a model",
     two_models: "one backward ran several compiled graphs",
