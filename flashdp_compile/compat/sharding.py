@@ -21,6 +21,7 @@ __all__ = [
     "is_sharded",
     "kept_back",
     "local_shard",
+    "placed_parameters",
     "prefetched_again",
     "sharded_like",
     "sharded_parameters",
@@ -68,6 +69,11 @@ def prefetched_again(groups: Iterable[Any]) -> Callable[[], None]:
             group._post_forward_indices[:] = [at for at in order if at < len(group.comm_ctx.post_forward_order)]
 
     return restore
+
+
+def placed_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """By where they are, as graphs know them: torch's CheckpointWrapper leaves itself out of the names it gives."""
+    return nn.Module.named_parameters(module)
 
 
 def sharded_parameters(group: Any) -> list[Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from flashdp_compile.compat import placed_parameters
 from flashdp_compile.errors import OptionError
 from flashdp_compile.runtime.bounds import PartGroup
 
@@ -30,7 +31,7 @@ def grouped(parts: Mapping[str, nn.Module], clipping: Any) -> Groups:
         )
     found: dict[str, dict[str, list[str]]] = {}
     for part, module in parts.items():
-        for name in (n for n, p in module.named_parameters() if p.requires_grad):
+        for name in (n for n, p in placed_parameters(module) if p.requires_grad):
             group = name.rpartition(".")[0] or _ROOT if clipping == "per_layer" else _PART
             found.setdefault(part, {}).setdefault(group, []).append(name)
     return found

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flashdp_compile.compat import is_narrow, is_sharded, local_shard, sum_shards
+from flashdp_compile.compat import is_narrow, is_sharded, local_shard, placed_parameters, sum_shards
 from flashdp_compile.engine.part_groups import BY_PART, bound_options, grouped, groups_that_move
 from flashdp_compile.engine.ranks import Ranks
 from flashdp_compile.errors import OptionError
@@ -148,5 +148,5 @@ def _told(parts: Mapping[str, nn.Module]) -> dict[str, str]:
     return {
         f"{part}.{name}".lstrip("."): f"{list(p.shape)} of {p.dtype}, {'trained' if p.requires_grad else 'frozen'}"
         for part, module in parts.items()
-        for name, p in module.named_parameters()
+        for name, p in placed_parameters(module)
     }

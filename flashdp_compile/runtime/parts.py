@@ -18,6 +18,7 @@ from flashdp_compile.compat import (
     groups_of,
     kept_back,
     leave_word,
+    placed_parameters,
     prefetched_again,
     sharded_parameters,
     take_wide_gradients,
@@ -116,7 +117,7 @@ class Parts:
             self._check_shard(self.names[number] or "the model", parameter)
         if linked:
             return
-        for name, parameter in part.named_parameters():
+        for name, parameter in placed_parameters(part):
             take_wide_gradients(parameter)
             watched, full = watch(parameter), f"{self.names[number]}.{name}".lstrip(".")
             if watched is not None:

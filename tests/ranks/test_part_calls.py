@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
 from engine.runs import engine, samples
-from ranks.runs import same, text_of
+from ranks import sharded
+from ranks.runs import backward, close, expected, same, text_of
 from ranks.sharded import full, setup, shard
 
 
@@ -247,6 +250,27 @@ def gradient_of_outputs(rank, size):
 def test_a_gradient_of_outputs_may_be_asked_for(pool):
     ((without, asked),) = pool.run(1, gradient_of_outputs)
     assert same(without, asked)
+
+
+def checkpointed(rank, size):
+    moved = []
+    for clipping in ("per_layer", "per_block", "flat"):
+        net = sharded.Net()
+        net.blocks = nn.ModuleList(map(checkpoint_wrapper, net.blocks))
+        its, net, called, optimizer = setup(net, clipping=clipping)
+        start = full(net)
+        backward(called, samples())
+        optimizer.step()
+        moved.append([a - b for a, b in zip(start, full(net), strict=True)])
+    return moved
+
+
+def test_parts_that_torch_has_wrapped(pool):
+    """Its CheckpointWrapper leaves itself out of the names of parameters."""
+    ((by_layer, by_part, flat),) = pool.run(1, checkpointed)
+    assert close(by_layer, expected(sharded.Net(), samples(), "per_layer"))
+    assert close(by_part, sharded.clipped_by_part(sharded.Net()))
+    assert close(flat, expected(sharded.Net(), samples()))
 
 
 def attempted(rank, size):
