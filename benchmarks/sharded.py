@@ -55,7 +55,7 @@ def step_of(implementation: str, model: nn.Module, batch: int, compiler: str) ->
         parts = parts_of(model).values()
         calls = compiled_calls(parts, backend=backend, fullgraph=True, dynamic=False)
         for part in parts:
-            part.forward = partial(calls[type(part)], part)
+            part.forward = partial(calls[part], part)
         return model, optimizer
     engine = PrivacyEngine(
         target_delta=1e-6,

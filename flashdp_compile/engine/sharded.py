@@ -60,12 +60,15 @@ def compile_in_parts(
     if from_engine.bounds is not None:
         from_engine.bounds.divide(groups_that_move(parts, groups, own["max_grad_norm"]["*"], clipping))
     calls = compiled_calls(parts.values(), backend="flashdp", options=own, **settings)
-    Parts(model, parts, shards, runs).install(lambda part: calls[type(part)])
+    Parts(model, parts, shards, runs).install(lambda part: calls[part])
 
 
-def compiled_calls(parts: Iterable[nn.Module], **settings: Any) -> dict[type[nn.Module], Callable[..., Any]]:
-    """By the class of a part its compiled forward, a function of the module: parts of one class share it."""
-    return {kind: torch.compile(_call_of(kind), **settings) for kind in dict.fromkeys(map(type, parts))}
+def compiled_calls(parts: Iterable[nn.Module], **settings: Any) -> dict[nn.Module, Callable[..., Any]]:
+    """The compiled forward of each part, a function of the module. Parts of one class share it if their parameters have
+    the same shapes: others would be compiled anew, which dynamo does but a few times for the same code."""
+    kinds = {part: (type(part), *_told({"": part}).items()) for part in parts}
+    calls = {kind: torch.compile(_call_of(kind[0]), **settings) for kind in dict.fromkeys(kinds.values())}
+    return {part: calls[kind] for part, kind in kinds.items()}
 
 
 def _call_of(kind: type[nn.Module]) -> Callable[..., Any]:

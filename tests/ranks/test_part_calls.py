@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from engine.runs import engine, samples
@@ -271,6 +270,38 @@ def test_parts_that_torch_has_wrapped(pool):
     assert close(by_layer, expected(sharded.Net(), samples(), "per_layer"))
     assert close(by_part, sharded.clipped_by_part(sharded.Net()))
     assert close(flat, expected(sharded.Net(), samples()))
+
+
+class Narrowing(nn.Module):
+    """Parts of one class, each of another shape: more than dynamo compiles for the same code."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([nn.Linear(3, 12), *(nn.Linear(n, n - 1) for n in range(12, 1, -1))])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+    def parts(self):
+        return [*self.layers]
+
+
+def of_many_shapes(rank, size):
+    its, net, called, optimizer = setup(Narrowing(), clipping="per_layer")
+    start = full(net)
+    backward(called, samples())
+    optimizer.step()
+    with torch.no_grad():
+        called(samples(3))
+    return [a - b for a, b in zip(start, full(net), strict=True)]
+
+
+def test_parts_of_many_shapes(pool):
+    (moved,) = pool.run(1, of_many_shapes)
+    assert close(moved, expected(Narrowing(), samples(), "per_layer"), 1e-3)  # the truth is in float32, too
 
 
 def attempted(rank, size):
