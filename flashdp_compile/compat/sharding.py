@@ -17,6 +17,7 @@ __all__ = [
     "grad_dtype",
     "groups_of",
     "is_narrow",
+    "is_of_old_sharding",
     "is_of_sharding",
     "is_sharded",
     "kept_back",
@@ -38,6 +39,15 @@ def is_sharded(module: nn.Module) -> bool:
     from torch.distributed.fsdp import FSDPModule
 
     return isinstance(module, FSDPModule)
+
+
+def is_of_old_sharding(module: nn.Module) -> bool:
+    """Whether this is what FullyShardedDataParallel, which fully_shard has replaced, puts around modules."""
+    if not dist.is_available():
+        return False
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return isinstance(module, FullyShardedDataParallel)
 
 
 def sum_shards(model: nn.Module) -> None:

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from flashdp_compile.compat import compile_in_place, unsplit_ddp_graphs
+from flashdp_compile.compat import compile_in_place, is_of_old_sharding, unsplit_ddp_graphs
 from flashdp_compile.engine.ranks import Ranks
 from flashdp_compile.engine.sharded import compile_in_parts, is_in_parts
 from flashdp_compile.errors import OptionError
@@ -26,6 +26,11 @@ def compile_model(
     if refused := {"backend", "options", "mode"} & settings.keys():
         raise OptionError(f"{min(refused)} is the engine's own; options of the backend are an argument of the engine")
     ranks.check()
+    if any(map(is_of_old_sharding, model.modules())):
+        raise OptionError(
+            "the model is in a FullyShardedDataParallel, whose gradients nobody can clip by sample on their way: apply "
+            "fully_shard in its place, to each block and to the whole model"
+        )
     if is_in_parts(model):
         with ranks.together():
             compile_in_parts(model, options, clipping, ranks, **{"fullgraph": True, **settings})

@@ -35,9 +35,12 @@ class Ranks:
     def __init__(self) -> None:
         self.size = _world()
         self.rank = dist.get_rank() if self.size > 1 else 0
-        self._host = _host_group() if self.size > 1 else None
         self._told: BaseException | None = None
         self._parted: str | None = None
+        self._host: Any = None
+        if self.size > 1:
+            with self._answers():
+                self._host = _host_group()
 
     @property
     def group(self) -> bool:

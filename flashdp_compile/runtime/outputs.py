@@ -62,7 +62,7 @@ def wrap(
     def run(*args: Any) -> Any:
         if places and torch.is_grad_enabled():
             _refuse_thawed([name for place, name in places.items() if args[place].requires_grad])
-        if info.owed is not None and (ddp := running_ddp()) is not None:
+        if info.owed is not None and torch.is_grad_enabled() and (ddp := running_ddp()) is not None:
             hold_back(ddp)
         since, batch, part = next_node_number(), LEDGER.batch, LEDGER.part
         outputs = compiled(*args)

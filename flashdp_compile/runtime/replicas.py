@@ -27,6 +27,7 @@ def hold_back(ddp: Any) -> None:
     for name, on in (
         ("static_graph", ddp.static_graph),
         ("mixed_precision", getattr(ddp, "mixed_precision", None) is not None),
+        ("join()", ddp._join_config.enable),  # who has ended would wait for what nobody sends
         ("delay_all_reduce_named_params", ddp._delay_all_reduce_all_params),
         ("optimize_ddp='python_reducer'", getattr(ddp, "_use_python_reducer", False)),
         ("a process_group of some ranks", ddp.process_group.size() != dist.get_world_size()),

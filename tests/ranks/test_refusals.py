@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel.distributed import _MixedPrecision
 from torch.utils.data import TensorDataset
@@ -371,6 +371,40 @@ def test_what_ddp_has_no_use_for(pool, what, way):
     for found in pool.outcomes(2, useless, what, way):
         assert found is not None and found.kind == "OptionError"
         assert ("a communication hook" if what == "hook" else f"{what}, which has no use here") in found.text
+
+
+def joined(rank, size):
+    its, model, called, optimizer = setup("around", noise_multiplier=1.0)
+    with called.join():
+        take_steps(its, called, optimizer, [share(rank, size)] * (1 + rank))
+
+
+def test_ranks_that_join(pool):
+    """One that has ended takes part in what DistributedDataParallel sends, and in no step of an engine."""
+    for found in pool.outcomes(2, joined):
+        assert found is not None and found.kind == "OptionError" and "join(), which has no use here" in found.text
+
+
+def sharded_of_old(rank, size):
+    its = engine(noise_multiplier=1.0)
+    its.compile(FullyShardedDataParallel(mlp(), use_orig_params=True, device_id=torch.device("cpu")))
+
+
+def test_what_fully_shard_has_replaced(pool):
+    for found in pool.outcomes(1, sharded_of_old):
+        assert found is not None and found.kind == "OptionError" and "apply fully_shard in its place" in found.text
+
+
+def of_one_rank(rank, size):
+    if rank == 0:
+        engine()
+    else:
+        time.sleep(4)
+
+
+def test_an_engine_on_one_rank_alone(pool):
+    one, _ = pool.outcomes(2, of_one_rank, wait=3.0)
+    assert one is not None and one.kind == "RanksError" and "every rank makes the same engine" in one.text
 
 
 def loaders(rank, size, name, values):

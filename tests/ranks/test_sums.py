@@ -5,6 +5,7 @@ import contextlib
 import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from engine.runs import clipped_sum, copies, engine, mlp, moved, samples
 from flashdp_compile.runtime.watch import find
@@ -115,6 +116,24 @@ def settings_of_ddp(rank, size):
 def test_other_settings_of_ddp(pool):
     for found in pool.run(2, settings_of_ddp):
         assert close(found, expected(mlp(), samples()))
+
+
+def averaged(rank, size, way):
+    """A copy of what is called, for averages of weights, is evaluated beside it."""
+    its, model, called, optimizer = setup(way)
+    average = AveragedModel(called, avg_fn=lambda mean, now, count: now)
+    found = []
+    for _ in range(2):
+        take_steps(its, called, optimizer, [share(rank, size)])
+        average.update_parameters(called)
+        with torch.no_grad():
+            found.append(torch.allclose(average(samples()), called(samples())))
+    return found
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_averages_of_weights(pool, way):
+    assert pool.run(2, averaged, way) == [[True, True]] * 2
 
 
 def model_of_buckets(rank, size, way):
