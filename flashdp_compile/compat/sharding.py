@@ -148,12 +148,13 @@ def foreign_hooks(module: nn.Module) -> list[Any]:
 
 def first_element(parameter: Tensor) -> int:
     """How many elements of a parameter lie before this rank's shard. ValueError unless it is sharded along dimension 0
-    alone, over one dimension of its mesh, whatever others hold copies."""
+    alone, over one dimension of its mesh, whatever others hold copies. fully_shard counts ranks as their group does,
+    in which they are sorted, wherever the mesh has them."""
     placements, mesh = parameter.placements, parameter.device_mesh  # type: ignore[attr-defined]
     along = [at for at, placement in enumerate(placements) if not placement.is_replicate()]
     if len(along) != 1 or not placements[along[0]].is_shard(0):
         raise ValueError(f"a parameter of shape {tuple(parameter.shape)} has the placements {placements}")
-    at, ranks, rows = mesh.get_coordinate()[along[0]], mesh.size(along[0]), parameter.shape[0]
+    at, ranks, rows = mesh.get_local_rank(along[0]), mesh.size(along[0]), parameter.shape[0]
     first = min(at * -(-rows // ranks), rows)
     return first * (parameter.numel() // max(rows, 1))
 

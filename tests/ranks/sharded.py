@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from engine.runs import BATCH, BOUND, engine, samples
 from ranks.runs import backward
@@ -43,12 +43,14 @@ class Net(nn.Module):
 
 def shard(net: Any, way: str = "parts", **settings: Any) -> Any:
     """Each part by itself, or blocks alone and the rest as the root's, or two blocks as one group, or all as one, or
-    each part over two ranks of which there are copies, or each part computing in bfloat16."""
+    each part over two ranks of which there are copies, or over ranks in another order, or computing in bfloat16."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     size = dist.get_world_size()
     if way == "hybrid":
         settings["mesh"] = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("copies", "shards"))
+    elif way == "reversed":
+        settings["mesh"] = DeviceMesh("cpu", [*reversed(range(size))])
     else:
         settings.setdefault("mesh", init_device_mesh("cpu", (size,)))
     if way == "bfloat16":

@@ -169,7 +169,7 @@ def test_a_seed_gives_the_run_of_one_rank(way, clipping, pool):
         assert all(close(found, wanted) for found, wanted in zip(alone, whole, strict=True))
 
 
-@pytest.mark.parametrize(("size", "ways"), [(3, ["blocks"]), (4, ["hybrid"])])
+@pytest.mark.parametrize(("size", "ways"), [(3, ["blocks"]), (2, ["reversed"]), (4, ["hybrid"])])
 def test_a_seed_gives_the_run_of_one_process(pool, size, ways):
     """Bit for bit: shards of any size, that begin within a block of noise, or are empty."""
     alone = dict(zip(NOISES, seeded(0, 1, [(None, noise) for noise in NOISES]), strict=True))
