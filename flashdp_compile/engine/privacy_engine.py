@@ -289,6 +289,7 @@ class PrivacyEngine:
         self._budget.load(done)
         self._begin_bounds(state["bound_scales"])
         self._steps.noise = self._new_noise()
+        self._steps.compare_again()  # weights are loaded, too
         self._go_on()
 
     def _new_noise(self) -> Noise:

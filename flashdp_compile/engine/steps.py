@@ -59,6 +59,10 @@ class Steps:
         number, self._numbers = self._numbers, self._numbers + 1
         return lambda original: self._step(number, logical, original)
 
+    def compare_again(self) -> None:
+        """The next step makes sure that ranks have the same parameters, as the first one did."""
+        self._equal.clear()
+
     def begin(self) -> None:
         """The loader is iterated: what an iteration before it has left unfinished is drawn anew."""
         for logical in self._attached.values():

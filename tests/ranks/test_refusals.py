@@ -204,6 +204,25 @@ def test_replicas_that_are_none(pool):
         assert "ranks do not agree" in error[1] and "DistributedDataParallel, which makes them equal" in error[1]
 
 
+def loaded_on_one(rank, size):
+    """The run goes back to a state, and one rank to its weights."""
+    its, model, called, optimizer = setup("none", noise_multiplier=1.0)
+    state, weights = its.state_dict(), copies(model)
+    take_steps(its, called, optimizer, [share(rank, size)])
+    its.load_state_dict(state)
+    if rank == 0:
+        with torch.no_grad():
+            for parameter, weight in zip(model.parameters(), weights, strict=True):
+                parameter.copy_(weight)
+    backward(called, share(rank, size))
+    return attempts(model, optimizer.step)
+
+
+def test_weights_that_one_rank_has_loaded(pool):
+    for (error,), kept in pool.run(2, loaded_on_one):
+        assert kept and error is not None and error[0] == "RanksError" and "ranks do not agree" in error[1]
+
+
 def absent(rank, size, how):
     its, model, called, optimizer = setup("inside", noise_multiplier=1.0)
     take_steps(its, called, optimizer, [share(rank, size)])
