@@ -101,10 +101,16 @@ def unusual_sums(groups: Iterable[Any]) -> str:
             "an all-reduce hook": group._all_reduce_hook is not None,
             "a reduce-scatter of its own": not reduces_as_usual(group._reduce_scatter_comm),
             "set_requires_gradient_sync(False)": not group.reduce_grads or not group.all_reduce_grads,
+            "set_is_last_backward(False)": not _waited_for(group),
         }
         if named := next((name for name, is_so in found.items() if is_so), ""):
             return named
     return ""
+
+
+def _waited_for(group: Any) -> bool:
+    """Whether sums are there when the backward has ended: on a GPU they are on their way still, on another stream."""
+    return bool(group.modules[0]._get_fsdp_state()._state_ctx.is_last_backward)
 
 
 def kept_back(groups: Iterable[Any]) -> bool:

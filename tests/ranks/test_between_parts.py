@@ -201,6 +201,12 @@ def first_set(name, *values):
     return case
 
 
+def not_the_last(run):
+    """Nobody would wait for sums that are on their way."""
+    run.net.set_is_last_backward(False)
+    run.step()
+
+
 def unattached(run):
     run.forward().backward()
     torch.optim.SGD(run.net.parameters(), lr=1.0).step()
@@ -320,6 +326,7 @@ RUNS = {
     whole_hook: "something else was added to the released gradient",
     rescaled: "fully_shard was told, behind the forward,",
     unsynced: "p.grad already held a gradient of unknown origin",
+    not_the_last: "fully_shard was told to use set_is_last_backward(False)",
     unattached: "has no noise yet",
     assigned: "has taken the place of another since",
     twice_backward: "two backward passes went through one forward",
