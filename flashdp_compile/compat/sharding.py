@@ -161,6 +161,8 @@ def first_element(parameter: Tensor) -> int:
     if len(along) != 1 or not placements[along[0]].is_shard(0):
         raise ValueError(f"a parameter of shape {tuple(parameter.shape)} has the placements {placements}")
     at, ranks, rows = mesh.get_local_rank(along[0]), mesh.size(along[0]), parameter.shape[0]
+    if len(placements) > 1 and at != mesh.get_coordinate()[along[0]]:
+        raise ValueError(f"{mesh} has ranks in another order, and fully_shard would add up other shards of its copies")
     first = min(at * -(-rows // ranks), rows)
     return first * (parameter.numel() // max(rows, 1))
 

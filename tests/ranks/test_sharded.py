@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint import state_dict as state
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import TensorDataset
 
@@ -177,6 +177,17 @@ def test_a_seed_gives_the_run_of_one_process(pool, size, ways):
     for rank in pool.run(size, seeded, cases):
         for (way, noise), found in zip(cases, rank, strict=True):
             assert same(found, alone[noise]), (way, noise)
+
+
+def copies_in_another_order(rank, size):
+    setup(shard(Net(), mesh=DeviceMesh("cpu", [[1, 0], [2, 3]], mesh_dim_names=("copies", "shards"))), None)
+
+
+def test_copies_whose_shards_are_in_another_order(pool):
+    """Each rank of the first copy has what another one of the second has than the mesh says."""
+    one, two, three, four = pool.outcomes(4, copies_in_another_order)
+    assert one.kind == two.kind == "OptionError" and "has ranks in another order" in one.text
+    assert three.kind == four.kind == "RanksError" and "rank 0 has failed" in three.text
 
 
 def loaded(rank, size):
