@@ -66,7 +66,7 @@ def compile_in_parts(
 def compiled_calls(parts: Iterable[nn.Module], **settings: Any) -> dict[nn.Module, Callable[..., Any]]:
     """The compiled forward of each part, a function of the module. Parts of one class share it if their parameters have
     the same shapes: others would be compiled anew, which dynamo does but a few times for the same code."""
-    kinds = {part: (type(part), *_told({"": part}).items()) for part in parts}
+    kinds = {part: (type(part), tuple(_told({"": part}).items())) for part in parts}
     calls = {kind: torch.compile(_call_of(kind[0]), **settings) for kind in dict.fromkeys(kinds.values())}
     return {part: calls[kind] for part, kind in kinds.items()}
 

@@ -221,7 +221,7 @@ class Steps:
 def _name(one: Sum) -> str | None:
     """By which a parameter is known: several may be of one shape, and ranks may list them in other orders."""
     watched = find(one.parameter)
-    return watched and watched.name
+    return None if watched is None else watched.name
 
 
 def _elements(one: Sum) -> str:
