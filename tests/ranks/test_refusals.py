@@ -320,7 +320,7 @@ def other_order(rank, size, sharded):
     """As of a set, say."""
     its, model = engine(noise_multiplier=1.0, clipping="per_layer"), Norms()
     if sharded:
-        mesh = init_device_mesh("cpu", (size, 1), mesh_dim_names=("copies", "shards"))
+        mesh = init_device_mesh("cpu", (size, 1), mesh_dim_names=("listed", "shards"))  # as in test_kept_back.py
         for part in model.children():
             fully_shard(part, mesh=mesh)
         fully_shard(model, mesh=mesh)
