@@ -98,7 +98,8 @@ def _compile(
         compiled = compat.compile_with_inductor(gm, example_inputs, rewriting, last, *settings)
     buffers = {place: i.name for place, i in enumerate(inputs) if i.role == "buffer"}
     frozen = {place: name for place, (name, p) in placed.items() if not p.requires_grad}
-    return guard.wrap(compiled, guard.ReleaseInfo(label=label, owed=owed), frozen, buffers, broken)
+    samples = [place for place, i in enumerate(inputs) if i.role == "sample"]
+    return guard.wrap(compiled, guard.ReleaseInfo(label=label, owed=owed), frozen, buffers, broken, samples)
 
 
 def _owed(trainable: Mapping[str, torch.Tensor], options: Options, from_engine: FromEngine) -> guard.Owed:

@@ -29,6 +29,7 @@ from flashdp_compile.errors import OptionError
 from flashdp_compile.options import Options
 from flashdp_compile.runtime.from_engine import FromEngine
 from flashdp_compile.runtime.probe_keys import HeldProbes
+from flashdp_compile.runtime.seen_samples import SeenSamples
 
 FORMAT = 1
 
@@ -138,7 +139,8 @@ class PrivacyEngine:
         probes = None
         if norm_groups is not None:
             probes = HeldProbes(parsed.norm, parsed.probes, norm_groups, self.seed, self._ranks.secret(16))
-        from_engine = FromEngine(None if self._bounds is None else self._bounds.state, probes)
+        seen = SeenSamples() if self._ranks.size > 1 and self.plan.own_sampling else None
+        from_engine = FromEngine(None if self._bounds is None else self._bounds.state, probes, seen=seen)
         self._options |= {"noise_multiplier": self.plan.sigma(0), "from_engine": from_engine}
         Options.parse(self._options)
         self._begin_bounds(None)
@@ -192,7 +194,9 @@ class PrivacyEngine:
         A model inside `DistributedDataParallel` is compiled in its place; one that is compiled may be put into it. One
         to which `fully_shard` was applied is compiled in its place, part by part.
         """
-        return compile_model(model, self._options, self._clipping, self._ranks, settings)
+        compiled = compile_model(model, self._options, self._clipping, self._ranks, settings)
+        self._steps.know(model)
+        return compiled
 
     def data_loader(
         self,
@@ -289,7 +293,7 @@ class PrivacyEngine:
         self._budget.load(done)
         self._begin_bounds(state["bound_scales"])
         self._steps.noise = self._new_noise()
-        self._steps.compare_again()  # weights are loaded, too
+        self._steps.compare_again()  # weights are loaded, too, and samples begin anew
         self._go_on()
 
     def _new_noise(self) -> Noise:

@@ -151,6 +151,21 @@ class Ranks:
                 if sums != all_told[other := first.setdefault(key, rank)][key]:
                     raise self._raised(f"ranks {other} and {rank} do not agree: other values of {key}; {what}")
 
+    def check_apart(self, samples: Sequence[Any]) -> None:
+        """Raises RanksError on all ranks if two of them were given the same samples, as told by `samples`; by nothing,
+        if there are none."""
+        self.agree("a first step", "whose samples are compared")
+        all_told: list[Any] = [None] * self.size
+        with self._answers():
+            dist.all_gather_object(all_told, samples, group=self._host)
+        for rank, its in enumerate(all_told):
+            if its and (other := all_told.index(its)) != rank:
+                raise self._raised(
+                    f"ranks {other} and {rank} were given the same samples: each adds to the step as often as there "
+                    "are ranks that have it, and is accounted for once. With sampling=, give each rank samples of its "
+                    "own, as torch.utils.data.DistributedSampler does; or iterate engine.data_loader(...)"
+                )
+
     def _of_first(self, value: Tensor) -> Tensor:
         with self._answers():
             dist.broadcast(value, 0, group=self._host)

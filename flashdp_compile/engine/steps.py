@@ -7,8 +7,9 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
 
 from flashdp_compile.compat import local_shard
 from flashdp_compile.engine.bounds import MovingBounds
@@ -20,7 +21,7 @@ from flashdp_compile.errors import UnprotectedGradientError
 from flashdp_compile.runtime.from_engine import FromEngine
 from flashdp_compile.runtime.logical import LogicalBatch, Sum, sensitivity
 from flashdp_compile.runtime.release import Release
-from flashdp_compile.runtime.watch import find
+from flashdp_compile.runtime.seen_samples import told_apart
 
 STREAMS = 1 << 20  # of one optimizer
 COUNTS = STREAMS - 1  # the stream for who lies within a bound
@@ -43,6 +44,7 @@ class Steps:
         self.loader: EngineLoader | None = None
         self._ranks, self._budget, self._micro_batches = ranks, budget, micro_batches
         self._bounds, self._from_engine = bounds, from_engine
+        self._names = WeakIdKeyDictionary()  # of the parameters of models
         self._equal: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # whose parameters are the same on all ranks
         self._attached: weakref.WeakKeyDictionary[Optimizer, LogicalBatch] = weakref.WeakKeyDictionary()
         self._numbers = 0
@@ -59,9 +61,17 @@ class Steps:
         number, self._numbers = self._numbers, self._numbers + 1
         return lambda original: self._step(number, logical, original)
 
+    def know(self, model: nn.Module) -> None:
+        """What the parameters of a compiled model are called: graphs may be shared, and then name those of one model
+        alone."""
+        for name, parameter in model.named_parameters():
+            self._names[parameter] = name
+
     def compare_again(self) -> None:
-        """The next step makes sure that ranks have the same parameters, as the first one did."""
+        """The next step makes sure that ranks have the same parameters and other samples, as the first one did."""
         self._equal.clear()
+        if self._from_engine.seen is not None:
+            self._from_engine.seen.wanted = True
 
     def begin(self) -> None:
         """The loader is iterated: what an iteration before it has left unfinished is drawn anew."""
@@ -94,7 +104,12 @@ class Steps:
         """Returns once all ranks are at this step, with sums of the same parameters, and were not told to wait."""
         drawn = "" if self.loader is None else f" in {self.loader.drawn(logical.used)}"
         bounds = "" if self._bounds is None else f"; the next step's bounds: times {self._factor}"
-        told = repr([(one.place, _name(one), *one.parameter.shape, one.total.dtype, one.first is None) for one in sums])
+        told = repr(
+            [
+                (one.place, self._names.get(one.parameter), *one.parameter.shape, one.total.dtype, one.first is None)
+                for one in sums
+            ]
+        )
         places = hashlib.sha256(told.encode()).hexdigest()[:8]
         self._ranks.agree(
             "a step",
@@ -110,9 +125,14 @@ class Steps:
             )
             self._ranks.check_copies(
                 "copies of a shard begin alike (load the same weights on all ranks)",
-                {_elements(one): local_shard(one.parameter) for one in sums if one.first is not None},
+                {self._elements(one): local_shard(one.parameter) for one in sums if one.first is not None},
             )
             self._equal.add(optimizer)
+        seen = self._from_engine.seen
+        if seen is not None and seen.wanted:
+            # of the first part of a model, which runs backward last: others are given what it has made
+            self._ranks.check_apart(told_apart(one for release in releases for one in release.peers[-1].seen))
+            seen.wanted = False
 
     def _released(self, number: int, release: Release, sums: Sequence[Sum]) -> list[Tensor]:
         """What becomes of the clipped sums, to which this release and others have added. Sums of one rank are added up
@@ -217,14 +237,7 @@ class Steps:
         if self.loader is not None:
             logical.used = max(len(self.loader.handed_out) - self.loader.read_ahead, logical.used)
 
-
-def _name(one: Sum) -> str | None:
-    """By which a parameter is known: several may be of one shape, and ranks may list them in other orders."""
-    watched = find(one.parameter)
-    return None if watched is None else watched.name
-
-
-def _elements(one: Sum) -> str:
-    """Which ones of a sharded parameter this rank has."""
-    name = _name(one) or f"parameter {one.place}"
-    return f"the elements of {name} from {one.first} on, {one.total.numel()} in number"
+    def _elements(self, one: Sum) -> str:
+        """Which ones of a sharded parameter this rank has."""
+        name = self._names.get(one.parameter) or f"parameter {one.place}"
+        return f"the elements of {name} from {one.first} on, {one.total.numel()} in number"

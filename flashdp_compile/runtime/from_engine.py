@@ -13,15 +13,18 @@ from torch import Tensor
 from flashdp_compile.runtime.bounds import BoundScales, Moved
 from flashdp_compile.runtime.part_runs import PartRuns
 from flashdp_compile.runtime.probe_keys import HeldProbes
+from flashdp_compile.runtime.seen_samples import SeenSamples
 
 
 class FromEngine(NamedTuple):
-    """`bounds`: how far clipping bounds have moved. `probes`: those that norms are estimated with. All graphs of an
-    engine have the same of these; `parts`, what the parts of a model know of each other, is for graphs of parts."""
+    """`bounds`: how far clipping bounds have moved. `probes`: those that norms are estimated with. `seen`: looks at
+    what several ranks are given that the engine has not drawn. All graphs of an engine have the same of these; `parts`,
+    what the parts of a model know of each other, is for graphs of parts."""
 
     bounds: BoundScales | None = None
     probes: HeldProbes | None = None
     parts: PartRuns | None = None
+    seen: SeenSamples | None = None
 
     @property
     def shared(self) -> PartRuns | None:

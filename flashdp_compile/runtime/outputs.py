@@ -4,7 +4,7 @@ import functools
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,12 +41,21 @@ def unseen(what: str) -> str:
     )
 
 
+class Forward(NamedTuple):
+    """What is known when a graph is called: `Ledger.batch`, the part of a model that it is, how its samples look."""
+
+    batch: Mapping[int, int]
+    part: tuple[InParts, int] | None = None
+    seen: Sequence[Tensor] = ()
+
+
 def wrap(
     compiled: Callable[..., Any],
     info: ReleaseInfo,
     frozen: Mapping[int, str] | None = None,
     buffers: Mapping[int, str] | None = None,
     broken: str | None = None,
+    samples: Sequence[int] = (),
 ) -> Callable[..., Any]:
     """`compiled`, with a receipt issued for every backward through its outputs. What the backend returns.
 
@@ -54,7 +63,7 @@ def wrap(
     made, so that it has none for them. A call in which one requires a gradient raises FlashDPError. `buffers` maps
     places to the names of buffers: one that an earlier call has computed remembers its samples. `broken` says what was
     left out of the graph. Each is a Refusal where a release could be made, or by a part of a model that is trained, as
-    is code around the compiled call.
+    is code around the compiled call. `samples` are the places of what holds them.
     """
     places, remembered = frozen or {}, buffers or {}
 
@@ -64,12 +73,13 @@ def wrap(
             _refuse_thawed([name for place, name in places.items() if args[place].requires_grad])
         if info.owed is not None and torch.is_grad_enabled() and (ddp := running_ddp()) is not None:
             hold_back(ddp)
-        since, batch, part = next_node_number(), LEDGER.batch, LEDGER.part
+        forward = Forward(LEDGER.batch, LEDGER.part, _seen(info, [args[place] for place in samples]))
+        since = next_node_number()
         outputs = compiled(*args)
         of_graph = (outputs,) if isinstance(outputs, Tensor) else outputs
         if LEDGER.graphs is not None:
             LEDGER.graphs.append(of_graph)
-        if watch_outputs(outputs, info, since, batch, part) or part is not None and torch.is_grad_enabled():
+        if watch_outputs(outputs, info, since, forward) or forward.part is not None and torch.is_grad_enabled():
             _refuse_unseen(broken, sys._getframe(1))
             _refuse_memory([name for place, name in remembered.items() if was_computed(args[place])])
         given = set(map(id, args))
@@ -79,6 +89,11 @@ def wrap(
         return outputs
 
     return run
+
+
+def _seen(info: ReleaseInfo, samples: Sequence[Tensor]) -> Sequence[Tensor]:
+    seen = None if info.owed is None else info.owed.from_engine.seen
+    return () if seen is None else seen.look(samples)
 
 
 def _refuse_unseen(broken: str | None, caller: Any) -> None:
@@ -110,11 +125,9 @@ def watch_outputs(
     outputs: Any,
     info: ReleaseInfo,
     since: int,
-    batch: Mapping[int, int] | None = None,
-    part: tuple[InParts, int] | None = None,
+    forward: Forward,
 ) -> bool:
-    """Hooks the compiled autograd node behind `outputs`, a tensor or a sequence; whether there is one. Its releases are
-    of `batch`, and of `part` of a model.
+    """Hooks the compiled autograd node behind `outputs`, a tensor or a sequence; whether there is one.
 
     `since` is compat.next_node_number() from before the call. Only younger nodes are looked at: an output may be a view
     of an input, and the history of that input may well contain a compiled backward that is not ours.
@@ -131,14 +144,14 @@ def watch_outputs(
             continue
         seen.add(node)
         if node.name() == COMPILED_BACKWARD:
-            _hook(node, info, batch, part)
+            _hook(node, info, forward)
             found = True
         else:  # a view of an output, made again outside the graph
             stack.extend(function for function, _ in node.next_functions)
     return found
 
 
-def _hook(node: Any, info: ReleaseInfo, batch: Mapping[int, int] | None, part: tuple[InParts, int] | None) -> None:
+def _hook(node: Any, info: ReleaseInfo, forward: Forward) -> None:
     """Watches the parameters that `node` sends gradients to, and has each run of it announce them.
 
     Only an nn.Parameter gets receipts: the rewrite clips the gradients of parameters and of nothing else, so a plain
@@ -153,22 +166,21 @@ def _hook(node: Any, info: ReleaseInfo, batch: Mapping[int, int] | None, part: t
                 targets.append((index, parameter, watched))
     if targets:
         # autograd's own graph holds these parameters as long as it holds the node, so this prolongs nothing
-        node.register_hook(functools.partial(_released, info, batch, part, targets, []))
+        node.register_hook(functools.partial(_released, info, forward, targets, []))
         if info.owed is not None and any(info.owed.from_engine):
-            node.register_prehook(functools.partial(_begun, info.owed, None if part is None else part[1]))
+            node.register_prehook(functools.partial(_begun, info.owed, forward))
 
 
 @hidden_from_dynamo
-def _begun(owed: Owed, part: int | None, grad_outputs: Sequence[Tensor | None]) -> None:
+def _begun(owed: Owed, forward: Forward, grad_outputs: Sequence[Tensor | None]) -> None:
     """Before a compiled node runs: what one that has failed has counted is forgotten, and it is told its part."""
-    owed.from_engine.begin(part)
+    owed.from_engine.begin(None if forward.part is None else forward.part[1])
 
 
 @hidden_from_dynamo
 def _released(
     info: ReleaseInfo,
-    batch: Mapping[int, int] | None,
-    part: tuple[InParts, int] | None,
+    forward: Forward,
     targets: Sequence[tuple[int, Tensor, Watch]],
     runs: list[Release],
     grad_inputs: Sequence[Tensor | None],
@@ -181,11 +193,12 @@ def _released(
     if info.owed is not None and info.owed.from_engine.measuring:
         taken_away = {index for index, _, _ in arrived}
         return tuple(None if index in taken_away else grad for index, grad in enumerate(grad_inputs))
-    release = LEDGER.open(info, batch)
+    release = LEDGER.open(info, forward.batch)
     if info.owed is None:
         for index, parameter, watched in arrived:
             watched.announce(parameter, cast(Tensor, grad_inputs[index]), release)
         return None
+    part, release.seen = forward.part, forward.seen
     release.part = None if part is None else (weakref.ref(part[0]), part[1])
     release.moved, release.probes_moved = info.owed.from_engine.taken()
     passed_on = list(grad_inputs)

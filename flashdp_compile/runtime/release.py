@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from flashdp_compile.compat import backward_number
 from flashdp_compile.runtime.bounds import Moved
 from flashdp_compile.runtime.from_engine import FromEngine
@@ -59,7 +61,7 @@ class Release:
     """One run of a compiled backward. `peers` are all releases of the same call of backward(), this one included.
     `batch` is what `Ledger.batch` was at the forward, `moved` what it had of bounds that move, `probes_moved` how many
     releases had used up probes before it, `part` which part of which model was compiled (parts.py), None for a whole
-    one."""
+    one, `seen` what its forward was given (seen_samples.py)."""
 
     info: ReleaseInfo
     number: int
@@ -70,6 +72,7 @@ class Release:
     moved: Moved | None = None
     probes_moved: int | None = None
     part: tuple[weakref.ref[InParts], int] | None = None
+    seen: Sequence[Tensor] = ()
 
 
 class Ledger:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -135,3 +136,28 @@ def public_beside(rank, size):
 def test_a_public_part_has_a_replica_of_its_own(pool):
     for found, mean in pool.run(2, public_beside):
         assert mean == 1.5 and close(found, expected(mlp(), samples()))
+
+
+def given(rank, size, kind, rows):
+    """What each rank says of a step over these rows of its own, and whether it has been counted."""
+    its, _, called, optimizer = setup("inside") if kind == "replica" else sharded.setup(clipping=kind)
+    text = text_of(lambda: sharded.steps(called, optimizer, rows[rank], 1))
+    return text, its.steps_done
+
+
+APART = [
+    ("each has its own", [samples(4), samples(8)[4:]], False),
+    ("the same", [samples(4), samples(4)], True),
+    ("one of them none", [samples(4), samples(0)], False),
+    ("both of them none", [samples(0), samples(0)], False),
+    ("in another order", [samples(4), samples(4).flip(0)], False),  # a step has more of them than it compares
+    ("nothing to tell them by", [torch.ones(2, 3), torch.ones(2, 3)], False),
+]
+
+
+@pytest.mark.parametrize(("rows", "refused"), [case[1:] for case in APART], ids=[case[0] for case in APART])
+@pytest.mark.parametrize("kind", ["replica", "per_block", "flat"])
+def test_ranks_are_given_other_samples(kind, rows, refused, pool):
+    for text, steps in pool.run(2, given, kind, rows):
+        assert steps == (0 if refused else 1)
+        assert ("ranks 0 and 1 were given the same samples" in text) if refused else text is None

@@ -249,10 +249,10 @@ def noises(rank, size, way):
         net = fully_shard(net, mesh=init_device_mesh("cuda", (size,)))
     called = its.compile(net) if way == "sharded" else as_replica(its, net, way)
     optimizer = its.attach(torch.optim.SGD(net.parameters(), lr=0.0))
-    found = []
+    found, rows = [], torch.randn(BATCH, 640).chunk(size)[rank].to(device)
     for _ in range(2):
         optimizer.zero_grad()
-        (called(torch.randn(BATCH // size, 640, device=device)) * 0).sum(1).mean().backward()
+        (called(rows) * 0).sum(1).mean().backward()
         optimizer.step()
         (grad,) = [p.grad for p in net.parameters()]
         found.append(whole(grad))

@@ -339,6 +339,21 @@ def test_parameters_in_another_order(pool, sharded):
         assert error is not None and "ranks do not agree" in error and "order and shapes" in error and done == 0
 
 
+def shares_a_graph(rank, size):
+    """Where a twin was compiled before, nothing is compiled for this model, and no graph names its parameters."""
+    its, model = engine(), mlp()
+    if rank == 1:
+        backward(its.compile(mlp()), share(rank, size))
+    called, optimizer = its.compile(model), its.attach(torch.optim.SGD(model.parameters(), lr=1.0))
+    backward(called, share(rank, size))
+    optimizer.step()
+    return its.steps_done
+
+
+def test_a_rank_that_shares_a_graph_with_another_model(pool):
+    assert pool.run(2, shares_a_graph) == [1, 1]
+
+
 def spent(rank, size):
     its, model, called, optimizer = setup("inside", noise_multiplier=1.0, steps=1)
     take_steps(its, called, optimizer, [share(rank, size)])
