@@ -86,11 +86,8 @@ class Parts:
             if torch.is_grad_enabled():
                 check_call(self.names[number], around.entered)
                 self._link(number, part)
-            before, LEDGER.part, LEDGER.graphs = (LEDGER.part, LEDGER.graphs), (self, number), []
-            try:
-                outputs, graphs = compiled(part, *args, **kwargs), LEDGER.graphs
-            finally:
-                LEDGER.part, LEDGER.graphs = before
+            with LEDGER.calling(self, number) as graphs:
+                outputs = compiled(part, *args, **kwargs)
             if torch.is_grad_enabled() and part is not self.model:
                 check_results(self.names[number], outputs, (args, kwargs), graphs, self._flow)
             return outputs

@@ -5,11 +5,12 @@ batch size. The accountant counts steps, so an optimizer step must consist of ex
 of a backward owes its noise: the sum over all micro-batches of a logical batch is what becomes a release, at the step.
 """
 
+import contextlib
 import itertools
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -91,6 +92,26 @@ class Ledger:
         """The backward pass that runs others, which are one with it (two_passes.py); -1 if none does."""
         self.batch: Mapping[int, int] = {}
         """The place of what each loader of an engine has handed out last, by the name of the loader."""
+
+    @contextlib.contextmanager
+    def calling(self, model: InParts, number: int) -> Iterator[list[Sequence[Any]]]:
+        """A part of a model is called. Gives `graphs`, as far as they have run."""
+        graphs: list[Sequence[Any]] = []
+        before = self.part, self.graphs
+        self.part, self.graphs = (model, number), graphs
+        try:
+            yield graphs
+        finally:
+            self.part, self.graphs = before
+
+    @contextlib.contextmanager
+    def one_backward(self) -> Iterator[None]:
+        """The backward passes that run within are those of the user's call, which may run several models."""
+        before, self.within = self.within, backward_number()
+        try:
+            yield
+        finally:
+            self.within = before
 
     def open(self, info: ReleaseInfo, batch: Mapping[int, int] | None = None, *, alone: bool = False) -> Release:
         """A new release, listed with those that the running call of backward() has already made, unless it is made of

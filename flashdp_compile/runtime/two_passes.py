@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashdp_compile.compat import backward_number, tree_map
+from flashdp_compile.compat import tree_map
 from flashdp_compile.errors import FlashDPError
 from flashdp_compile.runtime.part_runs import PartRuns
 from flashdp_compile.runtime.release import LEDGER
@@ -50,9 +50,6 @@ class _Twice(torch.autograd.Function):
         reached = [(value, grad) for value, grad in zip(inner, grads, strict=True) if grad is not None]
         values, tangents = [value for value, _ in reached], [grad for _, grad in reached]
         del inner, reached
-        before, LEDGER.within = LEDGER.within, backward_number()  # of the user's call, which may run several models
-        try:
+        with LEDGER.one_backward():
             ctx.runs.twice(lambda keep: torch.autograd.backward(values, tangents, retain_graph=keep), ctx.between)
-        finally:
-            LEDGER.within = before
         return None, None, None, None
