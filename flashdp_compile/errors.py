@@ -19,7 +19,7 @@ class OptionError(FlashDPError):
 
 
 class Refusal(FlashDPError):
-    """The graph cannot be proved to keep samples apart, so it is not compiled."""
+    """A graph, or what runs beside it, cannot be proved to keep samples apart, so it is not compiled, or not run."""
 
 
 class InputError(FlashDPError):
@@ -35,7 +35,8 @@ class BudgetExhaustedError(FlashDPError):
 
 
 class RanksError(FlashDPError):
-    """Processes that train one model together do not agree, or one of them has failed. Nothing was released."""
+    """Processes that train one model together do not agree, or one of them has failed. The text says whether a step was
+    counted; nothing was released unless it was."""
 
 
 class InternalError(FlashDPError):

@@ -106,7 +106,8 @@ class Options:
     them, which adds the noise once for all micro-batches. Its `compile` sets this."""
 
     from_engine: Any = None
-    """What a `PrivacyEngine` keeps of bounds that move, of probes, and of parts of a model. Its `compile` sets this."""
+    """What a `PrivacyEngine` keeps of bounds that move, of probes, of parts of a model, and of what ranks are given.
+    Its `compile` sets this."""
 
     norm: Norm = "exact"
     """"hutchinson", "hutch++": the norms of large linear layers are estimated from Gaussian probes, for which the noise

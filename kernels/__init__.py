@@ -31,7 +31,8 @@ contiguous, and a kernel gives the same bits on every run. Samples do not mix: a
 sample's row, and a sample of weight 0 is not read at all. CUDA tensors of 16 or 32 bits take the Triton kernel,
 everything else the twin (`reference`), which is also the oracle of the tests.
 
-`clip.clip_weights` and `gaussian.gaussian` are plain functions: the runtime makes the op `clip_factors` of the first.
+`clip.release_weights_into` and `gaussian.gaussian` are plain functions: the runtime makes the op `clip_factors` of the
+first.
 `hopper` has kernels in Gluon for three families. `catalogue.FAMILIES` lists the records, `codegen.rendered()` the
 sources that this process has built.
 

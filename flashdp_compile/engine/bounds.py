@@ -38,7 +38,7 @@ class MovingBounds:
         return self._rule.told()
 
     def begin(self, steps_done: int | None, scales: Saved | None = None) -> None:
-        """Where a run begins, or goes on with the `scales` that were saved. None: all its steps are done."""
+        """Where a run begins, or goes on with the `scales` that were saved. `steps_done`: None if no more are left."""
         self.state.load(self._rule.first(steps_done, scales))
 
     def settled(self, steps_done: int) -> float:

@@ -25,7 +25,7 @@ def compile_model(
     `settings` are further arguments of torch.compile."""
     if refused := {"backend", "options", "mode"} & settings.keys():
         raise OptionError(f"{min(refused)} is the engine's own; options of the backend are an argument of the engine")
-    ranks.check()
+    ranks.check_world()
     if any(map(is_of_old_sharding, model.modules())):
         raise OptionError(
             "the model is in a FullyShardedDataParallel, whose gradients nobody can clip by sample on their way: apply "

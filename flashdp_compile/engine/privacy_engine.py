@@ -140,7 +140,8 @@ class PrivacyEngine:
         if norm_groups is not None:
             probes = HeldProbes(parsed.norm, parsed.probes, norm_groups, self.seed, self._ranks.secret(16))
         seen = SeenSamples() if self._ranks.size > 1 and self.plan.own_sampling else None
-        from_engine = FromEngine(None if self._bounds is None else self._bounds.state, probes, seen=seen)
+        scales = None if self._bounds is None else self._bounds.state
+        from_engine = FromEngine(bounds=scales, probes=probes, seen=seen)
         self._options |= {"noise_multiplier": self.plan.sigma(0), "from_engine": from_engine}
         Options.parse(self._options)
         self._begin_bounds(None)
@@ -195,7 +196,7 @@ class PrivacyEngine:
         to which `fully_shard` was applied is compiled in its place, part by part.
         """
         compiled = compile_model(model, self._options, self._clipping, self._ranks, settings)
-        self._steps.know(model)
+        self._steps.learn_names(model)
         return compiled
 
     def data_loader(
@@ -221,7 +222,7 @@ class PrivacyEngine:
             physical_batch_size=physical_batch_size,
             pad=pad,
             read_ahead=read_ahead,
-            begins=self._steps.begin,
+            begins=self._steps.draw_anew,
             **dataloader_options,
         )
         self._go_on()
@@ -234,7 +235,7 @@ class PrivacyEngine:
 
     def _go_on(self) -> None:
         """Lets the loader go on behind the steps that are done."""
-        self._steps.begin()
+        self._steps.draw_anew()
         if (loader := self._steps.loader) is not None:
             loader.load_state_dict({**loader.state_dict(), "steps_done": self.steps_done})
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from flashdp_compile.compat import adding_up, wait_of
 from flashdp_compile.errors import InternalError, RanksError
 
-_NOTHING, _FAILED = 0, 1
+_SAID, _FAILED = 0, 1
 _NOTHING_RELEASED = "Nothing was released"
 _COUNTED = "The step is counted, and other ranks may have taken it: begin anew from a checkpoint"
 WAVE = 1 << 28  # bytes: a millisecond or more between GPUs, and few enough for noise to begin early
@@ -29,14 +29,14 @@ WAVE = 1 << 28  # bytes: a millisecond or more between GPUs, and few enough for 
 class Ranks:
     """All processes of torch.distributed's default group, or this one alone.
 
-    Methods are called by all of them, in the same order; alone they do nothing.
+    Methods are called by all of them, in the same order. Alone they find nothing to compare or to wait for.
     """
 
     def __init__(self) -> None:
         self.size = _world()
         self.rank = dist.get_rank() if self.size > 1 else 0
-        self._told: BaseException | None = None
-        self._parted: str | None = None
+        self._error_all_know: BaseException | None = None
+        self._failed_behind: str | None = None
         self._host: Any = None
         if self.size > 1:
             with self._answers():
@@ -51,7 +51,7 @@ class Ranks:
     def first(self) -> bool:
         return self.rank == 0
 
-    def check(self) -> None:
+    def check_world(self) -> None:
         """Raises RanksError if the ranks are not those of the beginning: each would train for itself, and spend."""
         if (now := _world()) != self.size:
             raise self._raised(
@@ -65,35 +65,36 @@ class Ranks:
         Raises RanksError on each of them if they differ, or if one of them has failed `together` instead.
         """
         if self.size > 1:
-            self._exchange(_NOTHING, what, told)
+            self._exchange(_SAID, what, told)
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """What fails within fails on all ranks, at the next `agree` of the others."""
-        self.check()
+        self.check_world()
         try:
-            if self._parted is not None:
+            if self._failed_behind is not None:
                 raise RanksError(
-                    f"a step was counted on all ranks, and failed behind that on rank {self.rank} ({self._parted}): "
-                    "others may have taken it, and parameters differ then. Begin anew from a checkpoint"
+                    f"a step was counted on all ranks, and failed behind that on rank {self.rank} "
+                    f"({self._failed_behind}): others may have taken it, and parameters differ then. Begin anew from a "
+                    "checkpoint"
                 )
             yield
         except Exception as error:
-            if self.size > 1 and error is not self._told:  # what came from an exchange is known already
+            if self.size > 1 and error is not self._error_all_know:  # what came from an exchange is known already
                 with contextlib.suppress(RanksError):
                     self._exchange(_FAILED, f"{type(error).__name__}: {error}", "")
-                self._told = error
+                self._error_all_know = error
             raise
 
     @contextlib.contextmanager
-    def apart(self) -> Iterator[None]:
+    def behind_agreement(self) -> Iterator[None]:
         """What fails within may fail on this rank alone, behind a step that all have counted: others may have taken it.
         So this one, and by its next answer all of them, take no further step."""
         try:
             yield
         except BaseException as error:
             if self.size > 1:
-                self._parted = f"{type(error).__name__}: {error}"
+                self._failed_behind = f"{type(error).__name__}: {error}"
             raise
 
     def secret(self, count: int) -> bytes:
@@ -130,41 +131,45 @@ class Ranks:
                 wait()
             yield wave
 
-    def check_equal(self, what: str, tensors: Sequence[Tensor]) -> None:
-        """Raises RanksError unless tensors hold the same on all ranks, as told by two sums. Waits for their devices."""
-        if self.size == 1 or not tensors:
+    def check_values(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raises RanksError unless tensors of one name hold the same on all ranks that have it, as told by two sums.
+        Waits for their devices."""
+        if self.size == 1:
             return
-        self.agree(what, hashlib.sha256(_sums(tensors).numpy().tobytes()).hexdigest())
-
-    def check_copies(self, what: str, copies: Mapping[str, Tensor]) -> None:
-        """Raises RanksError unless tensors of one name hold the same on all ranks that have it, as `check_equal`."""
-        if self.size == 1 or not copies:
-            return
-        told = dict(zip(copies, _sums(copies.values()).numpy(), strict=True))
-        self.agree(what, len(told))  # all are here, and nothing can fail before all have told
-        all_told: list[Any] = [None] * self.size
-        with self._answers():
-            dist.all_gather_object(all_told, {key: sums.tobytes() for key, sums in told.items()}, group=self._host)
+        sums = dict(zip(tensors, (pair.numpy().tobytes() for pair in _sums(tensors.values())), strict=True))
         first: dict[str, int] = {}
-        for rank, its in enumerate(all_told):
-            for key, sums in its.items():
-                if sums != all_told[other := first.setdefault(key, rank)][key]:
-                    raise self._raised(f"ranks {other} and {rank} do not agree: other values of {key}; {what}")
+        for rank, its in enumerate(found := self._from_all("values to compare", sums)):
+            for name, own in its.items():
+                if own != found[other := first.setdefault(name, rank)][name]:
+                    raise self._raised(
+                        f"ranks {other} and {rank} do not agree: other values of {name}. All of them begin with the "
+                        "same weights: wrap the model into DistributedDataParallel, which makes them equal, or load "
+                        "the same on all ranks"
+                    )
 
-    def check_apart(self, samples: Sequence[Any]) -> None:
-        """Raises RanksError on all ranks if two of them were given the same samples, as told by `samples`; by nothing,
-        if there are none."""
-        self.agree("a first step", "whose samples are compared")
-        all_told: list[Any] = [None] * self.size
-        with self._answers():
-            dist.all_gather_object(all_told, samples, group=self._host)
-        for rank, its in enumerate(all_told):
-            if its and (other := all_told.index(its)) != rank:
+    def check_other_samples(self, numbers: Sequence[Any]) -> None:
+        """Raises RanksError if two ranks were given the same samples, by which these `numbers` were made; one without
+        any is given others."""
+        if self.size == 1:
+            return
+        for rank, its in enumerate(found := self._from_all("samples to compare", numbers)):
+            if its and (other := found.index(its)) != rank:
                 raise self._raised(
                     f"ranks {other} and {rank} were given the same samples: each adds to the step as often as there "
                     "are ranks that have it, and is accounted for once. With sampling=, give each rank samples of its "
                     "own, as torch.utils.data.DistributedSampler does; or iterate engine.data_loader(...)"
                 )
+
+    def _from_all(self, what: str, own: Any) -> list[Any]:
+        """What each rank has, once all are here, and nothing can fail on one of them before it has told."""
+        self.agree("a first step", what)
+        return self._gathered(own)
+
+    def _gathered(self, own: Any) -> list[Any]:
+        found: list[Any] = [None] * self.size
+        with self._answers():
+            dist.all_gather_object(found, own, group=self._host)
+        return found
 
     def _of_first(self, value: Tensor) -> Tensor:
         with self._answers():
@@ -178,10 +183,9 @@ class Ranks:
         with self._answers():
             dist.all_gather(found, mine, group=self._host)
             states = [tuple(one.tolist()) for one in found]
-            if len(set(states)) == 1 and status == _NOTHING:
-                return
-            all_told: list[Any] = [None] * self.size
-            dist.all_gather_object(all_told, (status, what, told), group=self._host)
+        if len(set(states)) == 1 and status == _SAID:
+            return
+        all_told = self._gathered((status, what, told))
         if status == _FAILED:
             return  # the others are told, and this one raises what it has
         raise self._raised(_difference(all_told))
@@ -199,7 +203,7 @@ class Ranks:
             ) from error
 
     def _raised(self, text: str, so: str = _NOTHING_RELEASED) -> RanksError:
-        self._told = error = RanksError(text if so in text else f"{text}. {so}")
+        self._error_all_know = error = RanksError(text if so in text else f"{text}. {so}")
         return error
 
 
@@ -235,12 +239,12 @@ def _difference(all_told: Sequence[tuple[int, str, Any]]) -> str:
     said: dict[str, list[int]] = {}
     tolds = [told for _, _, told in all_told]
     for rank, (_, what, told) in enumerate(all_told):
-        said.setdefault(f"{what}: {_apart(told, tolds)}", []).append(rank)
+        said.setdefault(f"{what}: {_what_differs(told, tolds)}", []).append(rank)
     parts = (f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))}: {t}" for t, ranks in said.items())
     return "ranks do not agree. " + "; ".join(parts)
 
 
-def _apart(told: Any, tolds: Sequence[Any]) -> str:
+def _what_differs(told: Any, tolds: Sequence[Any]) -> str:
     """What was told, of a mapping only what others have told otherwise."""
     if not all(isinstance(other, Mapping) for other in tolds):
         return str(told)

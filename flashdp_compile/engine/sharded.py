@@ -41,7 +41,7 @@ def compile_in_parts(
             )
     shards = _shards(model, ranks)
     # what a rank has frozen is missing in buffers that fully_shard adds up: where sizes differ gloo ends the process
-    ranks.agree("the parameters of the sharded model", _told(parts))
+    ranks.agree("the parameters of the sharded model", _described(parts))
     sum_shards(model)
     runs = PartRuns(shared=clipping == "flat" and len(parts) > 1, kept=_kept(model))
     from_engine: FromEngine = options["from_engine"]
@@ -66,7 +66,7 @@ def compile_in_parts(
 def compiled_calls(parts: Iterable[nn.Module], **settings: Any) -> dict[nn.Module, Callable[..., Any]]:
     """The compiled forward of each part, a function of the module. Parts of one class share it if their parameters have
     the same shapes: others would be compiled anew, which dynamo does but a few times for the same code."""
-    kinds = {part: (type(part), tuple(_told({"": part}).items())) for part in parts}
+    kinds = {part: (type(part), tuple(_described({"": part}).items())) for part in parts}
     calls = {kind: torch.compile(_call_of(kind[0]), **settings) for kind in dict.fromkeys(kinds.values())}
     return {part: calls[kind] for part, kind in kinds.items()}
 
@@ -147,7 +147,7 @@ def _kept(model: nn.Module) -> int:
     return kept
 
 
-def _told(parts: Mapping[str, nn.Module]) -> dict[str, str]:
+def _described(parts: Mapping[str, nn.Module]) -> dict[str, str]:
     return {
         f"{part}.{name}".lstrip("."): f"{list(p.shape)} of {p.dtype}, {'trained' if p.requires_grad else 'frozen'}"
         for part, module in parts.items()

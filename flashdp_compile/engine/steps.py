@@ -21,7 +21,7 @@ from flashdp_compile.errors import UnprotectedGradientError
 from flashdp_compile.runtime.from_engine import FromEngine
 from flashdp_compile.runtime.logical import LogicalBatch, Sum, sensitivity
 from flashdp_compile.runtime.release import Release
-from flashdp_compile.runtime.seen_samples import told_apart
+from flashdp_compile.runtime.seen_samples import distinguishing
 
 STREAMS = 1 << 20  # of one optimizer
 COUNTS = STREAMS - 1  # the stream for who lies within a bound
@@ -48,7 +48,6 @@ class Steps:
         self._equal: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # whose parameters are the same on all ranks
         self._attached: weakref.WeakKeyDictionary[Optimizer, LogicalBatch] = weakref.WeakKeyDictionary()
         self._numbers = 0
-        self._factor = 1.0  # that a schedule gives the bounds behind the step
         self._accounted: set[Release] = set()  # the backward passes of the last step
         self._drawn: set[int] = set()  # the optimizers that have drawn noise in it
 
@@ -61,7 +60,7 @@ class Steps:
         number, self._numbers = self._numbers, self._numbers + 1
         return lambda original: self._step(number, logical, original)
 
-    def know(self, model: nn.Module) -> None:
+    def learn_names(self, model: nn.Module) -> None:
         """What the parameters of a compiled model are called: graphs may be shared, and then name those of one model
         alone."""
         for name, parameter in model.named_parameters():
@@ -73,7 +72,7 @@ class Steps:
         if self._from_engine.seen is not None:
             self._from_engine.seen.wanted = True
 
-    def begin(self) -> None:
+    def draw_anew(self) -> None:
         """The loader is iterated: what an iteration before it has left unfinished is drawn anew."""
         for logical in self._attached.values():
             logical.clear()
@@ -83,55 +82,56 @@ class Steps:
         self.stepped = False
         try:
             with self._ranks.together():
-                releases = self._whole(logical)
+                releases = self._complete_batch(logical)
                 if not releases:
                     return
-                move = self._account(number, releases)
+                count, settled = self._account(number, releases)
                 sums = logical.take()
-            self._agree(number, logical, releases, sums)
-            with self._ranks.apart():
-                move()
+            self._agree(number, logical, releases, sums, settled)
+            self._compare_beginnings(logical.optimizer, releases, sums)
+            with self._ranks.behind_agreement():
+                count()
                 gradients = self._released(number, releases[0], sums)
                 logical.put(f"step {self._budget.steps_done} of the engine", sums, gradients)
         except BaseException:
             self._forget(logical)
             raise
-        with self._ranks.apart():
+        with self._ranks.behind_agreement():
             original()
         self.stepped = True
 
-    def _agree(self, number: int, logical: LogicalBatch, releases: Sequence[Release], sums: Sequence[Sum]) -> None:
-        """Returns once all ranks are at this step, with sums of the same parameters, and were not told to wait."""
+    def _agree(
+        self, number: int, logical: LogicalBatch, releases: Sequence[Release], sums: Sequence[Sum], settled: float
+    ) -> None:
+        """Returns once all ranks are at this step, with sums of the same parameters in the same order, of samples from
+        the same draw, and if they will move bounds alike."""
+        if self._ranks.size == 1:
+            return
         drawn = "" if self.loader is None else f" in {self.loader.drawn(logical.used)}"
-        bounds = "" if self._bounds is None else f"; the next step's bounds: times {self._factor}"
-        told = repr(
-            [
-                (one.place, self._names.get(one.parameter), *one.parameter.shape, one.total.dtype, one.first is None)
-                for one in sums
-            ]
-        )
-        places = hashlib.sha256(told.encode()).hexdigest()[:8]
+        bounds = "" if self._bounds is None else f"; the next step's bounds: times {settled}"
+        told = [
+            (one.place, self._names.get(one.parameter), *one.parameter.shape, one.total.dtype, one.first is None)
+            for one in sums
+        ]
+        digest = hashlib.sha256(repr(told).encode()).hexdigest()[:8]
         self._ranks.agree(
             "a step",
             f"of optimizer {number}, behind {self._budget.steps_done} steps and {logical.used} micro-batches of the "
-            f"loader{drawn}, with sums for {len(sums)} parameters (names, order and shapes: {places}) of sensitivity "
+            f"loader{drawn}, with sums for {len(sums)} parameters (names, order and shapes: {digest}) of sensitivity "
             f"{sensitivity(releases[0]):.9g}{bounds}",
         )
-        optimizer = logical.optimizer
+
+    def _compare_beginnings(self, optimizer: Optimizer, releases: Sequence[Release], sums: Sequence[Sum]) -> None:
+        """At a first step, or behind a state that was loaded: makes sure that ranks have the same parameters, and that
+        no two of them were given the same samples."""
         if optimizer not in self._equal:
-            self._ranks.check_equal(
-                "the parameters (wrap the model into DistributedDataParallel, which makes them equal)",
-                [one.parameter for one in sums if one.first is None],
-            )
-            self._ranks.check_copies(
-                "copies of a shard begin alike (load the same weights on all ranks)",
-                {self._elements(one): local_shard(one.parameter) for one in sums if one.first is not None},
-            )
+            self._ranks.check_values({self._described(one): local_shard(one.parameter) for one in sums})
             self._equal.add(optimizer)
         seen = self._from_engine.seen
         if seen is not None and seen.wanted:
             # of the first part of a model, which runs backward last: others are given what it has made
-            self._ranks.check_apart(told_apart(one for release in releases for one in release.peers[-1].seen))
+            first = [one for release in releases for one in release.peers[-1].seen]
+            self._ranks.check_other_samples(distinguishing(first))
             seen.wanted = False
 
     def _released(self, number: int, release: Release, sums: Sequence[Sum]) -> list[Tensor]:
@@ -163,16 +163,16 @@ class Steps:
     def _sigma_of_gradients(self) -> float:
         return self._sigma() if self._bounds is None else self._bounds.sigma_of_gradients(self._sigma())
 
-    def _account(self, number: int, releases: Sequence[Release]) -> Callable[[], None]:
+    def _account(self, number: int, releases: Sequence[Release]) -> tuple[Callable[[], None], float]:
         """Makes sure that a step can be taken. Optimizers share one if they share its backward passes; each draws once
-        in it. Gives what counts it, to be called once all ranks are sure: one that is not takes no step of the others.
+        in it. Gives what counts it, to be called once all ranks are sure: one that is not takes no step of the others;
+        and what is settled of the bounds of the next step.
         """
         if number not in self._drawn and set(releases) <= self._accounted:
-            return lambda: self._drawn.add(number)
+            return lambda: self._drawn.add(number), 1.0
         left = self._budget.steps_left
         last = left is not None and left <= 1  # behind which nothing is scheduled
-        factor = 1.0 if self._bounds is None or last else self._bounds.settled(self._budget.steps_done + 1)
-        self._factor = factor
+        settled = 1.0 if self._bounds is None or last else self._bounds.settled(self._budget.steps_done + 1)
         self._budget.reserve()
 
         def add_noise(votes: Tensor, std: float) -> Tensor:
@@ -180,17 +180,17 @@ class Steps:
             (noised,) = self.noise.add([votes], self._budget.steps_done, [number * STREAMS + COUNTS], std)
             return noised
 
-        def move() -> None:
+        def count() -> None:
             self._budget.spend()
             if self._from_engine.probes is not None:
                 self._from_engine.probes.move()
             self._accounted, self._drawn = set(releases), {number}
             if self._bounds is not None:
-                self._bounds.move(releases, factor, self._sigma(), add_noise)
+                self._bounds.move(releases, settled, self._sigma(), add_noise)
 
-        return move
+        return count, settled
 
-    def _whole(self, logical: LogicalBatch) -> list[Release]:
+    def _complete_batch(self, logical: LogicalBatch) -> list[Release]:
         """The backward passes of a logical batch that is complete; none if more are to come.
 
         Raises UnprotectedGradientError if one is missing, or one too many.
@@ -237,7 +237,8 @@ class Steps:
         if self.loader is not None:
             logical.used = max(len(self.loader.handed_out) - self.loader.read_ahead, logical.used)
 
-    def _elements(self, one: Sum) -> str:
-        """Which ones of a sharded parameter this rank has."""
+    def _described(self, one: Sum) -> str:
+        """Which parameter this is, or which of its elements this rank has."""
         name = self._names.get(one.parameter) or f"parameter {one.place}"
-        return f"the elements of {name} from {one.first} on, {one.total.numel()} in number"
+        whole = one.first is None
+        return name if whole else f"the elements of {name} from {one.first} on, {one.total.numel()} in number"

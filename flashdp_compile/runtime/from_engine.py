@@ -1,6 +1,7 @@
 """What a PrivacyEngine hands to the graphs that it lets compile: of each kind one thing, or none.
 
-A further kind is a field of `FromEngine` and says by `told` what graphs depend on; each backward calls its `begin`.
+A further kind is a field of `FromEngine`. If graphs depend on it, it is one of `_for_graphs`, too: it says by `told`
+how they do, and each backward calls its `begin`. What passes need to know of it is in pipeline.py.
 """
 
 from __future__ import annotations
@@ -27,9 +28,18 @@ class FromEngine(NamedTuple):
     seen: SeenSamples | None = None
 
     @property
+    def _for_graphs(self) -> tuple[BoundScales | HeldProbes | PartRuns | None, ...]:
+        return self.bounds, self.probes, self.parts
+
+    @property
     def shared(self) -> PartRuns | None:
         """The parts, if one bound holds for all of them together."""
         return self.parts if self.parts is not None and self.parts.shared else None
+
+    @property
+    def begins(self) -> bool:
+        """Whether a backward has to be told that it begins."""
+        return any(kept is not None for kept in self._for_graphs)
 
     @property
     def measuring(self) -> bool:
@@ -47,7 +57,7 @@ class FromEngine(NamedTuple):
 
     def told(self) -> list[Any]:
         """All that can change a graph, as JSON takes it."""
-        return [None if kept is None else kept.told() for kept in self]
+        return [None if kept is None else kept.told() for kept in self._for_graphs]
 
     def prepare(self, groups: Mapping[str, float], members: Sequence[Sequence[Tensor]]) -> None:
         """Before what is compiled runs: `groups` are the names and bounds of its clipping groups, `members` the
@@ -68,7 +78,7 @@ class FromEngine(NamedTuple):
 
     def begin(self, part: int | None) -> None:
         """A backward begins, of a whole model (None) or of a part."""
-        for kept in self:
+        for kept in self._for_graphs:
             if kept is not None:
                 kept.begin(part)
 

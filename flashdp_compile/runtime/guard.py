@@ -3,7 +3,9 @@
 torch.compile falls back to eager code for many reasons, most of them silent: the recompile limit, a stance, suppressed
 errors, a graph break, a parameter used outside of the compiled region. One rule covers them all. Every run of a
 compiled backward is a *release* and leaves a receipt on each parameter that it fills; before an optimizer steps, every
-gradient must be exactly one release, untouched by anything else, and the same one for all of its parameters.
+gradient must be exactly one release, untouched by anything else, and the same one for all of its parameters. (An engine
+holds sums that lack their noise, logical.py, and leaves the receipt at its step; a model in parts makes a release of
+each.)
 
     backend:    guard.install(); guard.protect(parameters); return guard.wrap(compiled, ReleaseInfo(label=...))
     any step:   one release: goes on. Anything else: gradients set to None, UnprotectedGradientError

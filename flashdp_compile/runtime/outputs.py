@@ -167,7 +167,7 @@ def _hook(node: Any, info: ReleaseInfo, forward: Forward) -> None:
     if targets:
         # autograd's own graph holds these parameters as long as it holds the node, so this prolongs nothing
         node.register_hook(functools.partial(_released, info, forward, targets, []))
-        if info.owed is not None and any(info.owed.from_engine):
+        if info.owed is not None and info.owed.from_engine.begins:
             node.register_prehook(functools.partial(_begun, info.owed, forward))
 
 

@@ -77,7 +77,8 @@ class Release:
 
 
 class Ledger:
-    """Opens releases and counts them. One per process; safe to use from autograd's device threads."""
+    """Opens releases and counts them, which autograd's device threads may do; and knows what is called now. One per
+    process."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -3,34 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 
 class SeenSamples:
-    """Of an engine whose user draws samples. `wanted`: whether the next forward is to be remembered."""
+    """Of an engine whose user draws samples. `wanted`: whether forwards are looked at, as a step is to compare them."""
 
     def __init__(self) -> None:
         self.wanted = True
 
-    def told(self) -> Any:
-        """Graphs do not depend on it."""
-        return []
-
-    def begin(self, part: int | None) -> None:
-        """A backward knows what its forward was given."""
-
     def look(self, inputs: Iterable[Tensor]) -> list[Tensor]:
-        """Four numbers of each: two sums, and its least and its largest element. None if it is not wanted, or of what
-        has no elements, which are those of a rank without samples."""
+        """[4] of each: two sums, and its least and its largest element. None if they are not wanted; nor of what has no
+        elements, as a rank without samples is given, or complex ones."""
         if not self.wanted or not torch.is_grad_enabled():
             return []
         return [_numbers(x.detach()) for x in inputs if x.numel() and not x.is_complex()]
 
 
-def told_apart(seen: Iterable[Tensor]) -> list[list[float]]:
+def distinguishing(seen: Iterable[Tensor]) -> list[list[float]]:
     """What of it two ranks cannot have alike by chance: all but tensors that are the same everywhere, such as masks of
     ones. Waits for their device."""
     numbers = [one.tolist() for one in seen]

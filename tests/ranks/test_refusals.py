@@ -201,7 +201,7 @@ def other_weights(rank, size):
 def test_replicas_that_are_none(pool):
     for (error,), kept in pool.run(2, other_weights):
         assert kept and error is not None and error[0] == "RanksError"
-        assert "ranks do not agree" in error[1] and "DistributedDataParallel, which makes them equal" in error[1]
+        assert "ranks 0 and 1 do not agree: other values of 0.bias" in error[1] and "makes them equal" in error[1]
 
 
 def loaded_on_one(rank, size):
@@ -220,7 +220,7 @@ def loaded_on_one(rank, size):
 
 def test_weights_that_one_rank_has_loaded(pool):
     for (error,), kept in pool.run(2, loaded_on_one):
-        assert kept and error is not None and error[0] == "RanksError" and "ranks do not agree" in error[1]
+        assert kept and error is not None and error[0] == "RanksError" and "other values of 0.weight" in error[1]
 
 
 def absent(rank, size, how):
