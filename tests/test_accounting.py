@@ -8,8 +8,7 @@ import sys
 import dp_accounting as dp
 import pytest
 from dp_accounting import pld, rdp
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from scipy.stats import norm
 
 from flashdp_compile import accounting

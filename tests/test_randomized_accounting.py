@@ -8,13 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from dp_accounting.pld import privacy_loss_distribution as pld
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from scipy import integrate, special, stats
 
 from flashdp_compile import accounting
-from flashdp_compile.accounting import Fixed, TruncatedPoisson, WithoutReplacement, randomized, ratio_law
-from flashdp_compile.accounting import step_profile as step
+from flashdp_compile.accounting import (
+    Fixed,
+    TruncatedPoisson,
+    WithoutReplacement,
+    randomized,
+    ratio_law,
+    step_profile as step,
+)
 from flashdp_compile.accounting.ratio_law import EXACT, FLAT, worst_law
 from flashdp_compile.command import main
 from flashdp_compile.errors import OptionError

@@ -11,29 +11,15 @@ import torch
 
 # RestartAnalysis is raised through a backend to make dynamo trace again; it is no failure. Errors of ShortenTraceback
 # pass through torch.compile without being wrapped in BackendCompilerFailed. 2.11, 2.13.
-from torch._dynamo.exc import RestartAnalysis
-from torch._dynamo.exc import ShortenTraceback as UnwrappedCompilerError
+from torch._dynamo.exc import RestartAnalysis as RestartAnalysis, ShortenTraceback
 
 # A pass that Inductor runs on a graph and asks for its part of the cache key. 2.11, 2.13.
-from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.custom_graph_pass import CustomGraphPass as CustomGraphPass
 
 from flashdp_compile.compat.graphs import decompositions
 from flashdp_compile.compat.launches import analysed_once, descriptors_are_views
 
-__all__ = [
-    "GRAPH_HOOKS",
-    "CustomGraphPass",
-    "RestartAnalysis",
-    "UnwrappedCompilerError",
-    "cache_folder",
-    "compile_with_inductor",
-    "compile_with_interpreter",
-    "configured_graph_hooks",
-    "inductor_option_names",
-    "launch_settings",
-    "partitioned_backend",
-    "versions",
-]
+UnwrappedCompilerError = ShortenTraceback
 
 
 def inductor_option_names() -> list[str]:

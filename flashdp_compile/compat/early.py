@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["as_compiled", "compile_early", "finish_early", "under_way"]
-
 _UNDER_WAY: dict[int, dict[Any, Future[Any]]] = {}  # by the kernel's id; kernels are kept by kernels/codegen.py
 
 

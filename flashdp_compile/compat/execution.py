@@ -12,31 +12,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode  # sees every op that runs within it. 2.11, 2.13.
-from torch.utils._pytree import tree_leaves, tree_map  # the values within tuples, lists and dicts. 2.11, 2.13.
 
-__all__ = [
-    "TorchDispatchMode",
-    "tree_leaves",
-    "tree_map",
-    "allocations",
-    "COMPILED_BACKWARD",
-    "backward_number",
-    "compile_calls",
-    "compile_clocks",
-    "eager_switches",
-    "fallbacks",
-    "graph_break",
-    "hidden_from_dynamo",
-    "is_scaler",
-    "left_out",
-    "modules_compiled_by",
-    "next_node_number",
-    "node_number",
-    "real_tensors",
-    "scale_of",
-]
+# Sees every op that runs within it. 2.11, 2.13.
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
+# The values within tuples, lists and dicts. 2.11, 2.13.
+from torch.utils._pytree import tree_leaves as tree_leaves, tree_map as tree_map
 
 # The name of the autograd node that AOTAutograd makes for a compiled backward.
 COMPILED_BACKWARD = "CompiledFunctionBackward"

@@ -19,43 +19,18 @@ from torch._dispatch.python import enable_python_dispatcher
 
 # What an input or output of a joint graph stands for. 2.11, 2.13.
 from torch._functorch._aot_autograd.descriptors import (
-    GradAOTOutput,
-    InputMutationAOTOutput,
-    PlainAOTInput,
-    TangentAOTInput,
+    GradAOTOutput as GradAOTOutput,
+    InputMutationAOTOutput as InputMutationAOTOutput,
+    PlainAOTInput as PlainAOTInput,
+    TangentAOTInput as TangentAOTInput,
 )
 
 # The fake tensor mode of a graph under compilation. 2.11, 2.13.
-from torch._guards import detect_fake_mode
+from torch._guards import detect_fake_mode as detect_fake_mode
 
 # One overload of an operator: what a node of an aten graph calls. 2.11, 2.13.
-from torch._ops import OpOverload
+from torch._ops import OpOverload as OpOverload
 from torch.fx.experimental.proxy_tensor import make_fx
-
-__all__ = [
-    "GradAOTOutput",
-    "InputMutationAOTOutput",
-    "OpOverload",
-    "PlainAOTInput",
-    "TangentAOTInput",
-    "argument",
-    "belongs_to_backward",
-    "belongs_to_caller",
-    "detect_fake_mode",
-    "graph_label",
-    "is_argument",
-    "is_python_float",
-    "known_size",
-    "live_tensor",
-    "returns_views",
-    "settle_equal",
-    "settle_size",
-    "size_expression",
-    "size_hint",
-    "sort_topologically",
-    "source_name",
-    "trace",
-]
 
 
 def belongs_to_backward(description: Any) -> bool:

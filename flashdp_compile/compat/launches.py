@@ -13,19 +13,6 @@ from torch import fx
 
 from flashdp_compile.compat import early
 
-__all__ = [
-    "analysed_once",
-    "descriptors_are_views",
-    "has_gluon",
-    "is_fake",
-    "padded_row",
-    "pin_layouts",
-    "recorded_launches",
-    "start_compiled",
-    "start_kernel",
-    "written_by",
-]
-
 Blocks = Mapping[int, list[Any]]  # by position of an argument: the blocks in which a TMA descriptor moves that tensor
 
 

@@ -10,17 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-__all__ = [
-    "adding_up",
-    "came_of_waiting",
-    "compile_in_place",
-    "leave_word",
-    "running_ddp",
-    "unsplit_ddp_graphs",
-    "wait_of",
-    "words_left",
-]
-
 _WORD = "flashdp: what has happened on rank"
 
 

@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-__all__ = ["in_place_reduce_scatter", "reduces_as_usual", "stays_in_place"]
-
 
 def stays_in_place(grad: Tensor) -> Tensor:
     """A gradient that nobody writes to until it is reduced: `in_place_reduce_scatter` takes it from where it lies."""

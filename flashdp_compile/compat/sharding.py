@@ -11,26 +11,6 @@ from torch import Tensor, nn
 
 from flashdp_compile.compat.scatter import in_place_reduce_scatter, reduces_as_usual
 
-__all__ = [
-    "first_element",
-    "foreign_hooks",
-    "grad_dtype",
-    "groups_of",
-    "is_narrow",
-    "is_of_old_sharding",
-    "is_of_sharding",
-    "is_sharded",
-    "kept_back",
-    "local_shard",
-    "placed_parameters",
-    "prefetched_again",
-    "sharded_like",
-    "sharded_parameters",
-    "sum_shards",
-    "take_wide_gradients",
-    "unusual_sums",
-]
-
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether fully_shard was applied to this module."""

@@ -6,8 +6,7 @@ import pickle
 import pytest
 
 from flashdp_compile import accounting
-from flashdp_compile.data import MicroBatch, PoissonSampler
-from flashdp_compile.data import sampler as module
+from flashdp_compile.data import MicroBatch, PoissonSampler, sampler as module
 from flashdp_compile.errors import OptionError
 
 RUN = {"sample_size": 50, "sample_rate": 0.2, "steps": 12}

@@ -10,8 +10,7 @@ from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from flashdp_compile.kernels import tuning
-from flashdp_compile.passes.late import clip_groups as module
-from flashdp_compile.passes.late import group_layers as grouped
+from flashdp_compile.passes.late import clip_groups as module, group_layers as grouped
 from flashdp_compile.passes.late.clip_groups import clip_groups
 from flashdp_compile.passes.late.fuse_noise import fuse_noise
 from flashdp_compile.passes.late.group_layers import group_layers

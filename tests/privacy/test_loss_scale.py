@@ -9,8 +9,7 @@ from torch import nn
 
 from privacy.steps import QUIET, compiled, flat, gradients
 from zoo import CASES, LossInside, Model
-from zoo.training import PLACES, loss_of
-from zoo.training import compiled as compiled_case
+from zoo.training import PLACES, compiled as compiled_case, loss_of
 
 
 @pytest.mark.parametrize("batch", [1, 5])

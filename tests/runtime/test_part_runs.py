@@ -4,8 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from flashdp_compile.errors import InternalError, Refusal
 from flashdp_compile.kernels.clip import release_weights

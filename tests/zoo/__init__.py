@@ -29,7 +29,6 @@ from zoo import (  # noqa: F401  (imported for their cases)
     writes,
 )
 from zoo.adversarial import REFUSED, Refused
-from zoo.case import REGISTRY as CASES
-from zoo.case import Batch, Case, LossInside, Model, Sizes
+from zoo.case import REGISTRY as CASES, Batch, Case, LossInside, Model, Sizes
 
 __all__ = ["CASES", "REFUSED", "Batch", "Case", "LossInside", "Model", "Refused", "Sizes"]

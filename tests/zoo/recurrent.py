@@ -4,8 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch._higher_order_ops import associative_scan
-from torch._higher_order_ops import map as map_over
+from torch._higher_order_ops import associative_scan, map as map_over
 
 from zoo.case import Case, Model, Sizes, register
 from zoo.problems import classification, floats, regression, tagging, tokens
