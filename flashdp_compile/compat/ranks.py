@@ -22,6 +22,23 @@ def running_ddp() -> Any:
     return DistributedDataParallel._active_ddp_module
 
 
+def more_than_averaging(ddp: Any) -> str:
+    """What a DistributedDataParallel is to do beyond averaging gradients over all ranks; empty if that is all."""
+    told = {
+        "static_graph": ddp.static_graph,
+        "mixed_precision": getattr(ddp, "mixed_precision", None) is not None,
+        "join()": ddp._join_config.enable,  # who has ended would wait for what nobody sends
+        "delay_all_reduce_named_params": ddp._delay_all_reduce_all_params,
+        "optimize_ddp='python_reducer'": getattr(ddp, "_use_python_reducer", False),
+        "a process_group of some ranks": ddp.process_group.size() != dist.get_world_size(),
+    }
+    return next((name for name, is_so in told.items() if is_so), "")
+
+
+def has_comm_hook(ddp: Any) -> bool:
+    return bool(ddp._comm_hooks)
+
+
 def compile_in_place(module: torch.nn.Module, **settings: Any) -> None:
     """`module.compile(**settings)`, also for the classes of torch.nn, whose own calls dynamo does not trace."""
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from flashdp_compile.runtime.check import BACKEND_MARK, before_step
-from flashdp_compile.runtime.outputs import unseen, watch_outputs, wrap
+from flashdp_compile.runtime.outputs import unseen, wrap
 from flashdp_compile.runtime.release import LEDGER, Owed, ReleaseInfo
 from flashdp_compile.runtime.watch import watch
 
@@ -35,7 +35,6 @@ __all__ = [
     "releases",
     "reset",
     "unseen",
-    "watch_outputs",
     "wrap",
 ]
 

@@ -27,16 +27,12 @@ def _leading(*states: Any) -> None:
     "flashdp.embedding_sqnorm",
     "flashdp.tied_cross",
     "flashdp.stored_cross",
+    "flashdp.sketch_sqnorm",
+    "flashdp.tied_sketch_sqnorm",
+    "flashdp.hutchpp_sqnorm",
 )
 def sqnorm(site: Site, *operands: Any) -> State:
-    """One number per sample."""
-    _leading(*operands)
-    return _SAMPLES
-
-
-@rule("flashdp.sketch_sqnorm", "flashdp.tied_sketch_sqnorm", "flashdp.hutchpp_sqnorm")
-def estimated_sqnorm(site: Site, *operands: Any) -> State:
-    """One number per sample, from probes that hold no sample's data."""
+    """One number per sample. Probes, by which some are estimated, hold no sample's data."""
     _leading(*operands)
     return _SAMPLES
 
