@@ -8,6 +8,8 @@ copy, which reads and writes every sum once, can be left out.
 from __future__ import annotations
 
 import functools
+import weakref
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -65,9 +67,19 @@ def in_place_reduce_scatter() -> Any:
 
     class InPlaceReduceScatter(_usual()):  # type: ignore[misc]
         _taken: tuple[Any, list[Tensor]] | None = None
+        _made: Callable[[], Tensor | None] = staticmethod(lambda: None)  # what it was last asked for, while it is there
+
+        def allocate(self, *args: Any, **kwargs: Any) -> Tensor:
+            made = super().allocate(*args, **kwargs)
+            self._made = weakref.ref(made)
+            return made
 
         def takes(self, tensors: list[Tensor], dim: int, num_chunks: int, *, out: Tensor) -> bool:
-            """Whether it reduces `tensors` in the place of `out` [ranks, elements of one], which is let go of then."""
+            """Whether it reduces `tensors` in the place of `out` [ranks, elements of one], which is let go of then; not
+            if another one has made that, and will reduce it."""
+            made = self._made()
+            if made is None or made.untyped_storage()._cdata != out.untyped_storage()._cdata:
+                return False
             if dim != 0 or num_chunks == 1 or any(tensor.dtype != out.dtype for tensor in tensors):
                 return False
             self._taken = out.untyped_storage(), [_of_even_rows(tensor, num_chunks) for tensor in tensors]
