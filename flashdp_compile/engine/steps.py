@@ -129,9 +129,8 @@ class Steps:
             self._equal.add(optimizer)
         seen = self._from_engine.seen
         if seen is not None and seen.wanted:
-            # of the first part of a model, which runs backward last: others are given what it has made
-            first = [one for release in releases for one in release.peers[-1].seen]
-            self._ranks.check_other_samples(distinguishing(first))
+            graphs = (peer for release in releases for peer in release.peers)  # of all parts: one has positions alone
+            self._ranks.check_other_samples(distinguishing(one for peer in graphs for one in peer.seen))
             seen.wanted = False
 
     def _released(self, number: int, release: Release, sums: Sequence[Sum]) -> list[Tensor]:

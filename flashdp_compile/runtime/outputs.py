@@ -92,8 +92,9 @@ def wrap(
 
 
 def _seen(info: ReleaseInfo, samples: Sequence[Tensor]) -> Sequence[Tensor]:
+    """How the samples look that a model is given; a part of one may be given what others have made of them, too."""
     seen = None if info.owed is None else info.owed.from_engine.seen
-    return () if seen is None else seen.look(samples)
+    return () if seen is None else seen.look(x for x in samples if LEDGER.part is None or x.grad_fn is None)
 
 
 def _refuse_unseen(broken: str | None, caller: Any) -> None:

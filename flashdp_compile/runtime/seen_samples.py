@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+LOOKED_AT = 1 << 20  # elements: a first step is not to take much more memory than others
+
 
 class SeenSamples:
     """Of an engine whose user draws samples. `wanted`: whether forwards are looked at, as a step is to compare them."""
@@ -15,8 +17,8 @@ class SeenSamples:
         self.wanted = True
 
     def look(self, inputs: Iterable[Tensor]) -> list[Tensor]:
-        """[4] of each: two sums, and its least and its largest element. None if they are not wanted; nor of what has no
-        elements, as a rank without samples is given, or complex ones."""
+        """[4] of each, in whose first elements what is not finite counts as 0: two sums, the least and the largest. None
+        if they are not wanted; nor of what has no elements, as a rank without samples is given, or complex ones."""
         if not self.wanted or not torch.is_grad_enabled():
             return []
         return [_numbers(x.detach()) for x in inputs if x.numel() and not x.is_complex()]
@@ -30,6 +32,6 @@ def distinguishing(seen: Iterable[Tensor]) -> list[list[float]]:
 
 
 def _numbers(x: Tensor) -> Tensor:
-    values = x.double().flatten()
+    values = x.flatten()[:LOOKED_AT].double().nan_to_num(0.0, 0.0, 0.0)
     places = torch.arange(1, len(values) + 1, dtype=torch.float64, device=x.device)
     return torch.stack([values.sum(), values @ places.sqrt(), values.min(), values.max()])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -145,6 +147,7 @@ def given(rank, size, kind, rows):
     return text, its.steps_done
 
 
+GAPS = samples(4).index_fill(1, torch.tensor(1), math.nan)
 APART = [
     ("each has its own", [samples(4), samples(8)[4:]], False),
     ("the same", [samples(4), samples(4)], True),
@@ -152,6 +155,8 @@ APART = [
     ("both of them none", [samples(0), samples(0)], False),
     ("in another order", [samples(4), samples(4).flip(0)], False),  # a step has more of them than it compares
     ("nothing to tell them by", [torch.ones(2, 3), torch.ones(2, 3)], False),
+    ("the same, with gaps", [GAPS, GAPS], True),
+    ("each its own, with gaps", [GAPS, GAPS.flip(0) + 1], False),
 ]
 
 
@@ -161,3 +166,41 @@ def test_ranks_are_given_other_samples(kind, rows, refused, pool):
     for text, steps in pool.run(2, given, kind, rows):
         assert steps == (0 if refused else 1)
         assert ("ranks 0 and 1 were given the same samples" in text) if refused else text is None
+
+
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(11, 3)
+
+    def forward(self, tokens, positions):
+        return self.table(tokens) + positions
+
+
+class Positions(nn.Module):
+    """A part of their own, which is called first."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.positions, self.tokens, self.head = nn.Embedding(4, 3), Tokens(), nn.Linear(3, 1)
+
+    def forward(self, tokens, positions):
+        return self.head(self.tokens(tokens, self.positions(positions)))
+
+    def parts(self):
+        return [self.positions, self.tokens, self.head]
+
+
+def given_positions(rank, size, alike):
+    its, _, called, optimizer = sharded.setup(Positions(), noise_multiplier=1.0)
+    tokens = torch.randint(0, 11, (4, 4), generator=torch.Generator().manual_seed(0 if alike else rank))
+    called(tokens, torch.arange(4).repeat(4, 1)).square().mean((1, 2)).mean().backward()
+    return text_of(optimizer.step), its.steps_done
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_positions_are_the_same_on_all_ranks(alike, pool):
+    for text, done in pool.run(2, given_positions, alike):
+        assert done == (0 if alike else 1)
+        assert ("ranks 0 and 1 were given the same samples" in text) if alike else text is None
