@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from flashdp_compile.checks import not_allowed
 from flashdp_compile.compat import compile_in_place, is_of_old_sharding, unsplit_ddp_graphs
 from flashdp_compile.engine.ranks import Ranks
 from flashdp_compile.engine.sharded import compile_in_parts, is_in_parts
@@ -23,6 +24,8 @@ def compile_model(
 ) -> Any:
     """What is called instead of a model. `options` are those of the backend, `clipping` is what the user has said,
     `settings` are further arguments of torch.compile."""
+    if not isinstance(model, nn.Module):
+        raise not_allowed("model", model, "a torch.nn.Module, whose forward holds all that is computed from samples")
     if refused := {"backend", "options", "mode"} & settings.keys():
         raise OptionError(f"{min(refused)} is the engine's own; options of the backend are an argument of the engine")
     ranks.check_world()

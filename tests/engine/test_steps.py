@@ -385,3 +385,9 @@ def test_noise_of_groups_covers_all_of_them(bounds):
     backward(compiled, samples())
     optimizer.step()
     assert moved(model, start)[0].std().item() == pytest.approx(0.5 / BATCH, rel=0.02)
+
+
+def test_a_function_is_no_model():
+    """torch.compile takes one."""
+    with pytest.raises(OptionError, match="model=.*function.*allowed: a torch.nn.Module"):
+        engine().compile(lambda x: mlp()(x))
