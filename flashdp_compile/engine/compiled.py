@@ -24,10 +24,10 @@ def compile_model(
 ) -> Any:
     """What is called instead of a model. `options` are those of the backend, `clipping` is what the user has said,
     `settings` are further arguments of torch.compile."""
-    if not isinstance(model, nn.Module):
-        raise not_allowed("model", model, "a torch.nn.Module, whose forward holds all that is computed from samples")
     if refused := {"backend", "options", "mode"} & settings.keys():
         raise OptionError(f"{min(refused)} is the engine's own; options of the backend are an argument of the engine")
+    if not isinstance(model, nn.Module):
+        raise not_allowed("model", model, "a torch.nn.Module, whose forward holds all that is computed from samples")
     ranks.check_world()
     if any(map(is_of_old_sharding, model.modules())):
         raise OptionError(

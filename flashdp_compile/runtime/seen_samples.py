@@ -17,7 +17,7 @@ class SeenSamples:
         self.wanted = True
 
     def look(self, inputs: Iterable[Tensor]) -> list[Tensor]:
-        """[4] of each, in whose first elements what is not finite counts as 0: two sums, the least and the largest. None
+        """[4] of each, in which what is not finite counts as 0: two sums, and the least and the largest element. None
         if they are not wanted; nor of what has no elements, as a rank without samples is given, or complex ones."""
         if not self.wanted or not torch.is_grad_enabled():
             return []
