@@ -172,6 +172,8 @@ def _pretend(ranks: int) -> None:
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     engine_ranks._host_group = lambda: dist.group.WORLD  # noqa: SLF001  which is gloo's, and would wait
+    # each of them would have samples of its own, and is heard to have those of this one
+    engine_ranks.Ranks.check_other_samples = lambda self, numbers: None  # type: ignore[method-assign]
 
 
 def _outcome(implementation: str, name: str, own: argparse.Namespace, length: int) -> dict[str, Any]:

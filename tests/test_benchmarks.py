@@ -496,29 +496,29 @@ def test_opacus(workload, name):
     assert measure.measure(workload, name, QUICK.record())["error"] < 1e-4
 
 
+def of_ranks(monkeypatch, folder, chosen):
+    """What the command measures of the smallest model."""
+    out = folder / "ranks.json"
+    arguments = f"--models tiny --lengths 8 --batch 2 --steps 1 --warmup 1 --device cpu --compiler eager {chosen}"
+    monkeypatch.setattr("sys.argv", ["sharded", *arguments.split(), "--out", str(out)])
+    sharded.main()
+    return Results.load(out).runs
+
+
 @pytest.mark.full
 def test_several_ranks(monkeypatch, tmp_path):
-    """The command on two ranks: a model that is spread over them, and replicas."""
-    out = tmp_path / "ranks.json"
-    arguments = "--models tiny --lengths 8 --batch 2 --ranks 2 --steps 1 --warmup 1 --device cpu --compiler eager"
-    chosen = ["--implementations", "flashdp-per_block", "ddp-flashdp-flat", "--out", str(out)]
-    monkeypatch.setattr("sys.argv", ["sharded", *arguments.split(), *chosen])
-    sharded.main()
-    results = Results.load(out)
-    assert [(run.status, run.implementation) for run in results.runs] == [("ok", name) for name in chosen[1:3]]
-    for run in results.runs:
+    """A model that is spread over two, and replicas."""
+    names = ["flashdp-per_block", "ddp-flashdp-flat"]
+    runs = of_ranks(monkeypatch, tmp_path, f"--ranks 2 --implementations {' '.join(names)}")
+    assert [(run.status, run.implementation) for run in runs] == [("ok", name) for name in names]
+    for run in runs:
         assert run.workload == "tiny, 2 x 2 x 8" and run.shapes["ranks"] == 2
         assert run.median_ms > 0 and trace.COMMUNICATION in run.categories and run.kernels
 
 
 @pytest.mark.full
 def test_one_of_several_ranks_alone(monkeypatch, tmp_path):
-    out = tmp_path / "alone.json"
-    arguments = "--models tiny --lengths 8 --batch 2 --ranks 4 --steps 1 --warmup 1 --device cpu --compiler eager"
-    chosen = ["--alone", "--implementations", "flashdp-per_block", "--out", str(out)]
-    monkeypatch.setattr("sys.argv", ["sharded", *arguments.split(), *chosen])
-    sharded.main()
-    (run,) = Results.load(out).runs
+    (run,) = of_ranks(monkeypatch, tmp_path, "--ranks 4 --alone --implementations flashdp-per_block")
     assert (run.status, run.workload) == ("ok", "tiny, 1 of 4 x 2 x 8") and run.median_ms > 0
 
 
